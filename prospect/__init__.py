@@ -1,0 +1,1 @@
+"""PROSPECT: a proactive, streaming video assistant that tracks the state of the task it watches."""

@@ -1,0 +1,47 @@
+"""The one error a user can cause, and how an entry point ends on it.
+
+Everything a user can get wrong (a config key, a clip, an embedding file, a checkpoint) raises
+ProspectError with three parts: *what* is wrong, *where* it is (file, clip, turn, field) and the
+*remedy*. Entry points print it as one line and exit with status 2. Asserts are for invariants of
+our own code and are never meant to be read by a user.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class ProspectError(Exception):
+    """What went wrong, where, and what to do about it, printed as one line: ``where: what (remedy)``."""
+
+    def __init__(self, what: str, *, where: str = "", remedy: str = ""):
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        line = f"{self.where}: {self.what}" if self.where else self.what
+        line = f"{line} ({self.remedy})" if self.remedy else line
+        return " ".join(line.split())  # one line, whatever a file's own text held
+
+    def __reduce__(self):  # keeps where and remedy when a data worker hands the error to its parent
+        return (_rebuild, (self.what, self.where, self.remedy))
+
+
+def _rebuild(what: str, where: str, remedy: str) -> ProspectError:
+    return ProspectError(what, where=where, remedy=remedy)
+
+
+def run_entry_point(main: Callable[[], int | None]) -> None:
+    """Run `main` and exit with its status: 2 after a ProspectError (one line on stderr), 130 after Ctrl-C."""
+    try:
+        status = main() or 0
+    except ProspectError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output (head, less) has left: that is no failure of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
