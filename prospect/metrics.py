@@ -1,0 +1,575 @@
+"""Evaluation: when to speak, what was said, and whether the task state was tracked.
+
+Three questions, three parts, all plain functions on numpy arrays:
+
+    decisions    do the two heads fire on the right frames?    `decision_metrics`, `best_threshold`, `auroc`, ...
+    dialogue     is the right thing said at the right time?    `match_dialogue`, `sum_dialogue`
+    task state   is the predicted state the true one?          `task_state_metrics`
+
+Every result is first a set of *counts*. Counts of clips, batches and ranks are added, and only the sum is divided
+("micro" averages), so that a number does not depend on how the clips were grouped. An empty set gives 0.0, never NaN.
+`by_dataset` then makes the table: one row a dataset, and the mean over datasets.
+
+Sources: the matching of dialogues is that of ProAssist (arXiv 2506.05904); average precision is the step-wise area
+under the precision-recall curve; AUROC is the Mann-Whitney U statistic; the assignment is the shortest augmenting path
+form of the Hungarian method (Kuhn 1955; Jonker and Volgenant 1987).
+
+Letters: F frames, P predictions, R references, S steps. Frames are rows here: 0 is the clip's first frame.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from prospect.dst import STATES, State, Transition
+from prospect.errors import ProspectError
+
+Result = TypeVar("Result")
+Update = tuple[int, Transition]  # (row of the frame at which it stands, what it does)
+
+EVENT_TOLERANCE = 1.0  # seconds: an event counts as found if it is predicted at most this early or late
+# Thresholds tried by default: equal steps of the logit, 0.0025 ... 0.5 ... 0.9975. (A head trained on rare positives
+# lives near 0, where equal steps of the probability would be far too coarse.)
+THRESHOLDS = 1 / (1 + np.exp(-np.linspace(-6, 6, 121)))
+
+
+# ---------------------------------------------------------------- counts
+
+def ratio(numerator: float, denominator: float) -> float:
+    """numerator / denominator, and 0.0 where the denominator is 0."""
+    return float(numerator / denominator) if denominator else 0.0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many items were predicted, how many should have been, and how many of both are the same. Counts add up."""
+
+    matched: int = 0
+    predicted: int = 0
+    reference: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.matched + other.matched, self.predicted + other.predicted, self.reference + other.reference
+        )
+
+    @property
+    def precision(self) -> float:
+        return ratio(self.matched, self.predicted)
+
+    @property
+    def recall(self) -> float:
+        return ratio(self.matched, self.reference)
+
+    @property
+    def f1(self) -> float:
+        return ratio(2 * self.matched, self.predicted + self.reference)
+
+
+# ---------------------------------------------------------------- the assignment behind both other parts
+
+def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
+    """Give every row of `cost` [n, m], n <= m, a column of its own at the least total cost; np.inf forbids a pair.
+
+    Rows enter one at a time. A new row looks for the cheapest chain "it takes a column, that column's row moves to
+    another, ... until a free column is found": Dijkstra over the columns. Prices per row and column keep
+    cost - row_price - column_price >= 0 everywhere and = 0 on assigned pairs, which is what makes Dijkstra right, and
+    the assignment optimal, after every row. O(n^2 m), vectorised over m.
+
+    Returns the column of each row, [n]. Raises ValueError where no assignment of all rows exists.
+    """
+    n, m = cost.shape
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    column_of = np.full(n, -1)
+    row_of = np.full(m, -1)
+    for new_row in range(n):
+        length = np.full(m, np.inf)  # of the cheapest chain known to each column
+        came_from = np.full(m, -1)   # the row that takes this column in that chain
+        settled = np.zeros(m, bool)
+        row, reached = new_row, 0.0
+        while True:
+            through = reached + cost[row] - row_price[row] - column_price
+            shorter = ~settled & (through < length)
+            length[shorter], came_from[shorter] = through[shorter], row
+            column = int(np.argmin(np.where(settled, np.inf, length)))
+            if settled[column] or length[column] == np.inf:
+                raise ValueError(f"row {new_row} can have no column of its own")
+            settled[column], reached = True, length[column]
+            if row_of[column] < 0:
+                break
+            row = row_of[column]
+
+        row_price[new_row] += reached
+        moved = settled & (row_of >= 0)
+        row_price[row_of[moved]] += reached - length[moved]
+        column_price[settled] -= reached - length[settled]
+
+        while True:  # walk the chain back: each row takes its new column and gives up its old one
+            row = came_from[column]
+            row_of[column] = row
+            column_of[row], column = column, column_of[row]
+            if row == new_row:
+                break
+    return column_of
+
+
+# ---------------------------------------------------------------- decisions: the two heads, frame by frame
+
+@dataclass(frozen=True)
+class DecisionCounts:
+    """One head over one or many clips: exact frames, and events. Counts add up."""
+
+    frames: Counts = Counts()  # over labelled frames: matched = true positives
+    negatives: int = 0         # labelled frames that are 0
+    events: Counts = Counts()  # one reference event a turn, one predicted event a run of firing frames
+
+    def __add__(self, other: "DecisionCounts") -> "DecisionCounts":
+        return DecisionCounts(
+            self.frames + other.frames, self.negatives + other.negatives, self.events + other.events
+        )
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """The mean of the recalls of both classes; a class without a frame has none and is left out (no class: 0.0)."""
+        false_positives = self.frames.predicted - self.frames.matched
+        recalls = []
+        if self.frames.reference:
+            recalls.append(self.frames.recall)
+        if self.negatives:
+            recalls.append(1 - false_positives / self.negatives)
+        return ratio(sum(recalls), len(recalls))
+
+    def summary(self) -> dict[str, float]:
+        """The seven numbers by the names under which they are reported."""
+        return {
+            "frame_precision": self.frames.precision,
+            "frame_recall": self.frames.recall,
+            "frame_f1": self.frames.f1,
+            "balanced_accuracy": self.balanced_accuracy,
+            "event_precision": self.events.precision,
+            "event_recall": self.events.recall,
+            "event_f1": self.events.f1,
+        }
+
+
+def fires(probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """[F] bool: a head fires where its probability *reaches* the threshold. The one place where this is said."""
+    return np.asarray(probabilities, np.float64) >= threshold  # float64: every caller rounds alike
+
+
+def runs_to_events(fired: np.ndarray) -> list[int]:
+    """The first frame index of every run of consecutive True in `fired` [F]: 0 1 1 0 1 -> [1, 4]."""
+    fired = np.asarray(fired, bool)
+    before = np.concatenate([[False], fired[:-1]])
+    return np.flatnonzero(fired & ~before).tolist()
+
+
+def match_events(predicted: Sequence[int], reference: Sequence[int], tolerance: int) -> list[tuple[int, int]]:
+    """Pair events one to one, each pair at most `tolerance` frames apart: as many pairs as possible, and of all ways to
+    have so many the one with the least total distance.
+
+    On a line two crossing pairs can be uncrossed without the larger or the total distance growing, so some best
+    matching keeps the order of both (sorted) lists, and a table over their prefixes finds it:
+
+        best[p, r] = max(best[p-1, r], best[p, r-1], best[p-1, r-1] + gain(p, r))
+
+    where the gain of a pair is so large that no saving of distance is worth losing one. A row needs only the row above,
+    and the term best[p, r-1] is a running maximum, so that a row is a few numpy operations.
+
+    Returns (index into `predicted`, index into `reference`) pairs, in order of time.
+    """
+    if len(predicted) == 0 or len(reference) == 0:
+        return []
+    predicted_order = np.argsort(predicted, kind="stable")
+    reference_order = np.argsort(reference, kind="stable")
+    p_frames = np.asarray(predicted, np.int64)[predicted_order]  # [P]
+    r_frames = np.asarray(reference, np.int64)[reference_order]  # [R]
+    P, R = len(p_frames), len(r_frames)
+
+    distance = np.abs(p_frames[:, None] - r_frames[None, :])  # [P, R]
+    one_pair = 1 + tolerance * min(P, R)                      # more than all the distances of any matching
+    gain = np.where(distance <= tolerance, one_pair - distance, -1)
+    best = np.zeros((P + 1, R + 1), np.int64)
+    for p in range(P):
+        best[p + 1, 1:] = np.maximum(best[p, 1:], best[p, :-1] + gain[p])
+        np.maximum.accumulate(best[p + 1], out=best[p + 1])
+
+    pairs = []
+    p, r = P, R
+    while p and r:
+        if best[p, r] == best[p - 1, r]:
+            p -= 1
+        elif best[p, r] == best[p, r - 1]:
+            r -= 1
+        else:
+            p, r = p - 1, r - 1
+            pairs.append((int(predicted_order[p]), int(reference_order[r])))
+    return pairs[::-1]
+
+
+def event_counts(fired: np.ndarray, event_frames: Sequence[int], fps: float) -> Counts:
+    """Counts of the events in `fired` [F] against one reference event per entry of `event_frames`, within +-1 s."""
+    predicted = runs_to_events(fired)
+    pairs = match_events(predicted, event_frames, int(EVENT_TOLERANCE * fps))
+    return Counts(len(pairs), len(predicted), len(event_frames))
+
+
+def decision_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, event_frames: Sequence[int], threshold: float, fps: float
+) -> DecisionCounts:
+    """One head on one clip at one threshold.
+
+    probabilities  [F] of the head, one per frame
+    labels         [F] 1, 0 or -100; frames labelled -100 take no part in the frame counts (but may fire an event)
+    event_frames   the decision frame of every turn, as row indices 0..F-1
+    """
+    fired = fires(probabilities, threshold)
+    labels = np.asarray(labels)
+    frames = Counts(
+        matched=int((fired & (labels == 1)).sum()),
+        predicted=int((fired & (labels != -100)).sum()),
+        reference=int((labels == 1).sum()),
+    )
+    return DecisionCounts(frames, int((labels == 0).sum()), event_counts(fired, event_frames, fps))
+
+
+def threshold_curve(
+    clips: Sequence[tuple[np.ndarray, Sequence[int]]], fps: float, candidates: Sequence[float] = THRESHOLDS
+) -> list[Counts]:
+    """Event counts at every candidate threshold, summed over `clips` of (probabilities [F], event_frames)."""
+    return [
+        sum((event_counts(fires(probabilities, threshold), events, fps) for probabilities, events in clips), Counts())
+        for threshold in candidates
+    ]
+
+
+def best_threshold(
+    clips: Sequence[tuple[np.ndarray, Sequence[int]]], fps: float, candidates: Sequence[float] = THRESHOLDS
+) -> tuple[float, Counts]:
+    """The candidate with the best event F1 over all `clips` of (probabilities [F], event_frames), and its counts.
+
+    `candidates` ascend, and neighbours often tie. The middle of the longest tied stretch is taken: it is the choice
+    that a small shift of the probabilities harms least.
+    """
+    curve = threshold_curve(clips, fps, candidates)
+    f1 = np.array([counts.f1 for counts in curve])
+    at_best = np.concatenate([[0], f1 == f1.max(), [0]])
+    starts = np.flatnonzero(np.diff(at_best) == 1)
+    ends = np.flatnonzero(np.diff(at_best) == -1)  # exclusive
+    longest = int(np.argmax(ends - starts))
+    middle = int(starts[longest] + ends[longest] - 1) // 2
+    return float(candidates[middle]), curve[middle]
+
+
+def _hits_by_score(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of the labelled frames: how many positives and negatives lie at each distinct probability, highest first."""
+    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
+    kept = labels != -100
+    scores, group = np.unique(-probabilities[kept], return_inverse=True)
+    positives = np.bincount(group, weights=labels[kept] == 1, minlength=len(scores))
+    negatives = np.bincount(group, weights=labels[kept] == 0, minlength=len(scores))
+    return positives, negatives
+
+
+def average_precision(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Sum over thresholds of precision times the recall gained there; equal probabilities are one threshold.
+
+    probabilities [F], labels [F] in {1, 0, -100}, both pooled over all clips. No positive frame gives 0.0.
+    """
+    positives, negatives = _hits_by_score(probabilities, labels)
+    if positives.sum() == 0:
+        return 0.0
+    found = np.cumsum(positives)
+    precision = found / np.cumsum(positives + negatives)
+    return float((precision * positives).sum() / positives.sum())
+
+
+def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """The chance that a positive frame scores higher than a negative one, a tie counting one half.
+
+    probabilities [F], labels [F] in {1, 0, -100}, both pooled over all clips. Without both classes it is 0.0.
+    """
+    positives, negatives = _hits_by_score(probabilities, labels)
+    pairs = positives.sum() * negatives.sum()
+    lower_negatives = negatives.sum() - np.cumsum(negatives)
+    return ratio((positives * (lower_negatives + negatives / 2)).sum(), pairs)
+
+
+# ---------------------------------------------------------------- dialogue: what is said, and when
+
+# Seconds (l, r) by dataset: a prediction at frame i may stand for a reference at frame j where l <= j - i <= r. So r is
+# how far a prediction may come *before* its reference, and -l how far after. The first name found in the dataset's own
+# name decides.
+WINDOWS = {
+    "narration": (-2.5, 2.5),
+    "ego4d": (-4.0, 8.5),
+    "epickitchens": (-1.5, 3.0),
+    "holoassist": (-1.5, 2.5),
+    "egoexolearn": (-2.0, 3.5),
+    "assembly101": (-2.0, 4.0),
+    "wtag": (-3.0, 6.0),
+}
+OTHER_WINDOW = (-2.5, 2.5)
+
+_DIALOGUE_SUMS = (
+    "num_matched", "num_mismatched", "num_missed", "num_redundant", "time_diff_sum", "semantic_sum", "semantic_count"
+)
+
+
+def window_of(dataset: str) -> tuple[float, float]:
+    """The matching window (l, r) of a dataset in seconds, see WINDOWS."""
+    return next((window for name, window in WINDOWS.items() if name in dataset.lower()), OTHER_WINDOW)
+
+
+def match_dialogue(
+    predicted_frames: Sequence[int],
+    reference_frames: Sequence[int],
+    similarity: np.ndarray,
+    *,
+    num_frames: int,
+    fps: float,
+    window_seconds: tuple[float, float],
+    distance_factor: float = 0.3,
+    distance_power: float = 1.5,
+    threshold: float = 0.5,
+    compat: str | None = None,
+) -> dict[str, Any]:
+    """Match what the assistant said to what it should have said, as ProAssist does (arXiv 2506.05904).
+
+    Every prediction takes one frame of its window, no two the same, at the least total cost. From i, frame j costs
+
+        (1 - s if a reference stands at j, else 1) + distance_factor * (|i - j| / max(|l|, r)) ** distance_power
+
+    with s = |similarity| of the two texts. A prediction whose frame holds a reference is matched: *correct* if
+    s > threshold, else *mismatched*. One whose frame holds none is *redundant*; a reference that nobody took is
+    *missed*.
+
+        frames      0    1    2    3    4    5        A at 1 takes reference x at 2: matched, one frame early
+        reference             x         y             B at 5 takes its own frame:    redundant
+        predicted        A                   B        y is taken by nobody:          missed
+
+    predicted_frames  P distinct rows 0..num_frames-1, one for every frame on which the assistant spoke
+    reference_frames  R distinct rows, the decision frames of the assistant's turns (turns at one frame are one text)
+    similarity        [P, R] cosine of the texts
+    window_seconds    (l, r), made frames by int(seconds * fps)
+    compat            "proassist" reproduces a defect of ProAssist's code: it keeps costs in a sparse matrix, where a
+                      cost of exactly 0 (the same text on the same frame) is no entry, so that the pair cannot be
+                      chosen. Where that leaves a prediction no frame at all (ProAssist stops there), it counts as
+                      redundant. For comparing with published numbers only.
+
+    Returns counts, rates, `time_diff` (seconds, mean over correct pairs), `semantic_score` (mean s over matched pairs
+    with s >= threshold), `pairs` [(prediction, reference)] of all matched pairs, `correct_pairs` of the correct ones,
+    and the sums that `sum_dialogue` needs. Raises ProspectError for frames that are not distinct or lie outside, a
+    similarity of the wrong shape or not finite, a window without the frame itself, an unknown `compat`.
+    """
+    predicted, reference = np.asarray(predicted_frames, np.int64), np.asarray(reference_frames, np.int64)  # [P], [R]
+    P, R = len(predicted), len(reference)
+    similarity = np.abs(np.asarray(similarity, np.float64)) if P and R else np.zeros((P, R))
+    if similarity.shape != (P, R) or not np.isfinite(similarity).all():
+        what = f"similarity must be finite and {(P, R)}, is {similarity.shape}"
+        raise ProspectError(what, where="match_dialogue", remedy="one row a prediction, one column a reference")
+    for name, frames in (("predicted", predicted), ("reference", reference)):
+        if len(np.unique(frames)) != len(frames):
+            what = f"two {name} texts at one frame"
+            raise ProspectError(what, where="match_dialogue", remedy="join the texts of one frame")
+        if len(frames) and not (0 <= frames.min() and frames.max() < num_frames):
+            what = f"a {name} frame lies outside 0..{num_frames - 1}"
+            raise ProspectError(what, where="match_dialogue", remedy="rows count from the clip's first frame")
+    if compat not in (None, "proassist"):
+        raise ProspectError(f"unknown compat {compat!r}", where="match_dialogue", remedy='None or "proassist"')
+    earliest, latest = (int(seconds * fps) for seconds in window_seconds)
+    if not earliest <= 0 <= latest:
+        what = f"window {tuple(window_seconds)} does not hold the prediction's own frame"
+        raise ProspectError(what, where="match_dialogue", remedy="seconds (l, r) with l <= 0 <= r")
+
+    # Only frames that some prediction can reach become columns, C of them.
+    columns = np.unique(predicted[:, None] + np.arange(earliest, latest + 1))
+    columns = columns[(columns >= 0) & (columns < num_frames)]  # [C]
+    reference_at = np.full(num_frames, -1)
+    reference_at[reference] = np.arange(R)
+    reference_of = reference_at[columns]  # [C] index of the reference there, -1 for none
+    offset = columns[None, :] - predicted[:, None]  # [P, C]
+    # Similarity 0 to "no reference", which index -1 finds in the padded last column.
+    text_cost = 1 - np.pad(similarity, ((0, 0), (0, 1)))[:, reference_of]  # [P, C]
+    reach = max(abs(earliest), latest) or 1  # a window of one frame has no distance
+    cost = text_cost + distance_factor * (np.abs(offset) / reach) ** distance_power
+    cost[(offset < earliest) | (offset > latest)] = np.inf
+    if compat == "proassist":
+        cost[cost == 0] = np.inf
+        no_frame = np.full((P, P), 2 * P * (1 + distance_factor))  # dearer than any assignment that has a frame for it
+        cost, reference_of = np.hstack([cost, no_frame]), np.concatenate([reference_of, np.full(P, -1)])
+
+    taken = reference_of[minimum_cost_assignment(cost)]  # [P] the reference of each prediction, or -1
+    pairs = [(p, int(r)) for p, r in enumerate(taken) if r >= 0]
+    scores = [float(similarity[pair]) for pair in pairs]
+    correct = [pair for pair, score in zip(pairs, scores) if score > threshold]
+    semantic = [score for score in scores if score >= threshold]
+    result = _dialogue_rates({
+        "num_matched": len(correct),
+        "num_mismatched": len(pairs) - len(correct),
+        "num_missed": R - len(pairs),
+        "num_redundant": P - len(pairs),
+        "time_diff_sum": float(sum(abs(predicted[p] - reference[r]) for p, r in correct) / fps),
+        "semantic_sum": float(sum(semantic)),
+        "semantic_count": len(semantic),
+    })
+    return {**result, "pairs": pairs, "correct_pairs": correct}
+
+
+def sum_dialogue(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of `match_dialogue` on several clips as one: the rates of the sums. Sums may be summed again."""
+    return _dialogue_rates({key: sum(result[key] for result in results) for key in _DIALOGUE_SUMS})
+
+
+def _dialogue_rates(sums: dict[str, Any]) -> dict[str, Any]:
+    M, missed, redundant = sums["num_matched"], sums["num_missed"], sums["num_redundant"]
+    A = M + sums["num_mismatched"]  # all matched pairs
+    return {
+        **sums,
+        "precision": ratio(M, A + redundant),
+        "recall": ratio(M, A + missed),
+        "f1": ratio(2 * M, 2 * A + redundant + missed),
+        "jaccard_index": ratio(M, A + missed + redundant),
+        "missing_rate": ratio(missed, A + missed),
+        "redundant_rate": ratio(redundant, A + redundant),
+        "time_diff": ratio(sums["time_diff_sum"], M),
+        "semantic_score": ratio(sums["semantic_sum"], sums["semantic_count"]),
+    }
+
+
+# ---------------------------------------------------------------- task state
+
+@dataclass(frozen=True, eq=False)  # an array has no single answer to ==
+class TaskStateCounts:
+    """Task state over one or many clips. Counts add up."""
+
+    frames: int = 0        # of clips that have steps
+    frames_right: int = 0  # on which every step's state is right
+    states: np.ndarray = field(default_factory=lambda: np.zeros((3, 3), np.int64))  # [reference, predicted]
+    transitions: Counts = Counts()  # the same step, the same transition, within the window
+    time_errors: tuple[float, ...] = ()  # seconds, one per matched transition, >= 0
+    timed: int = 0         # updates paired by time alone,
+    timed_step: int = 0        # of these with the right step,
+    timed_transition: int = 0  # and with the right transition
+    generated: int = 0     # update texts written
+    valid: int = 0         # of these that parse, name known steps and are legal
+
+    def __add__(self, other: "TaskStateCounts") -> "TaskStateCounts":
+        return TaskStateCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 of the three states; one that neither occurs nor is predicted is left out."""
+        right, reference, predicted = np.diag(self.states), self.states.sum(1), self.states.sum(0)
+        occurs = (reference + predicted) > 0
+        return ratio((2 * right[occurs] / (reference + predicted)[occurs]).sum(), occurs.sum())
+
+    def summary(self) -> dict[str, float]:
+        """The numbers by the names under which they are reported; times in seconds."""
+        return {
+            "joint_goal_accuracy": ratio(self.frames_right, self.frames),
+            "step_state_accuracy": ratio(np.trace(self.states), self.states.sum()),
+            "state_macro_f1": self.macro_f1,
+            "transition_precision": self.transitions.precision,
+            "transition_recall": self.transitions.recall,
+            "transition_f1": self.transitions.f1,
+            "timed_step_accuracy": ratio(self.timed_step, self.timed),
+            "timed_transition_accuracy": ratio(self.timed_transition, self.timed),
+            "time_error_mean": ratio(sum(self.time_errors), len(self.time_errors)),
+            "time_error_p90": float(np.percentile(self.time_errors, 90)) if self.time_errors else 0.0,
+            "valid_update_ratio": ratio(self.valid, self.generated),
+        }
+
+
+def state_matrix(states: Sequence[State], step_ids: Sequence[str]) -> np.ndarray:
+    """[F, S] indices into STATES; a step that a state does not mention has not started."""
+    rows = [[STATES.index(state.get(step, "not_started")) for step in step_ids] for state in states]
+    return np.array(rows, np.int64).reshape(len(states), len(step_ids))
+
+
+def task_state_metrics(
+    predicted_states: np.ndarray,
+    reference_states: np.ndarray,
+    predicted_updates: Sequence[Update],
+    reference_updates: Sequence[Update],
+    *,
+    num_generated: int,
+    num_valid: int,
+    fps: float,
+    window_seconds: tuple[float, float],
+) -> TaskStateCounts:
+    """Task state of one clip.
+
+    predicted_states, reference_states    [F, S] indices into STATES, after the updates of each frame (`state_matrix`)
+    predicted_updates, reference_updates  single transitions, (row, Transition); the predicted are those applied
+    num_generated, num_valid              update texts written, and how many of them were applied
+    window_seconds                        (l, r) as for dialogue
+
+    A step or transition that is wrong, missing, extra or too far away is an error of its own: updates are paired by
+    time and meaning, never by their order.
+    """
+    F, S = reference_states.shape
+    if S == 0:  # a clip without a task has no state to be right about
+        F = 0
+    same = predicted_states == reference_states  # [F, S]
+    states = np.zeros((3, 3), np.int64)
+    np.add.at(states, (reference_states.ravel(), predicted_states.ravel()), 1)
+
+    window = tuple(int(seconds * fps) for seconds in window_seconds)
+    exact = _pair_updates(predicted_updates, reference_updates, window, same_meaning=True)
+    timed = _pair_updates(predicted_updates, reference_updates, window, same_meaning=False)
+    return TaskStateCounts(
+        frames=F,
+        frames_right=int(same.all(1).sum()) if F else 0,
+        states=states,
+        transitions=Counts(len(exact), len(predicted_updates), len(reference_updates)),
+        time_errors=tuple(abs(p[0] - r[0]) / fps for p, r in exact),
+        timed=len(timed),
+        timed_step=sum(p[1].id == r[1].id for p, r in timed),
+        timed_transition=sum(p[1].transition == r[1].transition for p, r in timed),
+        generated=num_generated,
+        valid=num_valid,
+    )
+
+
+def _pair_updates(
+    predicted: Sequence[Update], reference: Sequence[Update], window: tuple[int, int], *, same_meaning: bool
+) -> list[tuple[Update, Update]]:
+    """Pairs within the window: as many as possible, at the least total distance, agreeing in meaning where they can.
+
+    `same_meaning` admits only pairs of the same step and transition. The three wishes, in their order, are one cost: a
+    frame of distance weighs more than all disagreements together, an update left alone more than all distances.
+    """
+    P, R = len(predicted), len(reference)
+    cost = np.full((P, R + P), np.inf)  # the last P columns: left alone
+    disagreements = 2 * min(P, R) + 1
+    distances = (max(abs(window[0]), window[1]) * min(P, R) + 1) * disagreements
+    cost[:, R:] = distances
+    for p, (p_row, p_move) in enumerate(predicted):
+        for r, (r_row, r_move) in enumerate(reference):
+            differ = (p_move.id != r_move.id) + (p_move.transition != r_move.transition)
+            if window[0] <= r_row - p_row <= window[1] and not (same_meaning and differ):
+                cost[p, r] = abs(r_row - p_row) * disagreements + differ
+    taken = minimum_cost_assignment(cost)
+    return [(predicted[p], reference[r]) for p, r in enumerate(taken) if r < R]
+
+
+# ---------------------------------------------------------------- reporting
+
+def by_dataset(
+    clips: Sequence[tuple[str, Result]], summarise: Callable[[list[Result]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """A summary per dataset, by name, and `macro`: the plain mean over datasets of every number but counts and sums.
+
+    clips      (name of the dataset, result of the clip)
+    summarise  the results of one dataset's clips -> its numbers, the same for every dataset, e.g. `sum_dialogue`
+    """
+    datasets = sorted({name for name, _ in clips})
+    table = {name: summarise([result for other, result in clips if other == name]) for name in datasets}
+    rates = [key for key, value in table[datasets[0]].items() if isinstance(value, float)] if datasets else []
+    macro = {
+        key: float(np.mean([numbers[key] for numbers in table.values()])) for key in rates if key not in _DIALOGUE_SUMS
+    }
+    return {**table, "macro": macro}
