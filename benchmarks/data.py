@@ -1,0 +1,130 @@
+"""How fast clips become batches: each stage alone on one core, then the whole with worker processes.
+
+    python benchmarks/data.py [--clips 64] [--frames 300] [--passes 5]
+
+Made-up clips with a turn about every 20 frames and a tokenizer trained on them, so that nothing has to be downloaded.
+Reading the embedding files is part of `load` and of the last rows, and of no other. The stages are timed in seconds of
+processor time, so that a busy machine does not change them, the whole in seconds on the wall.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from prospect.config import DataConfig
+from prospect.data import Corpus, collate, epoch_batches, lay_out, make_sample
+from prospect.tokenizer import Tokenizer, train_tokenizer
+
+VISION_DIM = 2048
+REPLY = "Well done. Now take the next wheel, put it on the axle and turn the screw until the wheel is tight."
+
+
+def write_clips(folder: Path, clips: int, frames: int) -> Path:
+    """A clip file and its .npy embeddings; every clip starts and completes its steps in turn."""
+    (folder / "embeddings").mkdir()
+    rows = np.random.default_rng(0).standard_normal((frames, VISION_DIM)).astype(np.float16)
+    raw = []
+    for c in range(clips):
+        steps = [f"S{i + 1}" for i in range(frames // 40)]
+        conversation = []
+        for i, step in enumerate(steps):
+            at = 100 + 40 * i
+            for frame, transition in ((at + 10, "start"), (at + 30, "complete")):
+                turn = {"start_frame": frame - 2, "end_frame": frame}
+                update = [{"id": step, "transition": transition}]
+                conversation.append({"role": "DST_UPDATE", "content": update, **turn})
+                conversation.append({"role": "assistant", "content": f"{step}: {REPLY}", **turn})
+        named = [{"id": step, "name": f"Screw wheel {step} to the chassis."} for step in steps]
+        raw.append(
+            {"id": f"clip{c}", "start_frame_idx": 100, "end_frame_idx": 99 + frames, "conversation": conversation}
+            | {"dst": named, "inferred_goal": "Assembling a toy truck"}
+        )
+        np.save(folder / "embeddings" / f"clip{c}_embeddings.npy", rows)
+    path = folder / "clips.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    return path
+
+
+class Batches:
+    """The batches of one epoch as a data set: item i is the i-th batch, collated."""
+
+    def __init__(self, corpus: Corpus, batches: list[list[int]], pad_id: int):
+        self.corpus, self.batches, self.pad_id = corpus, batches, pad_id
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> dict:
+        return collate([self.corpus[0, index] for index in self.batches[i]], self.pad_id)
+
+
+def clips_per_second(work: Callable[[], None], clips: int, passes: int, clock: Callable[[], float]) -> float:
+    """The best of several passes: the others were disturbed by something."""
+    seconds = []
+    for _ in range(passes):
+        started = clock()
+        work()
+        seconds.append(clock() - started)
+    return clips / min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=64)
+    parser.add_argument("--frames", type=int, default=300, help="of each clip")
+    parser.add_argument("--passes", type=int, default=5, help="over the clips; the fastest counts")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_clips(Path(folder), args.clips, args.frames)
+        train_tokenizer([path.read_text(encoding="utf-8")], 512, Path(folder))
+        tokenizer = Tokenizer(folder, "plain")
+        config = DataConfig(max_seq_len=8192, batch_tokens=8192)
+        corpus = Corpus([str(path)], config, tokenizer, VISION_DIM, rate=0.5, seed=0)
+        loaded = [corpus.load(0, c) for c in range(args.clips)]
+        layouts = [lay_out(clip, config, 0.5, 0, 0) for clip, _ in loaded]
+        windows = [entry.window for entry in corpus.entries]
+
+        def load() -> None:
+            for c in range(args.clips):
+                corpus.load(0, c)
+
+        def lay_out_all() -> None:
+            for clip, _ in loaded:
+                lay_out(clip, config, 0.5, 0, 0)
+
+        def make_all() -> list:
+            return [
+                make_sample(clip, layout, window, rows, tokenizer, config)
+                for (clip, rows), layout, window in zip(loaded, layouts, windows, strict=True)
+            ]
+
+        samples = make_all()
+        batches = epoch_batches(corpus.lengths(), config.batch_tokens, 0, 0)
+
+        def collate_all() -> None:
+            for batch in batches:
+                collate([samples[i] for i in batch], tokenizer.pad_id)
+
+        print(f"{args.clips} clips of {args.frames} frames, {corpus.lengths().mean():.0f} tokens each")
+        stages = {
+            "load (parsed once; .npy)": load,
+            "lay out": lay_out_all,
+            "format, tokenize, label": make_all,
+            "collate": collate_all,
+        }
+        for name, work in stages.items():
+            print(f"{name:28}{clips_per_second(work, args.clips, args.passes, time.process_time):10.0f} clips/s")
+        for workers in (0, 1, 2):
+            loader = DataLoader(Batches(corpus, batches, tokenizer.pad_id), batch_size=None, num_workers=workers)
+            rate = clips_per_second(lambda: list(loader), args.clips, args.passes, time.perf_counter)
+            print(f"{f'whole, {workers} workers':28}{rate:10.0f} clips/s")
+
+
+if __name__ == "__main__":
+    main()

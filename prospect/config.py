@@ -1,0 +1,315 @@
+"""The configuration: dataclasses whose fields carry meaning and unit, read from YAML, overridden by `section.key=value`.
+
+Unknown keys and values of the wrong type are errors, told all at once. config.yaml at the root comments every field.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prospect.errors import ProspectError
+
+
+@dataclass
+class RunConfig:
+    name: str = "sample"  # the run's directory is {out}/{name}
+    out: str = "runs"
+    seed: int = 0  # of weights, data order and negative sampling
+
+
+@dataclass
+class ModelSection:
+    """A backbone directory, or the shape of a small model trained from scratch."""
+
+    backbone: str | None = None  # Hugging Face directory; its config.json then gives the shape
+    vision_dim: int = 2048  # D, width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
+    dst_state_head: bool = False  # a head for the state of the most recently started step
+    # from scratch only:
+    vocab_size: int = 1024  # tokens of the byte-level BPE trained on the training clips
+    hidden_size: int = 128
+    intermediate_size: int = 352
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+
+
+@dataclass
+class HybridConfig:
+    """`data.frames: hybrid` (seed 002's sampling). Frames of DST_UPDATE turns are always kept."""
+
+    speaking_window: float = 1.0  # seconds kept on either side of an assistant turn
+    regular_interval: int = 50  # every n-th frame of the clip
+    random_share: float = 0.2  # of the remaining frames
+    max_frames_per_clip: int = 200
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = field(default_factory=lambda: ["data/sample/train.json"])  # clip files
+    val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
+    embeddings: str | None = None  # folder of embedding files; default: `embeddings/` beside each clip file
+    embeddings_outside: bool = False  # allow a clip's `embeddings` field to point outside that folder
+    sample: Literal["easy", "hard"] | None = None  # make the sample corpus at this difficulty when data.train is absent
+    on_bad: Literal["stop", "skip"] = "stop"  # what to do about a bad clip
+    workers: int = 0  # processes that prepare batches beside the training loop
+    # the sequence
+    layout: Literal["stream", "turns"] = "stream"
+    frames: Literal["all", "turns", "hybrid"] = "all"
+    hybrid: HybridConfig = field(default_factory=HybridConfig)
+    template: Literal["plain", "chatml", "llama3", "smolvlm"] = "plain"
+    dst: bool = True  # False: no steps in the prompt, no updates, no second head (ProAssist's architecture)
+    dst_format: Literal["arrow", "json"] = "arrow"
+    recipe: bool = False  # put `inferred_knowledge` into the prompt
+    max_seq_len: int = 1024  # tokens of a sequence, in training and at inference
+    long_clips: Literal["split", "truncate"] = "split"
+    overlap: float = 0.25  # share of a window that is repeated, unlearned, at the start of the next
+    # the labels
+    binary_at: Literal["frames", "text"] = "frames"
+    positive_frames: Literal["range", "last"] = "range"
+    neg_frame_sampling_rate: float = 0.5  # share of a clip's silent frames that are learned from, in training
+    val_neg_frame_sampling_rate: float = 1.0
+    silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decision mode)
+    # the batches
+    batch_tokens: int = 4096  # tokens of a micro-batch, padding included
+
+
+@dataclass
+class LossConfig:
+    """total = sum of weight * loss."""
+
+    speaking_gen_weight: float = 1.0
+    speaking_binary_weight: float = 1.0
+    dst_gen_weight: float = 1.0
+    dst_binary_weight: float = 1.0
+    dst_state_weight: float = 1.0  # only with model.dst_state_head
+    bce: Literal["mean", "balanced", "focal"] = "mean"
+
+
+@dataclass
+class TrainConfig:
+    max_steps: int | None = None  # optimizer steps; default: as many as num_epochs need
+    num_epochs: int = 10
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1  # the schedule ends at this share of learning_rate
+    weight_decay: float = 0.01  # on matrices; never on norms and biases
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
+    gradient_accumulation_steps: int = 1  # micro-batches of an optimizer step, on each rank
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tune: Literal["full", "heads", "lora"] = "full"  # heads and lora leave the backbone as it is
+    lora_rank: int = 16
+    lora_alpha: float = 32.0  # what an adapter says is multiplied by alpha / rank
+    lora_dropout: float = 0.0  # of an adapter's input, in training
+    lora_targets: list[str] = field(  # layers that get an adapter
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    backbone_learning_rate: float | None = None  # peak of each part; default: learning_rate
+    adapter_learning_rate: float | None = None
+    projector_learning_rate: float | None = None
+    heads_learning_rate: float | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several ranks: each holds the whole model, or a share of every weight
+    nonfinite: Literal["stop", "skip"] = "stop"  # what to do about a loss or gradient that is not finite
+    max_skips: int = 20  # steps skipped one after another before the run stops all the same
+    device: str = "auto"  # auto: cuda when there is one, else cpu
+    log_every: int = 1  # steps
+    eval_every: int = 200  # steps; and always after the last
+    save_every: int = 200  # steps; and always after the last
+    keep: int = 2  # newest checkpoints kept, besides the best
+    sharded_checkpoints: bool = False  # every rank writes its share; `python -m prospect.checkpoint` makes a full one of it
+    resume: str = "auto"  # auto: go on from the run's last checkpoint; never; or a checkpoint directory
+
+
+@dataclass
+class InferConfig:
+    # what happens when the context is full; slide is exactly what training shows
+    strategy: Literal["none", "drop_all", "drop_middle", "summarize_and_drop", "summarize_with_dst", "slide"] = "slide"
+    decision: Literal["heads", "lm"] = "heads"  # lm: speak when P(end token) at the frame falls below 1 - threshold
+    speaking_threshold: float | None = None  # default: the best on validation, stored in the checkpoint
+    dst_threshold: float | None = None
+    reserved: int = 128  # tokens of the context kept free for what is written at one frame
+    max_reply_tokens: int = 64
+    max_update_tokens: int = 48
+    constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
+    lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
+    device: str = "auto"
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    infer: InferConfig = field(default_factory=InferConfig)
+
+
+# A limit that a value must keep, by field: (lowest, highest), both allowed.
+_BOUNDS = {
+    "model.vision_dim": (1, 1_000_000), "model.vocab_size": (259, 10_000_000), "model.hidden_size": (1, 1_000_000),
+    "model.num_hidden_layers": (1, 10_000), "model.num_attention_heads": (1, 10_000), "model.num_key_value_heads": (1, 10_000),
+    "data.workers": (0, 1024), "data.max_seq_len": (16, 10_000_000), "data.overlap": (0, 0.9),
+    "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1), "data.batch_tokens": (16, 100_000_000),
+    "data.hybrid.random_share": (0, 1), "data.hybrid.regular_interval": (1, 1_000_000), "data.hybrid.max_frames_per_clip": (1, 10_000_000),
+    "train.max_steps": (1, 10**9), "train.num_epochs": (1, 10**6), "train.learning_rate": (0, 10), "train.min_lr_ratio": (0, 1),
+    "train.warmup_steps": (0, 10**9), "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9),
+    "train.eval_every": (1, 10**9), "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
+    "train.max_skips": (1, 10**6),
+    "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
+    "train.backbone_learning_rate": (0, 10), "train.adapter_learning_rate": (0, 10), "train.projector_learning_rate": (0, 10),
+    "train.heads_learning_rate": (0, 10),
+    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.reserved": (1, 10_000_000),
+    "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
+}  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """The configuration in a YAML file, with overrides like `train.learning_rate=3e-4` on top.
+
+    Raises ProspectError naming every unknown key and every value of a wrong type or out of bounds.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProspectError("no such config file", where=str(path), remedy="python train.py config.yaml") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProspectError(f"cannot be read: {error}", where=str(path)) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ProspectError(f"is not YAML: {error}", where=str(path), remedy="mind indentation and colons") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ProspectError("must hold sections (run, model, data, ...)", where=str(path))
+    return make_config(apply_overrides(values, overrides), str(path))
+
+
+def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or "." not in key:
+            raise ProspectError(f"cannot read {override!r}", where="command line", remedy="write section.key=value")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ProspectError(f"cannot read the value of {override!r}", where="command line") from error
+        section, *middle, last = key.split(".")
+        node = values
+        for name in (section, *middle):
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ProspectError(f"{key} is not a section's key", where="command line")
+        node[last] = value
+    return values
+
+
+def make_config(values: dict[str, Any], where: str) -> Config:
+    problems: list[str] = []
+    config = _fill(Config, values, "", problems)
+    if not problems:
+        problems += _cross_checks(config)
+    if problems:
+        raise ProspectError("; ".join(problems), where=where, remedy="config.yaml comments every key")
+    return config
+
+
+def _fill(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
+    """A dataclass of `kind` from a dict, nested dataclasses too; what does not fit is appended to `problems`."""
+    if not isinstance(values, dict):
+        problems.append(f"{prefix.rstrip('.')} must be a section of keys")
+        return kind()
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            problems.append(f"unknown key {prefix}{key}" + (f" (did you mean {prefix}{close[0]}?)" if close else ""))
+    filled = {}
+    for key, hint in hints.items():
+        if key not in values:
+            continue
+        if dataclasses.is_dataclass(hint):
+            filled[key] = _fill(hint, values[key], f"{prefix}{key}.", problems)
+            continue
+        try:
+            filled[key] = _coerce(values[key], hint)
+        except ValueError as error:
+            problems.append(f"{prefix}{key} {error}")
+            continue
+        low, high = _BOUNDS.get(prefix + key, (None, None))
+        if low is not None and filled[key] is not None and not low <= filled[key] <= high:
+            problems.append(f"{prefix}{key} must lie between {low} and {high}, not {filled[key]}")
+    return kind(**filled)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as the type of its field, strictly: "False" is no bool and 1.5 no int. Raises ValueError saying what is expected."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _coerce(value, next(option for option in options if option is not type(None)))
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(map(str, choices))}, not {value!r}")
+        return value
+    if hint == list[str]:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
+            raise ValueError(f"must be a path or a list of paths, not {value!r}")
+        return items
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is str and isinstance(value, str):
+        return value
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # run.name=3
+    raise ValueError(f"must be {hint.__name__}, not {value!r}")
+
+
+def _cross_checks(config: Config) -> list[str]:
+    problems = []
+    m, d = config.model, config.data
+    if d.max_seq_len > d.batch_tokens:
+        problems.append(f"data.batch_tokens {d.batch_tokens} cannot hold one sequence of data.max_seq_len {d.max_seq_len}")
+    if config.infer.reserved >= d.max_seq_len:
+        problems.append(f"infer.reserved {config.infer.reserved} leaves nothing of data.max_seq_len {d.max_seq_len}")
+    if m.backbone is None and m.hidden_size % m.num_attention_heads:
+        problems.append(f"model.hidden_size {m.hidden_size} is not a multiple of model.num_attention_heads {m.num_attention_heads}")
+    elif m.backbone is None and (m.hidden_size // m.num_attention_heads) % 2:
+        problems.append("model.hidden_size / model.num_attention_heads must be even (RoPE turns pairs)")
+    if m.backbone is None and m.num_attention_heads % m.num_key_value_heads:
+        problems.append("model.num_attention_heads is not a multiple of model.num_key_value_heads")
+    if m.backbone is None and config.train.tune != "full":
+        problems.append(f"train.tune={config.train.tune} needs a pretrained model.backbone; from scratch everything is trained")
+    if config.train.sharded_checkpoints and config.train.tune != "full":
+        problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
+    if m.dst_state_head and not d.dst:
+        problems.append("model.dst_state_head needs data.dst")
+    if d.frames != "all" and d.layout == "turns":
+        problems.append("data.frames belongs to data.layout=stream; the turns layout has its own frames")
+    return problems
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)
