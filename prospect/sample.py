@@ -20,7 +20,7 @@ The difficulty is the noise and nothing else: a clip's story is the same, word f
 look is the right one on every frame. `hard`: on about two frames of three, so that evidence must be gathered.
 
 **The people** do not follow the recipe to the letter. The assistant names the lowest step not yet completed; the person
-does that one, or one of the next two. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells
+does that one, or the one after it. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells
 which. One must have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
 
     frame   50          60               91               130             138             170
@@ -64,7 +64,7 @@ GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is a
 LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip
 MID_TASK_PROBABILITY = 0.5  # that a clip begins with some steps already completed
 IN_PROGRESS_PROBABILITY = 0.4  # that such a clip begins with yet another step under way
-OBEY_PROBABILITY = 0.65  # that the person begins the step just named, and not one of the next two
+OBEY_PROBABILITY = 0.7  # that the person begins the step just named, and not the next open one
 QUESTION_PROBABILITY = 0.15  # that the next event is a user's question
 MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, once a step at most
 
@@ -223,11 +223,11 @@ def act_out(rng: np.random.Generator) -> Story:
 
 
 def _choose_step(done: list[int], rng: np.random.Generator) -> int:
-    """The step the person begins: the lowest open one, which the assistant has named, or one of the two after it."""
+    """The step the person begins: the lowest open one, which the assistant has named, or the one after it."""
     open_steps = [step for step in range(NUM_STEPS) if step not in done]
     if len(open_steps) == 1 or rng.random() < OBEY_PROBABILITY:
         return open_steps[0]
-    return int(rng.choice(open_steps[1:3]))
+    return open_steps[1]
 
 
 def _draw_gap(rng: np.random.Generator) -> int:
