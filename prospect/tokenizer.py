@@ -39,10 +39,10 @@ class Template:
         llama3   <|start_header_id|>assistant<|end_header_id|>⏎⏎Great! Now the wheels.<|eot_id|>
         smolvlm  Assistant: Great! Now the wheels.<end_of_utterance>⏎
 
-    The end token is learned as part of the turn; `after` (the line break of chatml and smolvlm) is not. System, user and
-    assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's, llama3 Llama 3's,
-    smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 begin the system turn with "Cutting
-    Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made.
+    The end token is learned as part of the turn; `after` (the line break of chatml and smolvlm) is not. System, user
+    and assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's, llama3
+    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 begin the system turn with
+    "Cutting Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made.
     """
 
     bos: str  # control token before everything, or ""
@@ -82,8 +82,8 @@ def make_template(name: str, bos: str, eos: str) -> Template:
     if name == "smolvlm":
         return Template("<|im_start|>", open="", close="", line_break="", gap=" ", end="<end_of_utterance>", after="\n")
     assert name == "llama3", name
-    bos, close = "<|begin_of_text|>", "<|end_header_id|>"
-    return Template(bos, open="<|start_header_id|>", close=close, line_break="\n\n", gap="", end="<|eot_id|>", after="", strip=True)
+    bos, open, close = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"
+    return Template(bos, open, close, line_break="\n\n", gap="", end="<|eot_id|>", after="", strip=True)
 
 
 class Tokenizer:
@@ -112,7 +112,7 @@ class Tokenizer:
         plain["added_tokens"], plain["post_processor"] = [], None
         self.text_backend = Backend.from_str(json.dumps(plain))  # knows no control token, so no text can become one
         bos = names.get("bos_token", "")
-        begins = self.backend.encode("").tokens[:1] == [bos]  # Llama's tokenizers put it before every text, SmolLM2's do not
+        begins = self.backend.encode("").tokens[:1] == [bos]  # Llama's tokenizers begin every text with it
         self.template = make_template(template, bos if begins else "", names.get("eos_token", ""))
         if template == "plain" and not self.template.end:
             remedy = "add eos_token to tokenizer_config.json, or choose data.template=chatml or llama3"

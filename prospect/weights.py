@@ -1,0 +1,695 @@
+"""Weights in and out: Hugging Face directories, our checkpoints, and the export from the one to the other.
+
+Everything is safetensors and JSON. One layout serves checkpoints and exports:
+
+    config.json                   Hugging Face's LlamaConfig, and our own settings under the key "prospect"
+    model.safetensors             the transformer (or shards with model.safetensors.index.json)
+    prospect.safetensors          mm_projector and the decision heads
+    adapter_config.json,          LoRA adapters, as peft writes them
+    adapter_model.safetensors
+
+A backbone has only the first two. A checkpoint of `tune: full` has the first three. A checkpoint of `tune: heads` or
+`lora` leaves the transformer out and names the directory where it lies in config.json: loading puts the two together.
+An export (`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and all of its transformer, so
+that `LlamaForCausalLM.from_pretrained` opens it.
+
+The model is built on the meta device, where it has shapes but no memory; tensors are then mapped from their files and
+assigned, so that nothing is allocated twice and nothing initialised that a file overwrites. Names, shapes and types are
+all compared before the first tensor is read.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prospect.config import Config
+from prospect.errors import ProspectError, run_entry_point
+from prospect.lora import (
+    PEFT_PREFIX,
+    TARGETS,
+    add_lora,
+    is_adapter,
+    is_ours,
+    merge_lora,
+    part_of,
+    peft_config,
+    storage_dtype,
+)
+from prospect.model import LoraConfig, ModelConfig, Prospect, RopeScaling, init_weights
+from prospect.tokenizer import Tokenizer
+
+MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+OUR_FILE = "prospect.safetensors"
+ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FLOAT_TYPES = ("F32", "BF16", "F16")  # how safetensors calls what a Llama may be stored in
+
+
+# --------------------------------------------------------------------------------------------------- config.json
+
+# LlamaConfig's own defaults: a config.json may leave out what equals them (SmolVLM2's text_config does).
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+}  # fmt: skip
+
+# Fields that would change the result, with the values under which they do not: anything else is refused by name.
+NEUTRAL = {
+    "hidden_act": ("silu",),
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False),
+    "partial_rotary_factor": (None, 1),
+    "rope_interleaved": (None, False),
+    "qk_layer_norms": (None, False),
+    "attention_dropout": (None, 0),
+    "pretraining_tp": (None, 1),
+    "quantization_config": (None,),
+}
+
+# The table of names, both ways: what Hugging Face calls our `model.`, by kind of checkpoint. All that follows it, and
+# all other names, are the same on both sides.
+TEXT_PREFIX = {"llama": "model.", "smolvlm": "model.text_model."}
+# What stands beside the text model and is left alone: SmolVLM2's eyes, and a buffer that old Llama files carry.
+LEFT_ALONE = ("model.vision_model.", "model.connector.")
+OLD_BUFFER = ".rotary_emb.inv_freq"
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "smolvlm": "SmolVLMForConditionalGeneration"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ProspectError(f"no {path.name}", where=str(path.parent), remedy="is this a model directory?") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="copy the file again") from error
+    if not isinstance(values, dict):
+        raise ProspectError("is not a JSON object", where=str(path), remedy="copy the file again")
+    return values
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The config.json of a backbone or of one of our checkpoints. Raises what `parse_config` raises."""
+    path = Path(directory) / "config.json"
+    return parse_config(read_json(path), str(path))
+
+
+class Fields:
+    """The fields of a JSON object, each checked as it is read; what is wrong with them is noted in `problems`."""
+
+    def __init__(self, values: dict[str, Any], problems: list[str]):
+        self.values, self.problems = values, problems
+
+    def number(self, key: str, default: float | None, low: float, high: float) -> Any:
+        """A number between low and high, and a whole one where the limits are. Absent and null mean the default."""
+        value = default if self.values.get(key) is None else self.values[key]
+        kind = int if isinstance(low, int) else int | float
+        if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
+            self.problems.append(f"{key} {value!r}")
+            return low
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            self.problems.append(f"{key} {value!r}")
+        return bool(value)
+
+    def inner(self, key: str) -> "Fields":
+        """An object inside this one. Absent and null mean an empty one."""
+        value = self.values.get(key) or {}
+        if not isinstance(value, dict):
+            self.problems.append(f"{key} {value!r}")
+            value = {}
+        return Fields(value, self.problems)
+
+    def neutral(self, key: str) -> None:
+        """Note a field whose value would change the result."""
+        value = self.values.get(key, NEUTRAL[key][0])
+        if value not in NEUTRAL[key]:
+            self.problems.append(f"{key} {value!r}")
+
+
+def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """A model's shape from Hugging Face's fields and, in one of our checkpoints, its settings from ours.
+
+    Raises ProspectError naming everything that this Llama cannot do, and every value that makes no sense.
+    """
+    problems: list[str] = []
+    outer = Fields(values, problems)
+    kind = "smolvlm" if "text_config" in values else "llama"
+    text = outer.inner("text_config") if kind == "smolvlm" else outer
+    if values.get("model_type") != kind:
+        problems.append(f"model_type {values.get('model_type')!r}")
+    elif text.values.get("model_type") != "llama":
+        problems.append(f"text_config.model_type {text.values.get('model_type')!r}")
+    if values.get("architectures") not in (None, [ARCHITECTURES[kind]]):
+        problems.append(f"architectures {values['architectures']}")
+    for key in NEUTRAL:
+        text.neutral(key)
+
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
+    shape = {key: text.number(key, LLAMA_DEFAULTS[key], 1, 10**7) for key in sizes}
+    shape["num_hidden_layers"] = text.number("num_hidden_layers", LLAMA_DEFAULTS["num_hidden_layers"], 1, 1000)
+    shape["rms_norm_eps"] = text.number("rms_norm_eps", LLAMA_DEFAULTS["rms_norm_eps"], 0.0, 1.0)
+    heads = shape["num_attention_heads"]
+    shape["num_key_value_heads"] = text.number("num_key_value_heads", heads, 1, heads)
+    shape["head_dim"] = text.number("head_dim", shape["hidden_size"] // heads, 2, 10**4)
+    if heads % shape["num_key_value_heads"]:
+        problems.append(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads {shape['num_key_value_heads']}"
+        )
+    if shape["head_dim"] % 2:
+        problems.append(f"head_dim {shape['head_dim']} is odd")
+    shape |= {key: text.flag(key, False) for key in ("attention_bias", "mlp_bias")}
+    # Of a SmolVLM2, the outer field counts: the LM head stands outside the text model.
+    shape["tie_word_embeddings"] = outer.flag("tie_word_embeddings", False)
+
+    config = ModelConfig(**shape, **parse_rope(text), **parse_settings(outer))
+    if problems:
+        what = f"not a model that can be loaded: {', '.join(problems)}"
+        raise ProspectError(what, where=where, remedy="plain Llama 2/3, SmolLM2 and SmolVLM2 checkpoints can")
+    return config
+
+
+def parse_rope(text: Fields) -> dict[str, Any]:
+    """rope_theta and rope_scaling, from the old style (fields of these names) or the new (`rope_parameters`)."""
+    rope = text.inner("rope_parameters")
+    if not rope.values:
+        old = text.inner("rope_scaling").values
+        rope = Fields({"rope_theta": text.values.get("rope_theta"), **old}, text.problems)
+    rope.neutral("partial_rotary_factor")
+    theta = rope.number("rope_theta", LLAMA_DEFAULTS["rope_theta"], 1.0, 1e12)
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
+    if kind != "llama3":
+        if kind != "default":
+            text.problems.append(f"rope_type {kind!r}")
+        return {"rope_theta": theta}
+    low, high = rope.number("low_freq_factor", None, 1e-6, 1e9), rope.number("high_freq_factor", None, 1e-6, 1e9)
+    if high <= low:
+        text.problems.append(f"high_freq_factor {high} is not above low_freq_factor {low}")
+    original = rope.number("original_max_position_embeddings", None, 1, 10**9)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": RopeScaling(rope.number("factor", None, 1e-6, 1e9), low, high, original),
+    }
+
+
+def parse_settings(outer: Fields) -> dict[str, Any]:
+    """Our own settings, which one of our checkpoints keeps under "prospect"."""
+    if "prospect" not in outer.values:
+        return {}
+    ours = outer.inner("prospect")
+    settings = {
+        "vision_dim": ours.number("vision_dim", None, 1, 10**7),
+        "image_token_id": ours.number("image_token_id", None, 0, 10**8),
+        "dst": ours.flag("dst", True),
+        "dst_state_head": ours.flag("dst_state_head", False),
+        "backbone": str(ours.values.get("backbone", "")),
+        "backbone_mark": str(ours.values.get("backbone_mark", "")),
+    }
+    lora = ours.inner("lora")
+    if lora.values:
+        targets = lora.values.get("targets")
+        if not isinstance(targets, list) or not targets or not set(map(str, targets)) <= set(TARGETS):
+            ours.problems.append(f"lora targets {targets!r}")
+        rank, alpha = lora.number("rank", None, 1, 10**5), lora.number("alpha", None, 0.0, 1e6)
+        settings["lora"] = LoraConfig(rank, alpha, lora.number("dropout", 0.0, 0.0, 0.99), targets)
+    return settings
+
+
+def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict[str, Any]:
+    """config.json of a checkpoint. The RoPE fields are in the old style, which every version of transformers reads."""
+    shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
+    ours = {key: shape.pop(key) for key in ("vision_dim", "image_token_id", "dst", "dst_state_head")}
+    lora, scaling = shape.pop("lora"), shape.pop("rope_scaling")
+    del shape["backbone"], shape["backbone_mark"]  # a checkpoint without a transformer adds them
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **shape,
+        "rope_scaling": {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else None,
+        "hidden_act": "silu",
+        "bos_token_id": None,
+        "eos_token_id": eos_token_id,
+        "prospect": ours | ({"lora": dataclasses.asdict(lora)} if lora else {}),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: a safetensors file, and the tensor's name in it."""
+
+    path: Path
+    name: str
+
+
+def open_file(path: Path) -> Any:
+    """A safetensors file, mapped into memory; its tensors are read when they are touched."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ProspectError(f"no {path.name}", where=str(path.parent), remedy="copy the directory again") from error
+    except (SafetensorError, OSError) as error:
+        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="copy the file again") from error
+
+
+def transformer_tensors(directory: Path) -> dict[str, Stored]:
+    """The transformer's tensors of a directory, by our names, from one file or from shards."""
+    files = [directory / MODEL_FILE]
+    if not files[0].exists() and (directory / INDEX_FILE).exists():
+        shards = read_json(directory / INDEX_FILE).get("weight_map")
+        if (
+            not isinstance(shards, dict)
+            or not shards
+            or not all(Path(str(name)).name == name for name in shards.values())
+        ):
+            raise ProspectError(
+                "weight_map is not one of names to files", where=str(directory / INDEX_FILE), remedy="copy it again"
+            )
+        files = [directory / name for name in sorted(set(shards.values()))]
+        missing = [path.name for path in files if not path.exists()]
+        if missing:
+            raise ProspectError(f"missing shards: {', '.join(missing)}", where=str(directory), remedy="copy them too")
+    elif not files[0].exists():
+        old = any(directory.glob("*.bin"))
+        remedy = "convert the .bin files to safetensors" if old else "copy the weights too"
+        raise ProspectError(f"no {MODEL_FILE} and no {INDEX_FILE}", where=str(directory), remedy=remedy)
+    kind = "smolvlm" if "text_config" in read_json(directory / "config.json") else "llama"
+    prefix = TEXT_PREFIX[kind]
+    stored = {}
+    for path in files:
+        with open_file(path) as file:
+            names = file.keys()
+        for name in names:
+            if name.endswith(OLD_BUFFER) or (kind == "smolvlm" and name.startswith(LEFT_ALONE)):
+                continue
+            ours = "model." + name.removeprefix(prefix) if name.startswith(prefix) else name
+            stored[ours] = Stored(path, name)
+    return stored
+
+
+def our_tensors(directory: Path) -> dict[str, Stored]:
+    """The projector, the heads and the adapters of one of our checkpoints, by our names."""
+    stored = {}
+    for path, prefix in ((directory / OUR_FILE, ""), (directory / ADAPTER_FILE, PEFT_PREFIX)):
+        if path.exists():
+            with open_file(path) as file:
+                stored |= {name.removeprefix(prefix): Stored(path, name) for name in file.keys()}
+    return stored
+
+
+def checked_tensors(
+    stored: dict[str, Stored], expected: dict[str, torch.Size], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """(our name, memory-mapped tensor) for every expected one, after all names, shapes and types have been compared."""
+    files = {path: open_file(path) for path in {entry.path for entry in stored.values()}}
+    wrong = []
+    for name in expected.keys() & stored.keys():
+        part = files[stored[name].path].get_slice(stored[name].name)
+        if tuple(part.get_shape()) != tuple(expected[name]):
+            wrong.append(f"{name} is {part.get_shape()}, not {list(expected[name])}")
+        elif part.get_dtype() not in FLOAT_TYPES:
+            wrong.append(f"{name} is stored as {part.get_dtype()}")
+    problems = [
+        f"{kind}: {'; '.join(names[:8])}" + (f"; and {len(names) - 8} more" if len(names) > 8 else "")
+        for kind, names in (
+            ("missing", sorted(expected.keys() - stored.keys())),
+            ("unexpected", sorted(stored.keys() - expected.keys())),
+            ("wrong", sorted(wrong)),
+        )
+        if names
+    ]
+    if problems:
+        raise ProspectError(
+            f"tensors do not fit. {'. '.join(problems)}",
+            where=where,
+            remedy="config.json and files must belong together",
+        )
+    for name in expected:
+        yield name, files[stored[name].path].get_tensor(stored[name].name)
+
+
+def expected_shapes(model: Prospect) -> dict[str, torch.Size]:
+    """Every tensor of the model by name; a tied LM head is the embeddings and no tensor of its own."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    return shapes
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    vision_dim: int | None = None,
+    image_token_id: int | None = None,
+    dst: bool | None = None,
+    dst_state_head: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Prospect:
+    """A model from a backbone directory, with new projector and heads drawn from `seed`, or from our own checkpoint.
+
+    A checkpoint has its own settings; naming others than it has is an error. Raises ProspectError when config.json asks
+    for what this Llama does not do, or when tensors are missing, unexpected, mis-shaped or of a strange type.
+    """
+    directory = Path(directory)
+    values = read_json(directory / "config.json")
+    config = parse_config(values, str(directory / "config.json"))
+    given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "dst": dst, "dst_state_head": dst_state_head}
+    given = {key: value for key, value in given.items() if value is not None}
+    is_checkpoint = "prospect" in values
+    if is_checkpoint:
+        other = [
+            f"{key} {getattr(config, key)}, not {value}"
+            for key, value in given.items()
+            if getattr(config, key) != value
+        ]
+        if other:
+            raise ProspectError(
+                f"this checkpoint has {', '.join(other)}", where=str(directory), remedy="use its own settings"
+            )
+    config = dataclasses.replace(config, **given, backbone=config.backbone or str(directory.resolve()))
+    backbone = Path(config.backbone)
+    with torch.device("meta"):
+        model = Prospect(config)
+        if config.lora:
+            add_lora(model, config.lora)
+
+    if config.backbone_mark:
+        check_backbone(backbone, config, str(directory / "config.json"))
+    stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
+    shapes = expected_shapes(model)
+    tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    new = set() if is_checkpoint else {name for name in shapes if is_ours(name)}
+    expected = {name: shape for name, shape in shapes.items() if name not in new}
+    state = {}
+    for name, tensor in checked_tensors(stored, expected, str(directory)):
+        state[name] = tensor.to(device, dtype)
+        if dtype == torch.float16 and tensor.dtype != dtype and not state[name].isfinite().all():
+            raise ProspectError(
+                f"{name} holds values beyond fp16's range", where=str(directory), remedy="choose bf16 or fp32"
+            )
+    if tied_copy is not None:
+        check_tied(stored["model.embed_tokens.weight"], tied_copy)
+    state |= {name: torch.empty(shapes[name], device=device, dtype=dtype) for name in new}
+    model.load_state_dict(state, strict=False, assign=True)  # names have been compared above
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.to(device)  # the RoPE frequencies, which are in no file
+    init_weights(model, seed, new)
+    config.backbone_mark = mark(backbone)
+    return model
+
+
+def mark(backbone: Path) -> str:
+    """A short fingerprint of a backbone: two fine-tunings of one model share their config, but not these weights."""
+    stored = transformer_tensors(backbone).get("model.layers.0.self_attn.q_proj.weight")
+    if stored is None:
+        return ""  # not a whole backbone: the comparison of names will say so
+    weight = open_file(stored.path).get_tensor(stored.name)
+    return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
+
+
+def check_backbone(backbone: Path, config: ModelConfig, where: str) -> None:
+    """That the transformer a checkpoint was trained on is still there, and still the same one by its config."""
+    if not (backbone / "config.json").exists():
+        what = f"the backbone of this checkpoint is not at {backbone}"
+        raise ProspectError(what, where=where, remedy='write where it lies now into "backbone" under "prospect"')
+    there = dataclasses.asdict(read_config(backbone)) | {"backbone_mark": mark(backbone)}
+    here = dataclasses.asdict(config)
+    free = ("vision_dim", "image_token_id", "dst", "dst_state_head", "lora", "backbone")  # not the transformer's
+    other = [f"{key} {there[key]}, not {here[key]}" for key in here if key not in free and there[key] != here[key]]
+    if other:
+        what = f"{backbone} is not the backbone that this checkpoint was trained on: {', '.join(other)}"
+        raise ProspectError(what, where=where, remedy="put the right one there")
+
+
+def check_tied(embeddings: Stored, head: Stored) -> None:
+    """Some files hold the tied LM head a second time: it must then say the same."""
+    first, second = (open_file(entry.path).get_tensor(entry.name) for entry in (embeddings, head))
+    if not torch.equal(first, second):
+        what = "tie_word_embeddings is true, but lm_head.weight differs from the embeddings"
+        raise ProspectError(what, where=str(head.path), remedy="set tie_word_embeddings to false in config.json")
+
+
+@torch.no_grad()
+def load_state(model: Prospect, directory: str | Path) -> None:
+    """Copy a checkpoint's tensors into `model`, in place. A transformer that the checkpoint left out stays as it is."""
+    directory = Path(directory)
+    stored, shapes = our_tensors(directory), expected_shapes(model)
+    if read_config(directory).backbone:
+        shapes = {name: shape for name, shape in shapes.items() if is_ours(name) or is_adapter(name)}
+    else:
+        stored |= transformer_tensors(directory)
+    state = model.state_dict()
+    for name, tensor in checked_tensors(stored, shapes, str(directory)):
+        state[name].copy_(tensor)
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def save_model(
+    model: Prospect,
+    directory: str | Path,
+    *,
+    eos_token_id: int | list[int] | None = None,
+    names: set[str] | None = None,
+) -> None:
+    """Write a checkpoint's weights and config.json. names: only these tensors; the others then stay in the backbone."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if names is None or name in names}
+    save_state(state, model.config, directory, eos_token_id=eos_token_id)
+
+
+def save_state(
+    state: dict[str, Tensor], config: ModelConfig, directory: str | Path, *, eos_token_id: int | list[int] | None = None
+) -> None:
+    """`save_model` for a state dict that was gathered from several ranks. Each tensor keeps its type."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    adapters = {PEFT_PREFIX + name: tensor for name, tensor in state.items() if is_adapter(name)}
+    ours = {name: tensor for name, tensor in state.items() if is_ours(name)}
+    transformer = {name: tensor for name, tensor in state.items() if not is_ours(name) and not is_adapter(name)}
+    values = hf_config(config, eos_token_id)
+    if not transformer:
+        values["prospect"] |= {"backbone": config.backbone, "backbone_mark": config.backbone_mark}
+    write_json(values, directory / "config.json")
+    if adapters:
+        write_json(peft_config(config), directory / ADAPTER_CONFIG)
+    for name, tensors in ((MODEL_FILE, transformer), (OUR_FILE, ours), (ADAPTER_FILE, adapters)):
+        if tensors:
+            save_file(tensors, directory / name, metadata={"format": "pt"})
+            shutil.copymode(directory / "config.json", directory / name)  # save_file's own would be for the owner alone
+
+
+def write_json(values: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------------------------- export
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@torch.no_grad()
+def probe(model: Prospect) -> Tensor:
+    """What a model answers to a fixed random sequence with frames in it: LM logits and decisions, [1,T,V+1 or V+2]."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=generator)  # [1,T]
+    ids[ids == model.config.image_token_id] = 0 if model.config.image_token_id else 1
+    ids[0, 8:12] = model.config.image_token_id
+    frames = torch.randn(4, model.config.vision_dim, generator=generator)  # [F,D]
+    hidden = model(ids, frames)  # [1,T,H]
+    heads = [head for head in (model.lm_head, model.speaking_decision_head, model.dst_update_head) if head is not None]
+    return torch.cat([head(hidden) for head in heads], dim=-1)
+
+
+def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Write a checkpoint as a whole model: transformer with adapters merged in fp32, projector, heads and tokenizer.
+
+    Returns the largest differences between the answers of the checkpoint, of the merged model, and of what was written
+    and read again; `dtype` is the type written, whose rounding the last one shows. `out` appears only when all is well.
+    Raises ProspectError when `checkpoint` is none of ours or cannot be loaded, or `out` exists or cannot be written.
+    """
+    values = read_json(checkpoint / "config.json")
+    if "prospect" not in values:
+        raise ProspectError(
+            "is a backbone, not a checkpoint of PROSPECT", where=str(checkpoint), remedy="nothing needs exporting"
+        )
+    if out.exists():
+        raise ProspectError("exists already", where=str(out), remedy="name a new directory")
+    missing = [name for name in TOKENIZER_FILES if not (checkpoint / name).exists()]
+    if missing:
+        raise ProspectError(f"no {', '.join(missing)}", where=str(checkpoint), remedy="copy the tokenizer's files too")
+    model = load_model(checkpoint).eval()
+    adapted = probe(model)
+    merge_lora(model)
+    merged = probe(model)
+    aside = out.with_name(f".{out.name}.writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        save_model(model.to(dtype), aside, eos_token_id=values.get("eos_token_id"))
+        for name in TOKENIZER_FILES:
+            shutil.copy(checkpoint / name, aside / name)
+        reloaded = probe(load_model(aside).eval())
+        os.rename(aside, out)
+    except (OSError, SafetensorError) as error:
+        raise ProspectError(
+            f"cannot be written: {error}", where=str(out), remedy="make room, or choose another place"
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {
+        "adapter and merged": float((adapted - merged).abs().max()),
+        "merged and reloaded": float((merged - reloaded).abs().max()),
+        "adapter and reloaded": float((adapted - reloaded).abs().max()),
+    }
+
+
+# --------------------------------------------------------------------------------------- what a backbone will need
+
+# Sizes of the models that configs/ is made for, as their config.json has them: enough to tell what a run will take.
+PUBLISHED = {
+    "SmolLM2-1.7B": {
+        "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True},
+    "SmolVLM2-2.2B": {  # its text model
+        "vocab_size": 49280, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
+    "Llama-3.2-1B": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "Llama-3.2-3B": {
+        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+        "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "Llama-3.1-8B": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+def published_config(backbone: str) -> ModelConfig:
+    """The shape of a backbone that is not here, by its directory's name. Raises ProspectError for an unknown name."""
+    name = Path(backbone).name.removeprefix("Meta-")
+    known = [key for key in PUBLISHED if name.startswith(key)]
+    if not known:
+        what = f"no such directory, and no published shape of that name ({', '.join(PUBLISHED)})"
+        raise ProspectError(what, where=backbone, remedy="download the model there, or correct model.backbone")
+    return parse_config(PUBLISHED[known[0]] | {"model_type": "llama"}, backbone)
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of a model of this shape by part: backbone, adapters, projector, heads. Nothing is allocated."""
+    with torch.device("meta"):
+        model = Prospect(config)
+        if config.lora:
+            add_lora(model, config.lora)
+    counts = {"backbone": 0, "adapters": 0, "projector": 0, "heads": 0}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
+# What a block keeps of one token until its backward pass, in bytes: (for each of H, for each of intermediate_size).
+# In 16 bits a frozen layer does not keep its input, and its residual stream is 16 bits wide too. Dropout makes every
+# adapter keep a copy of its input and a mask.
+BLOCK_BYTES = {"full": (30, 8), "lora": (16, 8), "lora with dropout": (37, 10), "heads": (12, 6)}
+BLOCK_BYTES_FP32 = (32, 16)
+
+
+def describe_memory(config: Config) -> list[str]:
+    """What a run keeps in each GPU's memory, for a backbone not yet downloaded too: lines for `--dry-run`.
+
+    Frozen weights take the bytes of their type. What is trained takes 16 bytes a parameter (weight, gradient and
+    AdamW's two moments in fp32) and in bf16 or fp16 two more, the copy that autocast computes with. With activation
+    checkpointing only a block's input is kept, and one block at a time is computed again.
+    """
+    m, t = config.model, config.train
+    shape = read_config(m.backbone) if (Path(m.backbone) / "config.json").exists() else published_config(m.backbone)
+    lora = LoraConfig(t.lora_rank, t.lora_alpha, t.lora_dropout, t.lora_targets) if t.tune == "lora" else shape.lora
+    shape = dataclasses.replace(
+        shape, vision_dim=m.vision_dim, dst=config.data.dst, dst_state_head=m.dst_state_head, lora=lora
+    )
+    counts = count_parameters(shape)
+    total = sum(counts.values())
+    trained = total if t.tune == "full" else total - counts["backbone"]
+    kind = "lora with dropout" if t.tune == "lora" and t.lora_dropout else t.tune
+    by_hidden, by_inner = BLOCK_BYTES_FP32 if t.precision == "fp32" else BLOCK_BYTES[kind]
+    block = by_hidden * shape.hidden_size + by_inner * shape.intermediate_size
+    block_input = storage_dtype(t).itemsize * shape.hidden_size
+    layers, tokens = shape.num_hidden_layers, config.data.batch_tokens
+    kept = layers * block_input + block if t.activation_checkpointing else layers * block
+    frozen_gb = (total - trained) * storage_dtype(t).itemsize / 1e9
+    trained_gb = trained * (16 if t.precision == "fp32" else 18) / 1e9
+    kept_gb = kept * tokens / 1e9
+    parts = ", ".join(f"{count:,} {part}" for part, count in counts.items() if count)
+    return [
+        f"parameters {total / 1e9:.3f} B: {parts}; {trained / 1e6:,.1f} M are trained",
+        f"memory     {frozen_gb + trained_gb + kept_gb:.1f} GB: {frozen_gb:.1f} frozen weights, "
+        f"{trained_gb:.1f} trained parameters with AdamW, {kept_gb:.1f} activations of {tokens:,} tokens; "
+        "logits and workspace come on top",
+    ]
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """That the model knows every token the tokenizer can give, <image> apart. Raises ProspectError."""
+    t = tokenizer.template
+    beyond = [name for name in (t.bos, t.open, t.close, t.end) if name and tokenizer.ids[name] >= config.vocab_size]
+    words = tokenizer.text_backend.get_vocab_size()
+    if beyond or words > config.vocab_size:
+        what = f"the tokenizer's {', '.join(beyond)}" if beyond else f"the tokenizer's {words} words"
+        what += f" lie beyond the model's vocabulary of {config.vocab_size}"
+        raise ProspectError(what, where=str(tokenizer.directory), remedy="tokenizer and weights must belong together")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m prospect.weights", description="Look at a model directory, or export a checkpoint."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("check", help="load a backbone or a checkpoint and say what it is")
+    look.add_argument("directory", type=Path)
+    look.add_argument(
+        "--template", choices=["plain", "chatml", "llama3", "smolvlm"], default="plain", help="data.template to be used"
+    )
+    ship = commands.add_parser("export", help="merge adapters and write a directory that transformers opens")
+    ship.add_argument("checkpoint", type=Path)
+    ship.add_argument("out", type=Path)
+    ship.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="how to store the result"
+    )
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        tokenizer = Tokenizer(arguments.directory, arguments.template)
+        model = load_model(arguments.directory)
+        check_vocabulary(tokenizer, model.config)
+        counts = count_parameters(model.config)
+        parts = ", ".join(f"{count:,} {part}" for part, count in counts.items() if count)
+        print(f"{arguments.directory}: {sum(counts.values()):,} parameters: {parts}")
+        return
+    differences = export(arguments.checkpoint, arguments.out, getattr(torch, arguments.dtype))
+    print(f"{arguments.out}: written in {arguments.dtype}; largest differences of logits:")
+    for pair, difference in differences.items():
+        print(f"  {pair:22} {difference:.2e}")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,430 @@
+"""Adapters: what they compute, what they leave alone, where they are kept, and what is trained at which rate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from prospect.config import TrainConfig, load_config
+from prospect.errors import ProspectError
+from prospect.lora import (
+    LoRALinear,
+    add_lora,
+    checkpoint_names,
+    is_adapter,
+    is_ours,
+    merge_lora,
+    parameter_groups,
+    set_trainable,
+    storage_dtype,
+)
+from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
+from prospect.weights import describe_memory, load_model, load_state, save_model
+
+BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
+CONFIGS = Path(__file__).parent.parent / "configs"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(name: str = "llama-3.2", **settings) -> Prospect:
+    return load_model(BACKBONES / name, vision_dim=16, image_token_id=288, **settings)
+
+
+def lora_config(**changes) -> TrainConfig:
+    return TrainConfig(
+        **{"tune": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lora_dropout": 0.0, "lora_targets": ALL} | changes
+    )
+
+
+def stir(model: Prospect) -> None:
+    """Give every adapter's B some values, as training would."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B.weight"):
+                parameter.normal_(0, 0.1, generator=generator)
+
+
+def answer(model: Prospect) -> torch.Tensor:
+    """LM logits of a fixed sequence with two frames in it, [1,T,V]."""
+    ids = torch.arange(1, 41)[None]
+    ids[0, 5:7] = 288
+    with torch.no_grad():
+        return model.lm_head(model(ids, torch.linspace(-1, 1, 32).reshape(2, 16)))
+
+
+def loss(model: Prospect) -> torch.Tensor:
+    ids = torch.arange(1, 41)[None]
+    ids[0, 5:7] = 288
+    hidden = model(ids, torch.linspace(-1, 1, 32).reshape(2, 16))  # [1,T,H]
+    decisions = torch.cat((model.speaking_decision_head(hidden), model.dst_update_head(hidden)), dim=-1)  # [1,T,2]
+    return (
+        F.cross_entropy(model.lm_head(hidden)[0, :-1].float(), ids[0, 1:].clamp(max=287))
+        + decisions.float().square().mean()
+    )
+
+
+def contents(model: Prospect) -> dict[str, bytes]:
+    return {
+        name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what they compute
+
+
+def test_the_formula_by_hand():
+    base = nn.Linear(2, 2)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        base.bias.copy_(torch.tensor([0.5, -0.5]))
+    layer = LoRALinear(base, LoraConfig(rank=1, alpha=3.0, dropout=0.0, targets=["q_proj"]))
+    with torch.no_grad():
+        layer.lora_A.weight.copy_(torch.tensor([[1.0, -1.0]]))
+        layer.lora_B.weight.copy_(torch.tensor([[10.0], [20.0]]))
+    # x = (5, 2): W x + b = (9.5, 22.5); A x = 3; 3/1 * B * 3 = (90, 180)
+    assert layer(torch.tensor([5.0, 2.0])).tolist() == [99.5, 202.5]
+
+
+def test_a_new_adapter_changes_nothing_and_depends_on_the_seed():
+    plain, a, b, c = load(), load(), load(), load()
+    add_lora(a, LoraConfig(4, 8.0, 0.0, ALL), seed=1)
+    add_lora(b, LoraConfig(4, 8.0, 0.0, ALL), seed=1)
+    add_lora(c, LoraConfig(4, 8.0, 0.0, ALL), seed=2)
+    assert torch.equal(answer(plain), answer(a))
+    first = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(a.state_dict()[first], b.state_dict()[first])
+    assert not torch.equal(a.state_dict()[first], c.state_dict()[first])
+    bound = 32**-0.5  # 1 / sqrt(in)
+    assert 0.9 * bound < a.state_dict()[first].abs().max() <= bound
+
+
+def test_dropout_follows_torchs_random_state_and_rests_in_evaluation():
+    model = load()
+    add_lora(model, LoraConfig(4, 8.0, 0.5, ALL))
+    stir(model)
+    model.train()
+    torch.manual_seed(3)
+    first, second = answer(model), answer(model)
+    torch.manual_seed(3)
+    assert torch.equal(answer(model), first) and torch.equal(answer(model), second)
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(answer(model), answer(model))
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "biases"])
+def test_merging_changes_no_answer(name):
+    model = load(name)
+    plain = answer(model)
+    add_lora(model, LoraConfig(4, 8.0, 0.3, ALL))
+    stir(model)
+    model.eval()
+    adapted = answer(model)
+    assert (adapted - plain).abs().max() > 0.1
+    merge_lora(model)
+    assert not any(isinstance(module, LoRALinear) for module in model.modules()) and model.config.lora is None
+    assert (answer(model) - adapted).abs().max() < 1e-4
+
+
+def test_merging_adds_in_fp32_also_to_a_bf16_weight():
+    model = load(dtype=torch.bfloat16)
+    add_lora(model, LoraConfig(1, 1.0, 0.0, ["q_proj"]))
+    layer = model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.weight.fill_(0.98828125)
+        layer.lora_A.weight.fill_(1.0625)
+        layer.lora_B.weight.fill_(1.0625)
+    merge_lora(model)
+    # The product is 1.12890625, the sum 2.1171875, which rounds to 2.125 in bf16 (steps of 1/64, halves to even).
+    # Were the product rounded too, to 1.125, the sum would be 2.11328125 and round to 2.109375.
+    merged = model.model.layers[0].self_attn.q_proj.weight
+    assert merged.dtype == torch.bfloat16 and merged.unique().tolist() == [2.125]
+
+
+def test_targets_are_checked():
+    with pytest.raises(ProspectError, match="no such layers to adapt: lm_head, q "):
+        add_lora(load(), LoraConfig(4, 8.0, 0.0, ["q", "lm_head", "k_proj"]))
+
+
+def test_adapters_stand_beside_their_targets_alone():
+    model = load()
+    add_lora(model, LoraConfig(4, 8.0, 0.0, ["v_proj", "up_proj"]))
+    expected = {
+        f"model.layers.{layer}.{name}.lora_{part}.weight"
+        for layer in (0, 1)
+        for name in ("self_attn.v_proj", "mlp.up_proj")
+        for part in "AB"
+    }
+    assert {name for name in model.state_dict() if is_adapter(name)} == expected
+
+
+# ---------------------------------------------------------------------------------------------- what is trained
+
+
+@pytest.mark.parametrize("tune", ["heads", "lora", "full"])
+def test_training_changes_what_it_says_and_nothing_else_by_a_single_byte(tune):
+    model = load()
+    set_trainable(model, lora_config(tune=tune))
+    before = contents(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, lora_config(tune=tune, learning_rate=1e-2)))
+    model.train()
+    for _ in range(3):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = contents(model)
+    changed = {name for name in before if before[name] != after[name]}
+    expected = {
+        "heads": {name for name in before if is_ours(name)},
+        "lora": {name for name in before if is_ours(name) or "lora_" in name},
+        "full": set(before),
+    }[tune]
+    assert changed == expected
+
+
+def test_groups_have_their_own_rates_and_decay_matrices_alone():
+    config = lora_config(learning_rate=1.0, weight_decay=0.1, adapter_learning_rate=2.0, heads_learning_rate=4.0)
+    model = load("biases")
+    set_trainable(model, config)
+    groups = parameter_groups(model, config)
+    by_part = {(group["name"], group["weight_decay"]): group for group in groups}
+    assert {key: (group["lr"], group["peak_lr"]) for key, group in by_part.items()} == {
+        ("adapters", 0.1): (2.0, 2.0),
+        ("projector", 0.1): (1.0, 1.0),
+        ("projector", 0.0): (1.0, 1.0),
+        ("heads", 0.1): (4.0, 4.0),
+        ("heads", 0.0): (4.0, 4.0),
+    }
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    in_group = {key: sorted(names[id(parameter)] for parameter in group["params"]) for key, group in by_part.items()}
+    assert in_group["projector", 0.0] == ["mm_projector.0.bias", "mm_projector.2.bias"]
+    assert in_group["heads", 0.1] == ["dst_update_head.weight", "speaking_decision_head.weight"]
+    assert len(in_group["adapters", 0.1]) == 2 * 7 * 2
+
+    full = lora_config(tune="full", learning_rate=1.0, weight_decay=0.1, backbone_learning_rate=0.25)
+    model = load("biases")
+    set_trainable(model, full)
+    groups = parameter_groups(model, full)
+    listed = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(listed) == len(set(listed)) == len(list(model.parameters()))  # each once
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    undecayed = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert undecayed == {name for name in names.values() if "norm" in name or name.endswith("bias")}
+    assert {group["lr"] for group in groups if group["name"] == "backbone"} == {0.25}
+
+
+@pytest.mark.parametrize(
+    "precision, stored", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_a_frozen_backbone_is_stored_small_and_trained_in_fp32(precision, stored):
+    config = lora_config(precision=precision)
+    assert storage_dtype(config) == stored
+    assert storage_dtype(lora_config(tune="full", precision=precision)) == torch.float32
+    model = load(dtype=storage_dtype(config))
+    set_trainable(model, config)
+    for name, parameter in model.named_parameters():
+        trained = is_ours(name) or is_adapter(name)
+        assert parameter.requires_grad == trained and parameter.dtype == (torch.float32 if trained else stored), name
+    if precision == "bf16":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value = loss(model)
+        value.backward()
+        grads = {parameter.grad.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert grads == {torch.float32}
+        assert model.model.layers[1].mlp.down_proj.lora_B.weight.grad.abs().max() > 0
+
+
+def test_bf16_adapters_answer_without_autocast_too():
+    model = load(dtype=torch.bfloat16)
+    add_lora(model, LoraConfig(4, 8.0, 0.0, ALL))  # in fp32, beside bf16 weights
+    stir(model)
+    reference = load()
+    add_lora(reference, LoraConfig(4, 8.0, 0.0, ALL))
+    stir(reference)
+    difference = (answer(model).float() - answer(reference)).abs().mean()
+    assert difference < 0.05 * answer(reference).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("tune", ["heads", "lora"])
+def test_a_checkpoint_holds_only_what_was_trained(tmp_path, tune):
+    config = lora_config(tune=tune)
+    model = load()
+    set_trainable(model, config)
+    stir(model)
+    save_model(model, tmp_path, names=checkpoint_names(model, config))
+    adapters = {"adapter_config.json", "adapter_model.safetensors"} if tune == "lora" else set()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "prospect.safetensors"} | adapters
+    # in fp32: projector 16*32+32 + 32*32+32, two heads 33 each; adapters of two blocks, rank 4 on in+out of each layer
+    ours = 16 * 32 + 32 + 32 * 32 + 32 + 2 * 33
+    ends = (
+        (32 + 48) + (32 + 24) + (32 + 24) + (48 + 32) + (32 + 64) + (32 + 64) + (64 + 32)
+    )  # q k v o gate up down, head_dim 12
+    sizes = {"prospect.safetensors": 4 * ours, "adapter_model.safetensors": 4 * 2 * 4 * ends}
+    for file in tmp_path.glob("*.safetensors"):
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        assert file.stat().st_size - header == sizes[file.name]
+    if tune == "lora":  # what peft goes by
+        written = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (written["peft_type"], written["task_type"], written["bias"]) == ("LORA", "CAUSAL_LM", "none")
+        assert (written["r"], written["lora_alpha"], written["target_modules"]) == (4, 8.0, ALL)
+        names = load_file(tmp_path / "adapter_model.safetensors").keys()
+        assert "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight" in names and len(names) == 2 * 7 * 2
+    again = load_model(tmp_path).eval()
+    assert torch.equal(answer(again), answer(model.eval()))
+
+    fresh = load(seed=9)
+    set_trainable(fresh, config, seed=9)
+    load_state(fresh, tmp_path)
+    assert torch.equal(answer(fresh.eval()), answer(model))
+
+
+def test_full_tuning_is_saved_whole():
+    config = lora_config(tune="full")
+    assert checkpoint_names(load(), config) is None
+
+
+def test_a_lora_checkpoint_as_backbone_goes_on_with_its_adapters(tmp_path):
+    config = lora_config()
+    model = load()
+    set_trainable(model, config)
+    stir(model)
+    save_model(model, tmp_path, names=checkpoint_names(model, config))
+
+    again = load_model(tmp_path)
+    set_trainable(again, lora_config(lora_dropout=0.25))
+    assert torch.equal(answer(again.eval()), answer(model.eval()))
+    assert again.model.layers[0].mlp.up_proj.dropout == 0.25 and again.config.lora.dropout == 0.25
+    with pytest.raises(ProspectError, match="adapters already, of rank 4"):
+        set_trainable(load_model(tmp_path), lora_config(lora_rank=8))
+    with pytest.raises(ProspectError, match="tune=full on a backbone with adapters"):
+        set_trainable(load_model(tmp_path), lora_config(tune="full"))
+
+    heads = load_model(tmp_path)  # heads alone: the adapters stay as they are, and stay in the checkpoint
+    set_trainable(heads, lora_config(tune="heads"))
+    save_model(heads, tmp_path / "next", names=checkpoint_names(heads, lora_config(tune="heads")))
+    assert torch.equal(answer(load_model(tmp_path / "next").eval()), answer(model))
+
+
+@pytest.mark.parametrize("name", ["llama-3.2", "biases"])
+def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
+    transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
+    peft = pytest.importorskip("peft", reason="pip install -r requirements-dev.txt")
+    config = lora_config(lora_targets=["q_proj", "o_proj", "gate_proj", "down_proj"], lora_dropout=0.1)
+    model = load(name)
+    set_trainable(model, config)
+    stir(model)
+    save_model(model, tmp_path, names=checkpoint_names(model, config))
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    saved = {name for name in peft.get_peft_model_state_dict(theirs)}
+    assert saved == {"base_model.model." + name for name in model.state_dict() if is_adapter(name)}
+    ids = torch.arange(1, 49).reshape(2, 24)
+    model.eval()
+    with torch.no_grad():
+        ours = model.lm_head(model(ids))
+        assert (theirs(input_ids=ids).logits - ours).abs().max() < 1e-4
+        assert (theirs.merge_and_unload()(input_ids=ids).logits - ours).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def kept_bytes(tune: str, precision: str, dropout: float, layers: int) -> int:
+    """What autograd keeps of 96 tokens in a model of so many layers, 256 wide with 896 inside; weights apart."""
+    config = lora_config(tune=tune, precision=precision, lora_dropout=dropout)
+    model = Prospect(ModelConfig(64, 256, 896, layers, 8, 2, 32, vision_dim=16, image_token_id=64))
+    init_weights(model, 0)
+    model.to(storage_dtype(config))
+    set_trainable(model, config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and 96 in tensor.shape:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embeds = torch.randn(1, 96, 256, dtype=model.model.embed_tokens.weight.dtype, requires_grad=True)
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
+        model.train().model(embeds, None, None)
+        return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "tune, precision, dropout",
+    [
+        ("full", "bf16", 0.0),
+        ("lora", "bf16", 0.0),
+        ("lora", "bf16", 0.1),
+        ("heads", "bf16", 0.0),
+        ("full", "fp32", 0.0),
+    ],
+)
+def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, dropout, tmp_path):
+    per_layer = (kept_bytes(tune, precision, dropout, 3) - kept_bytes(tune, precision, dropout, 1)) / 2
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 256,
+        "intermediate_size": 896,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "num_key_value_heads": 2}))
+    config = load_config(CONFIGS.parent / "config.yaml")
+    config.model.backbone, config.data.batch_tokens = str(tmp_path), 960_000  # 10 layers, 10,000 times the tokens
+    config.train = lora_config(tune=tune, precision=precision, lora_dropout=dropout)
+    announced = float(describe_memory(config)[1].split(" activations")[0].split()[-1]) * 1e9
+    assert 0.9 < announced / (per_layer * 10 * 10_000) < 1.1
+
+
+@pytest.mark.parametrize(
+    "name, trained, card",  # parameters trained, worked out by hand from the published shapes; the card's GB
+    [
+        # a projector D x H + H + H x H + H, two heads of H + 1; adapters rank x (in + out) of each of seven layers
+        ("smolvlm2-2.2b", 2048 * 2048 * 2 + 2 * 2048 + 2 * 2049 + 64 * 24 * (4 * 4096 + 3 * 10240), 24),
+        ("llama-3.2-1b", 1235814400 + 2048 * 2048 * 2 + 2 * 2048 + 2 * 2049, 40),
+        (
+            "llama-3.2-3b",
+            1152 * 3072 + 3072 * 3072 + 2 * 3072 + 2 * 3073 + 128 * 28 * (2 * 6144 + 2 * 4096 + 3 * 11264),
+            40,
+        ),
+        (
+            "llama-3.1-8b",
+            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 2 * 4097 + 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
+            24,
+        ),
+        (
+            "llama-3.1-8b-80gb",
+            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 2 * 4097 + 128 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
+            80,
+        ),
+    ],
+)
+def test_the_configs_fit_the_cards_they_name(name, trained, card):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    parameters, memory = describe_memory(config)  # without weights: by the backbone's name
+    assert f"; {trained / 1e6:,.1f} M are trained" in parameters
+    total = float(memory.split()[1])
+    logits = (
+        config.data.batch_tokens / 3 * 128256 * 10 / 1e9
+    )  # of a third of the tokens: bf16, fp32, and fp32 for the gradient
+    assert 0.5 * card < total + logits < 0.9 * card
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    assert f"card of {card} GB" in text or f"each card {card} GB" in text
+    for number in memory.replace(":", ",").split(", ")[1:]:  # the parts, as the file's own comment gives them
+        value = number.split()[0]
+        assert float(value) == 0 or f"{value} GB" in text, (value, name)
