@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prospect.clips import Clip, ClipFile, Turn, fit_rows, load_embeddings
+from prospect.check import open_source, usable_clips
+from prospect.clips import Clip, Turn, fit_rows, load_embeddings
 from prospect.config import DataConfig
 from prospect.dst import STATES, State, Step, write_update
 from prospect.errors import ProspectError
@@ -626,7 +627,10 @@ class Corpus:
     The plan and the clips of JSON files stay in memory; embeddings and clips of JSONL files are read when needed.
 
     `corpus[(epoch, i)]` is sequence i with the negatives of that epoch: it depends on nothing else, so any worker,
-    rank or resumed run makes the same. Raises ProspectError at the first bad clip, or skips it (`on_bad: skip`).
+    rank or resumed run makes the same.
+
+    All clips are checked first (prospect/check.py). With `on_bad: stop` a bad one raises ProspectError, which says how
+    many more there are; with `skip` bad ones are left out, and `skipped` names each. `warnings` has the first of each kind.
     """
 
     def __init__(
@@ -640,26 +644,25 @@ class Corpus:
         seed: int,
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
-        self.files = [ClipFile(path) for path in paths]
+        sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
+        self.files = [source.file for source in sources]
+        usable = usable_clips(sources, config, vision_dim)
+        self.warnings, self.skipped = usable.warnings, usable.skipped
         self.entries: list[Entry] = []
-        self.warnings: list[str] = []
-        self.skipped: list[str] = []
-        seen: dict[str, str] = {}
-        for f, file in enumerate(self.files):
-            for c in range(len(file)):
-                try:
-                    clip, embeddings = self.load(f, c)
-                    if clip.id in seen:
-                        what = f"the id {clip.id!r} occurs twice (also in {seen[clip.id]})"
-                        raise ProspectError(what, where=str(file.path), remedy="give each clip an id of its own")
-                    seen[clip.id] = str(file.path)
-                    layout = lay_out(clip, config, rate, seed, 0)
-                    windows = plan_windows(clip, layout, tokenizer, config, embeddings.shape[1])
-                    self.entries += [Entry(f, c, window) for window in windows]
-                except ProspectError as error:
-                    if config.on_bad == "stop":
-                        raise
-                    self.skipped.append(str(error))
+        for f, c in usable.clips:
+            clip, embeddings = self.load(f, c)
+            layout = lay_out(clip, config, rate, seed, 0)
+            try:
+                windows = plan_windows(clip, layout, tokenizer, config, embeddings.shape[1])
+            except ProspectError as error:  # a text that fits no window
+                if config.on_bad == "stop":
+                    raise
+                self.skipped.append(str(error))
+                continue
+            self.entries += [Entry(f, c, window) for window in windows]
+        if self.skipped:
+            clips = sum(len(file) for file in self.files)
+            self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
         if not self.entries:
             where = ", ".join(map(str, paths))
             raise ProspectError("no usable clip", where=where, remedy="python -m prospect.check FILE")
@@ -669,10 +672,7 @@ class Corpus:
         clip = self.files[file].clip(index)
         folder = Path(self.config.embeddings) if self.config.embeddings else self.files[file].path.parent / "embeddings"
         embeddings = load_embeddings(clip, folder, self.vision_dim, allow_outside=self.config.embeddings_outside)
-        clip, warning = fit_rows(clip, len(embeddings))
-        if warning and warning not in self.warnings:
-            self.warnings.append(warning)
-        return clip, embeddings
+        return fit_rows(clip, len(embeddings))[0], embeddings
 
     def __len__(self) -> int:
         return len(self.entries)

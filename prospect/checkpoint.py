@@ -1,0 +1,392 @@
+"""Checkpoints: one directory a step, written aside and renamed, of safetensors and JSON only.
+
+    runs/NAME/step-000400/
+        config.json, model.safetensors, ...  the weights as weights.py describes them: a full model opens in transformers
+        tokenizer.json, tokenizer_config.json
+        config.yaml                          the run's configuration, which infer.py goes by
+        optimizer.safetensors                AdamW's moments, by parameter name
+        rng.safetensors                      torch's random states of every rank
+        state.json                           everything else the loop needs to go on (TrainState), and where it came from
+        shards/                              with train.sharded_checkpoints, instead of the weights and the moments
+    runs/NAME/last, best                     links to the newest and to the best of them
+
+A directory is renamed to its final name only when every file in it is on the disk. So a name `step-...` is always a
+whole checkpoint, whatever moment the machine dies at.
+
+A sharded checkpoint is written by all ranks at once, each its own part, onto a disk that all of them see. Any number of
+ranks can resume from it; `python -m prospect.checkpoint DIR` turns it into a full one, which infer.py reads.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import typing
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from prospect.config import Config, make_config, to_dict
+from prospect.data import Corpus
+from prospect.embeddings import find_embeddings
+from prospect.errors import ProspectError, run_entry_point
+from prospect.weights import parse_config, read_json, save_state
+
+STEP_NAME = re.compile(r"step-(\d{6,})")
+SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
+
+
+@dataclass
+class TrainState:
+    """Everything the loop needs to go on, beside weights, optimizer moments and random states."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # of the next micro-batch
+    position: int = 0  # micro-batches of that epoch already consumed, over all ranks
+    scaler: dict[str, float] = field(default_factory=dict)  # fp16's loss scale
+    skipped: int = 0  # steps not taken because a gradient was not finite
+    evaluated_step: int = 0  # the step after which validation last ran
+    evaluation: dict[str, float] = field(default_factory=dict)  # what it found
+    thresholds: dict[str, float] = field(default_factory=dict)  # of each head, the best on validation
+    best_step: int | None = None
+    best_loss: float | None = None  # validation total
+    world: int = 1  # ranks
+    micro_batches: int = 1  # of a step, over all ranks
+    data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
+    made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
+
+
+# --------------------------------------------------------------------------------- directories that are whole or absent
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = [path for path in run.glob("step-*") if STEP_NAME.fullmatch(path.name) and (path / "state.json").exists()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def step_directory(run: Path, step: int) -> Path:
+    return run / f"step-{step:06d}"
+
+
+def aside(final: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return final.with_name(f".{final.name}.writing")
+
+
+def begin_checkpoint(final: Path) -> Path:
+    """An empty directory aside, to write into."""
+    with disk_errors(final):
+        shutil.rmtree(aside(final), ignore_errors=True)
+        aside(final).mkdir(parents=True)
+    return aside(final)
+
+
+def finish_checkpoint(final: Path) -> None:
+    """Put what was written aside on the disk, give it its name, and point `last` to it."""
+    with disk_errors(final):
+        for path in [*aside(final).rglob("*"), aside(final)]:
+            to_disk(path)
+        replaced = final.with_name(f".{final.name}.replaced")  # the same step again, say with its evaluation
+        if final.exists():
+            os.rename(final, replaced)
+        os.rename(aside(final), final)
+        to_disk(final.parent)
+        point(final.parent / "last", final.name)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(final: Path) -> Iterator[None]:
+    """A full or read-only disk as one ProspectError; what was written aside is removed, earlier checkpoints stay."""
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(aside(final), ignore_errors=True)
+        if isinstance(error, CheckpointException):  # of shards: what went wrong first, on whichever rank
+            error, _ = next(iter(error.failures.values()))
+        reason = getattr(error, "strerror", None) or str(error)
+        remedy = "make room and start again: earlier checkpoints are intact"
+        raise ProspectError(f"the checkpoint could not be written: {reason}", where=str(final), remedy=remedy) from error
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` lead to `target`, in one step that is never half done."""
+    beside = link.with_name(f".{link.name}.link")
+    beside.unlink(missing_ok=True)
+    beside.symlink_to(target)
+    os.replace(beside, link)
+
+
+def prune(run: Path, keep: int, best_step: int | None) -> None:
+    """Keep the `keep` newest checkpoints and the best. Renamed first: one half removed is not taken for one."""
+    for path in checkpoints(run)[:-keep]:
+        if step_of(path) != best_step:
+            os.rename(path, path.with_name(f".{path.name}.removing"))
+    for leftover in run.glob(".step-*.removing"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def mend(run: Path) -> None:
+    """Clear away what a killed run left half done, and take back a checkpoint that was just being replaced."""
+    for replaced in run.glob(".step-*.replaced"):
+        final = run / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not final.exists():
+            os.rename(replaced, final)
+    for leftover in [*run.glob(".step-*.writing"), *run.glob(".step-*.removing"), *run.glob(".step-*.replaced")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------- where to go on from
+
+
+def find_resume(wanted: str, run: Path) -> Path | None:
+    """The checkpoint to go on from: wanted is `auto`, `never` or a checkpoint directory.
+
+    Raises ProspectError where going on would silently overwrite checkpoints that the run has.
+    """
+    found = checkpoints(run)
+    if wanted == "auto":
+        return found[-1] if found else None
+    source = None if wanted == "never" else Path(wanted).resolve()
+    begin = -1 if source is None else read_state(source).step
+    later = [path.name for path in found if step_of(path) > begin]
+    if later:
+        what = f"the run has checkpoints already that train.resume={wanted} would overwrite: {', '.join(later)}"
+        remedy = "train.resume=auto goes on from the newest; or choose another run.name"
+        raise ProspectError(what, where=str(run), remedy=remedy)
+    return source
+
+
+def check_resumable(directory: Path, state: TrainState, config: Config, data: dict[str, str]) -> list[str]:
+    """Refuse to go on with other data or another model; returns the other settings that have changed, to be told.
+
+    Raises ProspectError naming all that differs.
+    """
+    then, now = flatten(to_dict(read_config(directory))), flatten(to_dict(config))
+    changed = {key: f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]}
+    refused = [text for key, text in changed.items() if fixed(key, config)]
+    refused += [f"{name} has changed" for name in data if data[name] != state.data.get(name)]
+    refused += [f"{name} is gone" for name in state.data if name not in data]
+    if refused:
+        what = f"cannot go on from this checkpoint: {'; '.join(refused)}"
+        remedy = "set it back, or choose another run.name to start afresh"
+        raise ProspectError(what, where=str(directory), remedy=remedy)
+    return [text for key, text in changed.items() if not key.startswith(("run.", "infer.", "data."))]
+
+
+def fixed(key: str, config: Config) -> bool:
+    """Whether a setting decides what the model is or what each step of the data holds."""
+    if key in ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample", "data.workers"):
+        return False  # where files lie does not matter: their fingerprint does
+    if key == "model.backbone":  # of a fully trained model nothing is read from there any more
+        return config.train.tune != "full"
+    shape_of_adapters = ("train.tune", "train.lora_rank", "train.lora_alpha", "train.lora_targets")
+    return key.startswith(("model.", "data.")) or key in ("run.seed", *shape_of_adapters)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def fingerprint(corpus: Corpus, name: str) -> dict[str, str]:
+    """What a corpus read, as digests by file: each clip file's bytes, and the names and sizes of its embedding files.
+
+    Embeddings are not read, which would take minutes: another file of the same size under the same name passes.
+    """
+    digests = {}
+    for number, file in enumerate(corpus.files):
+        content, embeddings = hashlib.sha256(), hashlib.sha256()
+        with open(file.path, "rb") as bytes_of_file:
+            for block in iter(lambda: bytes_of_file.read(1 << 20), b""):
+                content.update(block)
+        folder = Path(corpus.config.embeddings or file.path.parent / "embeddings")
+        for index in sorted({entry.clip for entry in corpus.entries if entry.file == number}):
+            clip = file.clip(index)
+            path = find_embeddings(clip.id, folder, clip.embeddings, allow_outside=corpus.config.embeddings_outside)
+            embeddings.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digests[f"data.{name} file {number}"] = content.hexdigest()
+        digests[f"the embeddings of data.{name} file {number}"] = embeddings.hexdigest()
+    return digests
+
+
+def versions() -> dict[str, str]:
+    """Library versions, and the git commit of this code where there is one (`+` after it: with changes)."""
+    found = {name: version(name) for name in ("torch", "safetensors", "tokenizers", "numpy")}
+    found["python"] = platform.python_version()
+    git = ["git", "-C", str(Path(__file__).parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL, text=True)
+        changes = subprocess.check_output([*git, "status", "--porcelain", "--untracked-files=no"], text=True)
+        found["git"] = commit.strip() + ("+" if changes else "")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- the files
+
+
+def write_state(directory: Path, state: TrainState, config: Config) -> None:
+    (directory / "state.json").write_text(json.dumps(asdict(state), indent=2, sort_keys=True), encoding="utf-8")
+    text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    (directory / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def read_state(directory: Path) -> TrainState:
+    """Raises ProspectError where the directory is no checkpoint."""
+    path = directory / "state.json"
+    try:
+        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        for name, hint in typing.get_type_hints(TrainState).items():
+            if not _is_a(getattr(state, name), hint):
+                raise TypeError(f"{name} is {getattr(state, name)!r:.80}")
+        return state
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is not a checkpoint (no state.json)"
+        raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
+    except (ValueError, TypeError) as error:
+        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="use another checkpoint") from error
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a value read from state.json has its field's type: int, `float | None`, dict[str, float] and the like."""
+    if typing.get_origin(hint) is not dict:
+        return isinstance(value, hint)
+    _, item = typing.get_args(hint)
+    return isinstance(value, dict) and all(isinstance(v, int | float if item is float else item) for v in value.values())
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration a checkpoint was trained with."""
+    path = directory / "config.yaml"
+    try:
+        return make_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is not a checkpoint (no config.yaml)"
+        raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8
+        raise ProspectError(f"is not YAML: {error}", where=str(path), remedy="use another checkpoint") from error
+
+
+def write_optimizer(directory: Path, moments: dict[str, Tensor]) -> None:
+    """AdamW's state: `NAME.exp_avg`, `NAME.exp_avg_sq` and `NAME.step` of every trained parameter."""
+    save_file({name: value.cpu().contiguous() for name, value in moments.items()}, directory / "optimizer.safetensors")
+
+
+def read_optimizer(directory: Path) -> dict[str, Tensor]:
+    return read_tensors(directory / "optimizer.safetensors")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="resume from another checkpoint") from error
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """This rank's random states: `cpu`, and on a GPU `cuda`."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def write_rng(directory: Path, states: list[dict[str, Tensor]]) -> None:
+    """states: `rng_state` of every rank, in rank order."""
+    tensors = {f"{rank}.{key}": value for rank, state in enumerate(states) for key, value in state.items()}
+    save_file(tensors, directory / "rng.safetensors")
+
+
+def set_rng_state(directory: Path, rank: int, device: torch.device) -> None:
+    states = read_tensors(directory / "rng.safetensors")
+    torch.set_rng_state(states[f"{rank}.cpu"])
+    if device.type == "cuda" and f"{rank}.cuda" in states:
+        torch.cuda.set_rng_state(states[f"{rank}.cuda"], device)
+
+
+# ------------------------------------------------------------------------------------------------ sharded checkpoints
+
+
+def write_shards(final: Path, tensors: dict[str, Tensor]) -> None:
+    """Every rank writes its part of all tensors, as one safetensors file that says which part it is."""
+    with disk_errors(final):
+        writer = HuggingFaceStorageWriter(str(aside(final) / SHARDS), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+
+
+def read_shards(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors` in place, however many ranks wrote the shards and however `tensors` are laid out here."""
+    try:
+        reader = HuggingFaceStorageReader(str(directory / SHARDS))
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (CheckpointException, OSError, SafetensorError, RuntimeError) as error:
+        what = f"the shards cannot be read: {error}"
+        raise ProspectError(what, where=str(directory), remedy="resume from another checkpoint") from error
+
+
+def make_full(directory: Path, out: Path) -> None:
+    """Write a sharded checkpoint as a full one, in one process that need not have been part of the run."""
+    config = parse_config(values := read_json(directory / "config.json"), str(directory / "config.json"))
+    if not (directory / SHARDS).is_dir():
+        raise ProspectError("is not a sharded checkpoint", where=str(directory), remedy="a full one needs no conversion")
+    if out.exists():
+        raise ProspectError("exists already", where=str(out), remedy="name a new directory")
+    stored = HuggingFaceStorageReader(str(directory / SHARDS)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in stored.items()}
+    read_shards(directory, tensors)
+    with disk_errors(out):
+        shutil.copytree(directory, begin_checkpoint(out), ignore=shutil.ignore_patterns(SHARDS), dirs_exist_ok=True)
+        save_state(part(tensors, WEIGHTS), config, aside(out), eos_token_id=values["eos_token_id"])
+        write_optimizer(aside(out), part(tensors, MOMENTS))
+        os.rename(aside(out), out)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def main() -> int:
+    what = "Turn a sharded checkpoint into a full one."
+    parser = argparse.ArgumentParser(prog="python -m prospect.checkpoint", description=what)
+    parser.add_argument("checkpoint", type=Path, help="a step-... directory with shards/")
+    parser.add_argument("out", type=Path, help="the directory to write")
+    arguments = parser.parse_args()
+    make_full(arguments.checkpoint, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

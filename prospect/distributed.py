@@ -1,0 +1,208 @@
+"""The ranks of a run: one process alone, or several under torchrun, on one node or many.
+
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it a run is rank 0 of 1 and nothing here talks to anyone.
+
+Two ways to share the work, both of which leave the same gradient on every rank (`train.parallel`):
+
+    ddp     every rank holds the whole model; gradients are averaged while backward runs (arXiv 2006.15704)
+    fsdp    every rank holds 1/world of each weight, gradient and moment; a block's weights are gathered just before it
+            runs and let go after it (FSDP2's fully_shard; ZeRO stage 3, arXiv 1910.02054)
+
+Everything that ranks say to each other about the run itself (counts, votes to stop, errors) is small, lives on the host
+and travels through gloo, so that asking never waits for a GPU.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from prospect.config import TrainConfig
+from prospect.errors import ProspectError
+from prospect.model import Prospect
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Rank 0 alone logs and writes."""
+        return self.rank == 0
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` is cuda where there is one. Raises ProspectError for a device that is not there."""
+    try:
+        kind = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
+    except RuntimeError as error:
+        raise ProspectError(f"unknown device {wanted!r}", where="config", remedy="auto, cpu, cuda or cuda:1") from error
+    if kind.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ProspectError("there is no CUDA device", where="config", remedy="train.device=cpu, or auto")
+        kind = torch.device("cuda", kind.index if kind.index is not None else local_rank)
+        torch.cuda.set_device(kind)
+    return kind
+
+
+def start_ranks(device: str) -> Ranks:
+    """Join the other ranks, with nccl between GPUs and gloo between hosts."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+    return Ranks(rank, world, place)
+
+
+def stop_ranks(ranks: Ranks) -> None:
+    if ranks.world > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------ talking to each other
+
+
+def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """The sum over all ranks, in place."""
+    if ranks.world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, ranks: Ranks) -> bool:
+    """Whether the flag is raised on any rank: how all ranks come to stop at the same step."""
+    return bool(all_sum(torch.tensor(float(flag)), ranks) > 0)
+
+
+def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+    """The value of every rank, in rank order, on every rank."""
+    if ranks.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def together(action: Callable[[], T], ranks: Ranks) -> T:
+    """`action()` on every rank; where it fails on any, all leave, so that none waits for one that has gone.
+
+    The first rank that failed raises its error. The others end with the same status and without a word: one line is
+    what a user needs.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except ProspectError as caught:
+        error = caught
+    failed = [rank for rank, other in enumerate(gather_objects(error, ranks)) if other is not None]
+    if failed:
+        if failed[0] == ranks.rank:
+            raise error
+        sys.exit(2)
+    return result
+
+
+def on_main(action: Callable[[], T], ranks: Ranks) -> T | None:
+    """`action()` on rank 0 while the others wait for it; an error ends them all. None on the other ranks."""
+    return together(lambda: action() if ranks.main else None, ranks)
+
+
+# ---------------------------------------------------------------------------------------------------- sharing the work
+
+
+def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """What the training loop calls instead of `model`: a DDP wrapper around it, or with FSDP the model itself, sharded.
+
+    The losses are part of the model's forward, so either way every parameter's use is seen.
+    """
+    if ranks.world == 1:
+        return model
+    if config.parallel == "ddp":
+        # Without device_ids: DDP would else move the labels to the device, and they are wanted on the host.
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Weights are gathered and used in the 16-bit type, gradients summed over ranks in fp32. What goes into a block is
+    # left as it is: the angles of RoPE stay in fp32, as on one rank.
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    # The root has the rest: embeddings, projector, LM head, decision heads. It stays gathered until backward is done
+    # with it, because evaluation reads the heads after forward.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return model
+
+
+def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Under DDP, let backward only add to this rank's gradients: they are averaged once, in a step's last backward.
+
+    FSDP averages after every micro-batch: to keep unaveraged gradients it would have to hold them whole.
+    """
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def release(model: nn.Module) -> None:
+    """After a forward without backward: let go of what FSDP has gathered, so that parameters are shards again."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full (every rank must ask for it); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a tensor that every rank has in full, what this rank holds when it is laid out like `parameter`."""
+    tensor = tensor.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return tensor
+
+
+# ------------------------------------------------------------------------------------------------------ being stopped
+
+
+class StopRequest:
+    """SIGTERM or SIGINT asks the loop to finish its step, save and leave; a second Ctrl-C leaves at once.
+
+    torchrun passes a Ctrl-C on to ranks that have had it from the terminal already, so a second one is taken for the
+    user's only when it comes a second later.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.first = 0.0  # when it came, seconds of the monotonic clock
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT and time.monotonic() - self.first > 1:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.first = True, time.monotonic()
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For processes that prepare data: a signal to the whole group must not kill them under an unfinished step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

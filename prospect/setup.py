@@ -1,0 +1,122 @@
+"""From a configuration to the three things that train.py, infer.py and show.py need: tokenizer, corpus, model."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from prospect.check import open_source, usable_clips
+from prospect.checkpoint import read_config, read_state
+from prospect.clips import Clip
+from prospect.config import Config, apply_overrides, make_config, to_dict
+from prospect.data import Corpus, clip_prompt, lay_out
+from prospect.distributed import pick_device
+from prospect.errors import ProspectError
+from prospect.model import ModelConfig, Prospect, init_weights
+from prospect.sample import write_sample
+from prospect.tokenizer import Tokenizer, train_tokenizer
+
+_ROLE_MARKS = {"user": "User: ", "assistant": "Assistant: ", "DST_UPDATE": "[DST_UPDATE] "}
+
+
+def run_directory(config: Config) -> Path:
+    return Path(config.run.out) / config.run.name
+
+
+def make_sample_corpus(config: Config) -> None:
+    """Write the sample corpus where data.train expects it, if it is asked for and not there."""
+    path = Path(config.data.train[0])
+    if config.data.sample is None or path.exists():
+        return
+    if len(config.data.train) != 1 or path.name != "train.json":
+        remedy = "let data.train be FOLDER/train.json, or set data.sample to null"
+        raise ProspectError("data.sample makes one file, train.json", where=str(path), remedy=remedy)
+    print(f"making the sample corpus ({config.data.sample}) in {path.parent}", flush=True)
+    write_sample(path.parent, seed=0, difficulty=config.data.sample)
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+    """The backbone's tokenizer, or for a model from scratch a small BPE trained on the training clips, kept with the run."""
+    if config.model.backbone is not None:
+        return Tokenizer(config.model.backbone, config.data.template)
+    if config.data.template != "plain":
+        what = f"data.template={config.data.template} belongs to a pretrained backbone"
+        raise ProspectError(what, where="config", remedy="data.template=plain for a model trained from scratch")
+    directory = run_directory(config) / "tokenizer"
+    if not (directory / "tokenizer_config.json").exists():
+        # Bad clips are told of, or left out, before anything is learned from them and written.
+        sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in config.data.train]
+        usable = usable_clips(sources, config.data, config.model.vision_dim)
+        clips = (sources[number].file.clip(index) for number, index in usable.clips)
+        train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)
+    return Tokenizer(directory, config.data.template)
+
+
+def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
+    """What a model of these clips reads and writes: prompts and turns."""
+    for clip in clips:
+        yield clip_prompt(clip, clip.initial_state, config.data)
+        for said in lay_out(clip, config.data, 0.0, 0, 0).said:
+            yield _ROLE_MARKS[said.role] + said.text
+
+
+def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
+    """split: train or val, with that split's share of negatives."""
+    paths = config.data.train if split == "train" else config.data.val
+    rate = config.data.neg_frame_sampling_rate if split == "train" else config.data.val_neg_frame_sampling_rate
+    return Corpus(paths, config.data, tokenizer, config.model.vision_dim, rate=rate, seed=config.run.seed)
+
+
+def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    """The shape of a model trained from scratch."""
+    m = config.model
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_hidden_layers=m.num_hidden_layers,
+        num_attention_heads=m.num_attention_heads,
+        num_key_value_heads=m.num_key_value_heads,
+        head_dim=m.hidden_size // m.num_attention_heads,
+        max_position_embeddings=config.data.max_seq_len,
+        rope_theta=m.rope_theta,
+        tie_word_embeddings=m.tie_word_embeddings,
+        vision_dim=m.vision_dim,
+        image_token_id=tokenizer.image_id,
+        dst=config.data.dst,
+        dst_state_head=m.dst_state_head,
+    )
+
+
+def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
+    """A new model: from the backbone's weights, or from scratch. The same on every rank: all that is random is seeded."""
+    if config.model.backbone is None:
+        model = Prospect(model_shape(config, tokenizer))
+        init_weights(model, config.run.seed)
+        return model
+    return Prospect.from_pretrained(
+        config.model.backbone,
+        vision_dim=config.model.vision_dim,
+        image_token_id=tokenizer.image_id,
+        dst=config.data.dst,
+        dst_state_head=config.model.dst_state_head,
+        dtype=torch.float32,
+        seed=config.run.seed,
+    )
+
+
+def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
+    """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
+
+    Thresholds that the configuration leaves open are those found best on validation, stored in the checkpoint.
+    """
+    directory = Path(directory)
+    config = make_config(apply_overrides(to_dict(read_config(directory)), overrides), str(directory / "config.yaml"))
+    thresholds = read_state(directory).thresholds
+    if config.infer.speaking_threshold is None:
+        config.infer.speaking_threshold = thresholds.get("speaking", 0.5)
+    if config.infer.dst_threshold is None:
+        config.infer.dst_threshold = thresholds.get("dst", 0.5)
+    tokenizer = Tokenizer(directory, config.data.template)
+    model = Prospect.from_pretrained(directory).to(pick_device(config.infer.device)).eval()
+    return config, tokenizer, model

@@ -1,0 +1,199 @@
+"""Checkpoint directories: whole or absent, and never gone on from with another model or other data."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import train_here, write_tiny_corpus
+
+import train
+from prospect import checkpoint as ckpt
+from prospect.errors import ProspectError
+from prospect.model import Prospect
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A corpus and a finished run of four steps with every checkpoint kept."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_tiny_corpus(folder)
+    assert train_here(folder, "train.max_steps=4", "train.save_every=1", "train.eval_every=2", "train.keep=9") == 0
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path) -> Path:
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True, symlinks=True)
+    return tmp_path
+
+
+def write(final: Path, text: str = "weights") -> None:
+    """A checkpoint of one file beside its state."""
+    directory = ckpt.begin_checkpoint(final)
+    (directory / "model.safetensors").write_text(text)
+    (directory / "deeper").mkdir()
+    (directory / "deeper" / "shard").write_text(text)
+    (directory / "state.json").write_text("{}")
+    ckpt.finish_checkpoint(final)
+
+
+def test_every_file_is_on_the_disk_before_the_directory_gets_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename must find the files' bytes there: fsync of each file and folder comes first."""
+    done: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(f"rename {Path(b).name}"), rename(a, b)))
+    write(tmp_path / "step-000001")
+    before = done[: done.index("rename step-000001")]
+    assert sorted(before) == [
+        "sync .step-000001.writing", "sync deeper", "sync model.safetensors", "sync shard", "sync state.json"]  # fmt: skip
+    assert done[len(before) :] == ["rename step-000001", f"sync {tmp_path.name}"]
+
+
+def test_what_is_half_written_or_half_removed_is_not_taken_for_a_checkpoint(tmp_path):
+    write(tmp_path / "step-000004")
+    for name in (".step-000009.writing", ".step-000003.removing", "step-000010", "step-12", "step-000011.copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("half")
+    (tmp_path / ".step-000009.writing" / "state.json").write_text("{}")
+    assert ckpt.checkpoints(tmp_path) == [tmp_path / "step-000004"]
+    assert ckpt.find_resume("auto", tmp_path) == tmp_path / "step-000004"
+    ckpt.mend(tmp_path)
+    assert not (tmp_path / ".step-000009.writing").exists() and not (tmp_path / ".step-000003.removing").exists()
+    assert (tmp_path / "last").resolve().name == "step-000004"
+
+
+def test_a_step_saved_again_replaces_itself_and_survives_a_kill_in_between(tmp_path, monkeypatch):
+    final = tmp_path / "step-000002"
+    write(final, "old")
+    write(final, "new")
+    assert (final / "model.safetensors").read_text() == "new" and not list(tmp_path.glob(".step*"))
+    os.rename(final, tmp_path / ".step-000002.replaced")  # as if killed between the two renames
+    ckpt.mend(tmp_path)
+    assert (final / "model.safetensors").read_text() == "new"
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step in range(1, 7):
+        write(tmp_path / f"step-{step:06d}")
+        ckpt.prune(tmp_path, keep=2, best_step=2)
+    assert [path.name for path in ckpt.checkpoints(tmp_path)] == ["step-000002", "step-000005", "step-000006"]
+
+
+def test_a_disk_without_room_is_one_error_and_leaves_what_was_there(tmp_path, monkeypatch):
+    write(tmp_path / "step-000001")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ProspectError, match="could not be written: No space left on device") as caught:
+        write(tmp_path / "step-000002")
+    assert caught.value.where.endswith("step-000002")
+    assert [path.name for path in tmp_path.iterdir() if path.name != "last"] == ["step-000001"]
+
+
+def test_never_does_not_overwrite_and_an_older_checkpoint_is_not_rewound_silently(trained):
+    run = trained / "runs/tiny"
+    with pytest.raises(ProspectError, match="step-000001, step-000002, step-000003, step-000004"):
+        ckpt.find_resume("never", run)
+    with pytest.raises(ProspectError, match="overwrite: step-000003, step-000004"):
+        ckpt.find_resume(str(run / "step-000002"), run)
+    assert ckpt.find_resume(str(run / "step-000002"), run.parent / "another") == run / "step-000002"
+    assert ckpt.find_resume("never", run.parent / "another") is None
+    with pytest.raises(ProspectError, match="is not a checkpoint"):
+        train_here(trained, f"train.resume={trained}", "run.name=another")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
+        (["data.batch_tokens=1024", "run.seed=1"], "run.seed was 0, is 1; data.batch_tokens was 512, is 1024"),
+        (["data.dst=false"], "data.dst was True, is False"),
+    ],
+)
+def test_another_model_or_another_cut_of_the_data_is_refused(copy, overrides, message):
+    with pytest.raises(ProspectError, match="cannot go on from this checkpoint") as caught:
+        train_here(copy, "train.max_steps=9", *overrides)
+    assert message in str(caught.value)
+
+
+def test_other_data_files_are_refused_by_name(copy):
+    clips = json.loads((copy / "train.json").read_text())
+    clips[2]["conversation"][1]["content"] += " now"
+    (copy / "train.json").write_text(json.dumps(clips))
+    np.save(copy / "embeddings/val1_embeddings.npy", np.zeros((18, 16), np.float16))
+    with pytest.raises(ProspectError) as caught:
+        train_here(copy, "train.max_steps=9")
+    assert "data.train file 0 has changed; the embeddings of data.val file 0 has changed" in str(caught.value)
+
+
+def test_the_same_files_elsewhere_are_the_same_data(copy, capsys):
+    os.rename(copy / "train.json", copy / "elsewhere.json")
+    overrides = ["train.max_steps=5", f"data.train={copy / 'elsewhere.json'}", "train.learning_rate=0.002"]
+    assert train_here(copy, *overrides) == 0
+    printed = capsys.readouterr().out
+    assert "going on from" in printed and "changed since then: train.max_steps was 4, is 5" in printed
+    assert "train.learning_rate was 0.001, is 0.002" in printed
+
+
+def test_a_checkpoint_says_what_it_was_made_with(trained):
+    state = ckpt.read_state(trained / "runs/tiny/last")
+    assert state.made_with["torch"] == torch.__version__ and "python" in state.made_with
+    assert all(len(digest) == 64 for digest in state.data.values()) and len(state.data) == 4
+    assert (state.step, state.world, state.micro_batches, state.evaluated_step) == (4, 1, 1, 4)
+    assert ckpt.read_config(trained / "runs/tiny/last").train.max_steps == 4
+
+
+def test_a_checkpoint_cut_short_on_the_disk_is_an_error_that_names_the_file(copy):
+    path = copy / "runs/tiny/step-000004/optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ProspectError, match=r"optimizer.safetensors: cannot be read"):
+        train_here(copy, "train.max_steps=9")
+
+
+def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(copy, capsys):
+    before = (copy / "runs/tiny/metrics.jsonl").read_text()
+    assert train_here(copy, "train.max_steps=4") == 0
+    assert "nothing to do: step 4 of 4 is done" in capsys.readouterr().out
+    assert (copy / "runs/tiny/metrics.jsonl").read_text() == before
+    assert train_here(copy, "train.max_steps=6") == 0
+    assert ckpt.read_state(copy / "runs/tiny/last").step == 6
+
+
+def test_a_sharded_checkpoint_becomes_a_full_one(copy, tmp_path):
+    shards = ["train.max_steps=5", "train.sharded_checkpoints=true", "train.eval_every=9"]
+    assert train_here(copy, *shards) == 0
+    assert train_here(copy, "train.max_steps=5", "train.eval_every=9", f"train.resume={copy / 'runs/tiny/step-000004'}", "run.name=full") == 0
+    ckpt.make_full(copy / "runs/tiny/step-000005", copy / "out")
+    for name in ("model.safetensors", "prospect.safetensors", "optimizer.safetensors"):
+        mine, theirs = load_file(copy / "out" / name), load_file(copy / "runs/full/step-000005" / name)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine), name
+    assert Prospect.from_pretrained(copy / "out").config.hidden_size == 32
+    with pytest.raises(ProspectError, match="is not a sharded checkpoint"):
+        ckpt.make_full(copy / "out", copy / "out2")
+
+
+def test_metrics_of_steps_after_the_checkpoint_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 3}', '{"step": 4}', '{"step": 4, "evaluation": {}}', '{"step": 5}', '{"step": 6, "lo']
+    path.write_text("\n".join(lines))
+    log = train.MetricsLog(path, ckpt.TrainState(step=4, evaluated_step=2))
+    log.write({"step": 5})
+    assert path.read_text().splitlines() == ['{"step": 3}', '{"step": 4}', '{"step": 5}']
+    train.MetricsLog(path, ckpt.TrainState(step=3))
+    assert path.read_text() == '{"step": 3}\n'

@@ -1,0 +1,266 @@
+"""The loop's parts: the schedule, the order of the data, precision and compilation; and the script as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from tiny import train_here, write_tiny_config, write_tiny_corpus
+
+import train
+from prospect.checkpoint import read_state
+from prospect.config import TrainConfig
+from prospect.distributed import Ranks
+from prospect.errors import ProspectError
+
+SCRIPT = Path(train.__file__)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_usual_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    write_tiny_corpus(folder)
+    return folder
+
+
+def losses(folder: Path, name: str, *overrides: str) -> list[dict]:
+    assert train_here(folder, f"run.name={name}", *overrides) == 0
+    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]),  # half-way through the fall: (1 + 0.1) / 2
+        ("linear", [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_schedule_by_hand(schedule, expected):
+    config = TrainConfig(warmup_steps=2, min_lr_ratio=0.1, schedule=schedule)
+    steps = [0, 1, 2, 6, 10, 99]  # the fall is from step 2 to step 10
+    assert [train.learning_rate(step, 10, config, 1.0) for step in steps] == pytest.approx(expected)
+    assert train.learning_rate(1, 10, config, 3.0) == 3.0
+    quarter = train.learning_rate(4, 10, config, 1.0)
+    assert quarter == pytest.approx({"cosine": 0.1 + 0.9 * 0.853553, "linear": 0.775, "constant": 1.0}[schedule], rel=1e-5)
+
+
+# Ten sequences of 10, 20, ... 100 tokens and 100 tokens a micro-batch.
+ORDER = train.DataOrder(np.arange(10, 101, 10), batch_tokens=100, seed=0)
+
+
+def taken(world: int, accumulate: int, steps: int, place: tuple[int, int] = (0, 0)) -> list[list[list[list[tuple[int, int]]]]]:
+    """Steps x ranks x micro-batches x keys."""
+    samplers = [iter(train.StepSampler(ORDER, *place, Ranks(r, world, torch.device("cpu")), accumulate)) for r in range(world)]
+    return [[[next(sampler) for _ in range(accumulate)] for sampler in samplers] for _ in range(steps)]
+
+
+def flat(steps) -> list[tuple[int, int]]:
+    return sorted(key for step in steps for rank in step for micro in rank for key in micro)
+
+
+def test_an_epoch_shows_every_sequence_once_and_epochs_differ():
+    per_epoch = len(ORDER.batches(0))
+    stream = ORDER.stream(0, 0)
+    first = [next(stream) for _ in range(per_epoch)]
+    assert {epoch for epoch, _ in first} == {0}
+    assert sorted(index for _, batch in first for index in batch) == list(range(10))
+    assert next(stream)[0] == 1
+    assert ORDER.batches(0) != ORDER.batches(1)
+    assert all(ORDER.lengths[batch].max() * len(batch) <= 100 for batch in ORDER.batches(0))
+
+
+def test_places_count_over_epochs():
+    per_epoch = len(ORDER.batches(0))
+    assert ORDER.advance(0, 0, 1) == (0, 1)
+    assert ORDER.advance(0, per_epoch - 1, 1) == (1, 0)
+    assert ORDER.advance(0, 0, per_epoch + len(ORDER.batches(1)) + 2) == (2, 2)
+    assert ORDER.left(0, 0, 1) == per_epoch and ORDER.left(0, 3, 1) == per_epoch - 3 and ORDER.left(1, 0, 1) == 0
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (3, 2)])
+def test_ranks_share_each_step_without_gap_or_repetition(world, accumulate):
+    steps = taken(world, accumulate, 3)
+    stream = ORDER.stream(0, 0)
+    for step in steps:
+        expected = [next(stream) for _ in range(world * accumulate)]
+        assert flat([step]) == sorted((epoch, index) for epoch, batch in expected for index in batch)
+        assert [len(rank) for rank in step] == [accumulate] * world
+
+
+def test_another_number_of_ranks_goes_on_at_the_same_place():
+    """Two steps of two ranks are eight sequences' batches; then one rank: no batch is missed, none is seen twice."""
+    place = ORDER.advance(0, 0, 2 * 2 * 1)
+    together = flat(taken(2, 1, 2)) + flat(taken(1, 1, 6, place))
+    assert sorted(together) == flat(taken(1, 1, 10))
+
+
+def test_work_is_dealt_out_by_tokens():
+    """Four micro-batches by size a >= b >= c >= d: one rank gets a and d, the other b and c."""
+    (step,) = taken(2, 2, 1)
+    sizes = [[max(ORDER.lengths[index] for _, index in micro) * len(micro) for micro in rank] for rank in step]
+    a, b, c, d = sorted((size for rank in sizes for size in rank), reverse=True)
+    assert sizes == [[a, d], [b, c]]
+
+
+def test_padding_to_a_multiple_adds_nothing_to_learn():
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[True, True, False]]), "clip_ids": ["a"]}
+    batch |= {key: torch.tensor([[1, 0, -100]]) for key in train.LABEL_KEYS}
+    padded = train.pad_to_multiple(batch, 4, pad_id=9)
+    assert padded["input_ids"].tolist() == [[5, 6, 7, 9]] and padded["attention_mask"].tolist() == [[True, True, False, False]]
+    assert all(padded[key].tolist() == [[1, 0, -100, -100]] for key in train.LABEL_KEYS)
+    assert train.pad_to_multiple(batch, 3, pad_id=9) is batch
+    # labels (four kinds x one label, of the decisions one positive and one negative), tokens, tokens with padding
+    assert train.tally(padded).tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0]
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def test_data_workers_change_nothing(corpus):
+    alone = losses(corpus, "alone", "train.max_steps=4")
+    assert losses(corpus, "workers", "train.max_steps=4", "data.workers=2") == alone
+
+
+def test_a_bad_clip_found_by_a_worker_is_one_error(tmp_path, monkeypatch):
+    """The clip was good when the run began; the error crosses the process boundary whole."""
+    write_tiny_corpus(tmp_path)
+    schedule = train.learning_rate
+
+    def spoil(step, *rest):
+        if step == 0:
+            for path in (tmp_path / "embeddings").glob("clip*"):
+                path.write_bytes(b"nothing")
+        return schedule(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", spoil)
+    with pytest.raises(ProspectError) as caught:
+        train_here(tmp_path, "data.workers=1", "train.max_steps=30")
+    assert "_embeddings.npy" in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_half_precision_follows_full(corpus):
+    """To 1 % of the loss over six steps: 8 bits of each product, sums in fp32."""
+    full = [line["loss"] for line in losses(corpus, "full", "train.eval_every=99") if "lr" in line]
+    half = [line["loss"] for line in losses(corpus, "bf16", "train.precision=bf16", "train.eval_every=99") if "lr" in line]
+    assert half == pytest.approx(full, rel=0.01) and half != full
+
+
+def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, monkeypatch):
+    """Every micro-batch has another shape. The backend only counts graphs and runs them as they are."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=counting, **options))
+    torch._dynamo.reset()
+    eager = losses(corpus, "eager", "train.max_steps=9")
+    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true")
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["step"] == b["step"]
+        if "loss" in a:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["counts"] == a["counts"]
+    # Two layers; each while training and while evaluating; for batches of one and of more.
+    assert 2 <= len(graphs) <= 2 * 2 * 2
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_losses(corpus):
+    eager = losses(corpus, "eager2", "train.max_steps=3")
+    compiled = losses(corpus, "inductor", "train.max_steps=3", "train.compile=true")
+    for a, b in zip(eager, compiled, strict=True):
+        assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), rel=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update_or_is_skipped_with_a_bound(corpus, monkeypatch):
+    """The loss is finite, so every clip of the step is named; nothing of it reaches the weights."""
+    clip = nn.utils.clip_grad_norm_
+    calls = []
+
+    def poisoned(parameters, limit):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) >= 3:
+            parameters[0].grad[0, 0] = torch.inf
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", poisoned)
+    often = ("train.save_every=1", "train.eval_every=99")
+    with pytest.raises(ProspectError, match=r"the gradient of step 3 is not finite \(clips \w+"):
+        train_here(corpus, "run.name=stop", *often)
+    assert read_state(corpus / "runs/stop/last").step == 2
+    calls.clear()
+    with pytest.raises(ProspectError, match="the gradient of step 3"):
+        train_here(corpus, "run.name=skip", *often, "train.nonfinite=skip", "train.max_skips=4")
+    lines = [json.loads(line) for line in (corpus / "runs/skip/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 3, 3] and len(calls) == 7
+    assert len({line["skipped"] for line in lines[2:]}) > 1  # the data goes on
+
+
+def test_a_run_as_long_as_its_epochs(corpus):
+    """Two epochs of nine micro-batches."""
+    assert losses(corpus, "epochs", "train.max_steps=null", "train.num_epochs=2", "train.eval_every=99")[-1]["step"] == 18
+
+
+# ------------------------------------------------------------------------------------------------ the script itself
+
+
+def script(*arguments: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(SCRIPT), *arguments], env=environment, **pipes, **options)
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path):
+    write_tiny_corpus(tmp_path)
+    config = str(write_tiny_config(tmp_path, "train.max_steps=100000", "train.eval_every=50", "train.save_every=50"))
+    running = script(config)
+    log = tmp_path / "runs/tiny/metrics.jsonl"
+    until = time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 3) and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 75 and "start again to go on" in errors and "Traceback" not in errors
+    step = read_state(tmp_path / "runs/tiny/last").step
+    output, errors = script(config, f"train.max_steps={step + 2}").communicate(timeout=60)
+    assert f"step {step}\n" in output and f"done: {step + 2} steps" in output, errors
+
+
+def test_mistakes_end_with_one_line_and_status_2(tmp_path):
+    write_tiny_corpus(tmp_path)
+    config = str(write_tiny_config(tmp_path))
+    for arguments, expected in (
+        ((config, "train.learning_rat=1", "train.paralel=ddp"), "unknown key train.learning_rat (did you mean train.learning_rate?)"),
+        ((config, f"data.train={tmp_path / 'no.json'}"), "no such clip file"),
+    ):
+        running = script(*arguments)
+        output, errors = running.communicate(timeout=60)
+        assert running.returncode == 2 and expected in errors, errors
+        assert errors.startswith("error: ") and errors.count("\n") == 1
+    assert not (tmp_path / "runs/tiny/metrics.jsonl").exists()
