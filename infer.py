@@ -1,0 +1,190 @@
+"""Stream clips through a trained model, frame by frame: what it says, when, and the task state it tracks.
+
+    python infer.py --clip FILE[:ID or INDEX] [--clip ...] [--checkpoint DIR] [--out FILE.jsonl] [section.key=value ...]
+    python infer.py --live --clip FILE[:ID or INDEX] < lines      one JSON object a line, one record a line at once
+
+A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record a frame, each written in
+one piece as soon as it is known: whenever the program is stopped, the file holds whole lines, one for every frame up to
+there. Ctrl-C ends with status 130.
+
+With --live the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
+{"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
+cannot be used is answered by {"error": ...}; it counts as no frame, and the stream goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+import numpy as np
+
+from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
+from prospect.config import Config
+from prospect.embeddings import check_finite
+from prospect.errors import ProspectError, run_entry_point
+from prospect.setup import load_for_inference
+from prospect.stream import FrameRecord, Job, StreamSession, stream_jobs
+
+DEFAULT_CHECKPOINT = "runs/sample/best"
+
+
+def named_clips(name: str) -> list[tuple[ClipFile, int]]:
+    """FILE: all its clips; FILE:ID or FILE:INDEX: one of them. Both a file's name and an id may hold colons."""
+    cut = next((i for i, character in enumerate(name) if character == ":" and Path(name[:i]).is_file()), None)
+    if cut is None or Path(name).is_file():
+        file = ClipFile(name)
+        return [(file, index) for index in range(len(file))]
+    file = ClipFile(name[:cut])
+    return [(file, file.find(name[cut + 1 :]))]
+
+
+def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:
+    """A clip with its embeddings, and a warning where the two differ by the last frame."""
+    clip = file.clip(index)
+    folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
+    embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
+    clip, warning = fit_rows(clip, len(embeddings))
+    check_finite(embeddings, clip.where)
+    return Job(clip, embeddings), warning
+
+
+# ---------------------------------------------------------------------------------------------- the transcript
+
+
+def header(clip: Clip) -> str:
+    lines = [f"{clip.id}: {clip.goal}  (frames {clip.start_frame}..{clip.end_frame}, {clip.fps:g} a second)"]
+    return "\n".join(lines + [f"    {step.id} {step.name} [{clip.initial_state[step.id]}]" for step in clip.steps])
+
+
+def transcript(record: FrameRecord) -> Iterator[str]:
+    """The lines of one frame: nothing for a silent one."""
+    tenths = round(10 * record.time)
+    stamp = f"{tenths // 600:3d}:{tenths % 600 / 10:04.1f}"
+    if record.context_event is not None:
+        event = record.context_event
+        yield f"{stamp}  --         context {event.strategy}: {event.tokens_before} -> {event.tokens_after} tokens"
+    for text in record.user:
+        yield f"{stamp}  user       {text}"
+    if record.dst_update is not None:
+        refused = f"   (not applied: {record.invalid_update})" if record.invalid_update else ""
+        yield f"{stamp}  state      {record.dst_update}{refused}   {state_line(record)}"
+    if record.text is not None:
+        yield f"{stamp}  assistant  {record.text}" + (f"   (cut: {record.text_cut})" if record.text_cut else "")
+
+
+def state_line(record: FrameRecord) -> str:
+    marks = {"completed": "[x]", "in_progress": "[>]", "not_started": "[ ]"}
+    return " ".join(f"{marks[state]}{id}" for id, state in record.dst_state.items())
+
+
+def show(record: FrameRecord, out: TextIO | None, terminal: TextIO) -> None:
+    for line in transcript(record):
+        # Texts come from users and models: what could steer a terminal is shown as a blank.
+        print("".join(character if character.isprintable() else " " for character in line), file=terminal, flush=True)
+    if out is not None:
+        write_line(out, record.to_dict())
+
+
+def write_line(out: TextIO, value: dict) -> None:
+    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is whole or not there
+    out.flush()
+
+
+# --------------------------------------------------------------------------------------------------- live input
+
+
+def read_live_line(line: bytes) -> np.ndarray | str:
+    """A frame's embedding or the user's text. Raises ProspectError saying what is wrong with the line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ProspectError(f"is not JSON: {error}") from error
+    if not isinstance(value, dict) or set(value) not in ({"embedding"}, {"user"}):
+        raise ProspectError('must be {"embedding": [...]} or {"user": "..."}')
+    if "user" in value:
+        if not isinstance(value["user"], str):
+            raise ProspectError("user must be text")
+        return value["user"]
+    try:
+        embedding = np.array(value["embedding"])
+    except (ValueError, RecursionError) as error:
+        raise ProspectError("embedding must be a list of numbers") from error
+    if embedding.dtype.kind not in "if":
+        raise ProspectError("embedding must be a list of numbers")
+    with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite, which the session refuses
+        return embedding.astype(np.float32)
+
+
+def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
+    """Answer each embedding with a record, each line that cannot be used with {"error": ...}."""
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            given = read_live_line(line)
+            if isinstance(given, str):
+                session.say(given)
+            else:
+                show(session.feed(given), out, sys.stderr)
+        except ProspectError as error:
+            write_line(out, {"error": f"line {number}: {error}"})
+
+
+# --------------------------------------------------------------------------------------------------------- main
+
+
+def open_output(path: str, inputs: list[Path]) -> TextIO:
+    if Path(path).resolve() in [file.resolve() for file in inputs]:
+        raise ProspectError("--out is the clip file itself", where=path, remedy="name another file")
+    try:
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        remedy = "name a file in a folder that exists"
+        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", action="append", required=True, metavar="FILE[:ID|INDEX]", help="repeatable")
+    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
+    parser.add_argument("--out", metavar="FILE.jsonl", help="one record a frame")
+    parser.add_argument("--live", action="store_true", help="read frames and user text from stdin")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_intermixed_args()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+
+    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
+    chosen = [clip for name in arguments.clip for clip in named_clips(name)]
+    inputs = [file.path for file, _ in chosen]
+    if arguments.live:
+        if len(chosen) != 1:
+            what = f"--live takes the header of one clip, not of {len(chosen)}"
+            raise ProspectError(what, remedy="--clip FILE:INDEX")
+        [(file, index)] = chosen
+        session = StreamSession(model, tokenizer, file.clip(index), config)
+        with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext(sys.stdout) as out:
+            live(session, sys.stdin.buffer, out)
+        return 0
+
+    for file, index in chosen:  # all that can be wrong with the clips is found before the first of them is streamed
+        job, warning = load_job(file, index, config)
+        StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
+    with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
+        for file, index in chosen:
+            job, _ = load_job(file, index, config)
+            print(header(job.clip))
+            for _, records in stream_jobs(model, tokenizer, [job], config):
+                for record in records:
+                    show(record, out, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

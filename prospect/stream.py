@@ -1,0 +1,568 @@
+"""The streaming engine: the trained model run live, frame by frame, with a KV cache and a bounded context.
+
+    session = StreamSession(model, tokenizer, clip, config)     clip: the header (goal, steps, state at its start)
+    session.say("What now?")                                    user text, placed before the next frame
+    record = session.feed(embedding)                            one frame in, one record out
+
+At every frame one forward pass puts the frame into the cache and both heads are read at it. If the update head fires,
+the turn's header is fed and the update generated, parsed, checked and applied; then, if the speaking head fires, the
+reply is generated. The LM head is not touched on a silent frame. The sequence that builds up in the cache is the one
+that training shows (prospect/data.py), token by token, and stays so when the context is refreshed.
+
+Two things make it fast without changing a record. *Look-ahead*: when frames are on disk already, K of them run in one
+causal forward; everything behind the first frame that fires is rolled back, so a silent stretch costs one prefill.
+*Rows*: several streams share one cache, each at its own position.
+
+Speaking by a head beside the LM head, and the strategies drop_all, drop_middle and summarize_and_drop, are ProAssist's
+(arXiv 2506.05904).
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prospect.clips import Clip
+from prospect.config import Config
+from prospect.data import clip_prompt, overlap_start, prompt_pieces
+from prospect.dst import (
+    TRANSITIONS,
+    State,
+    Transition,
+    UpdateError,
+    apply_update,
+    legal_updates,
+    parse_update,
+    write_update,
+)
+from prospect.errors import ProspectError
+from prospect.model import Generated, KVCache, Prospect
+from prospect.tokenizer import Piece, Tokenizer
+
+SUMMARY_REQUEST = "Summarize what has been done so far."  # asked in the user's role when a context is summarized
+DROP_MIDDLE_TAIL = 512  # tokens of the recent past that drop_middle keeps (ProAssist)
+
+
+@dataclass
+class ContextEvent:
+    """A refresh of the context, noted in the record of the frame before which it happened."""
+
+    strategy: str
+    tokens_before: int
+    tokens_after: int
+    summary: str | None
+    seconds: float
+
+
+@dataclass
+class FrameRecord:
+    """What happened at one frame. Probabilities in 0..1, time in seconds of the video; None where nothing was said."""
+
+    clip_id: str
+    frame_idx: int
+    time: float
+    speaking_prob: float
+    dst_update_prob: float | None  # None: a model without task state
+    speaking_decision: bool
+    dst_update_decision: bool
+    text: str | None  # what the assistant said
+    dst_update: str | None  # the update as generated, applied unless invalid_update says why not
+    dst_state: State  # after the frame
+    user: list[str] = field(default_factory=list)  # what the user said right before the frame
+    text_cut: str | None = None  # why a text was cut off: "limit" or "repetition"
+    dst_update_cut: str | None = None
+    invalid_update: str | None = None
+    context_event: ContextEvent | None = None
+    context_tokens: int = 0  # tokens in the cache after the frame
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@dataclass
+class Frame:
+    """A frame that is about to be seen: its embedding [D] or [I, D], and what the user says right before it."""
+
+    embedding: Tensor
+    user: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Unit:
+    """A frame in the context and what is said at it, as it was fed and can be fed again: tokens and embedding rows."""
+
+    before_ids: list[int]  # user turns
+    rows: Tensor  # [I, D], on the CPU
+    after_ids: list[int] = field(default_factory=list)  # update and reply, headers and end tokens included
+    state_before: State = field(default_factory=dict)
+    spoke: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.before_ids) + len(self.rows) + len(self.after_ids)
+
+    def ids(self, image_id: int) -> list[int]:
+        return [*self.before_ids, *[image_id] * len(self.rows), *self.after_ids]
+
+
+class StreamSession:
+    """One stream: its row of a cache, the frames in its context, its task state.
+
+    cache, row: a cache that several sessions share (make_cache), and this one's row of it; `advance` then runs them
+    together. Raises ProspectError when the settings leave no room for a frame and what may be said at it.
+    """
+
+    def __init__(
+        self,
+        model: Prospect,
+        tokenizer: Tokenizer,
+        clip: Clip,
+        config: Config,
+        *,
+        cache: KVCache | None = None,
+        row: int = 0,
+    ):
+        self.model, self.tokenizer, self.clip, self.config = model, tokenizer, clip, config
+        self.cache = cache if cache is not None else make_cache(model, config, 1)
+        self.row = row
+        self.state: State = dict(clip.initial_state) if config.data.dst else {}
+        self.frame_idx = clip.start_frame  # of the next frame
+        self.units: list[Unit] = []  # the frames in the context, oldest first
+        self.pending: list[str] = []  # said by the user since the last frame
+        self.limit = config.data.max_seq_len - config.infer.reserved  # a frame that would go beyond it brings a refresh
+        self.headers = {role: tokenizer.encode(tokenizer.template.header(role)) for role in ("assistant", "DST_UPDATE")}
+        self.end_ids = [tokenizer.end_id, *tokenizer.encode(tokenizer.template.suffix())]
+        self.summary_request = self.user_ids([SUMMARY_REQUEST])
+        unwritten = [id for id in tokenizer.control_ids() if id != tokenizer.end_id and id < model.config.vocab_size]
+        unwritten += range(tokenizer.vocab_size, model.config.vocab_size)  # a padded vocabulary's rows, never trained
+        self.forbidden = torch.tensor(unwritten, dtype=torch.long, device=self.cache.keys.device)  # inside a turn
+        self._check_settings()
+        self._restart(clip_prompt(clip, clip.initial_state, config.data), [], 1)
+
+    def _check_settings(self) -> None:
+        data, infer = self.config.data, self.config.infer
+        if infer.speaking_threshold is None or infer.dst_threshold is None:
+            remedy = "set them, or load a checkpoint with prospect.setup.load_for_inference"
+            what = "infer.speaking_threshold and infer.dst_threshold are not set"
+            raise ProspectError(what, where="config", remedy=remedy)
+        if data.dst != self.model.config.dst:
+            what = f"data.dst is {data.dst}, but the model was made with {self.model.config.dst}"
+            raise ProspectError(what, where="config", remedy="leave data.dst as the checkpoint has it")
+        around = {role: len(header) + len(self.end_ids) for role, header in self.headers.items()}
+        needed = infer.max_reply_tokens + around["assistant"]
+        if data.dst:
+            needed += infer.max_update_tokens + around["DST_UPDATE"]
+        if infer.strategy.startswith("summarize"):
+            needed = max(needed, len(self.summary_request) + infer.max_reply_tokens + around["assistant"])
+        if needed > infer.reserved:
+            what = f"infer.reserved {infer.reserved} cannot hold what may be said at a frame, {needed} tokens"
+            remedy = f"set infer.reserved={needed}, or lower infer.max_reply_tokens"
+            raise ProspectError(what, where="config", remedy=remedy)
+        if data.dst and infer.constrain_dst:
+            moves = [Transition(id, name) for id in self.state for name in TRANSITIONS]
+            single = [write_update([move], data.dst_format) for move in moves]
+            if not "".join(single).isascii():
+                remedy = "rename the steps, or set infer.constrain_dst=false"
+                raise ProspectError("infer.constrain_dst needs step ids in ASCII", where=self.clip.where, remedy=remedy)
+            needed = max((len(update_ids(self.tokenizer, text)) for text in single), default=0)
+            if needed > infer.max_update_tokens:
+                what = f"infer.max_update_tokens {infer.max_update_tokens} cannot hold one update, {needed} tokens"
+                raise ProspectError(what, where=self.clip.where, remedy=f"set infer.max_update_tokens={needed}")
+
+    # ------------------------------------------------------------------------------------------------ live use
+
+    def say(self, text: str) -> None:
+        """User text, placed before the next frame, as in training. Raises ProspectError where it cannot stand there."""
+        text, where = text.strip(), f"frame {self.frame_idx}"
+        if not text:
+            raise ProspectError("the user said nothing", where=where, remedy="say some text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ProspectError("the user's text holds half a surrogate pair", where=where, remedy="send real Unicode")
+        needed, room = len(self.user_ids([*self.pending, text])), self.limit - self.prompt_tokens
+        if needed >= room:
+            what = f"the user's text has {needed} tokens, the context has room for {room}"
+            raise ProspectError(what, where=where, remedy="say less at once, or raise data.max_seq_len")
+        self.pending.append(text)
+
+    def feed(self, embedding: Tensor | np.ndarray) -> FrameRecord:
+        """Show one frame, embedding [D] or [I, D]; returns what the assistant decided and said.
+
+        Raises ProspectError at an embedding of a wrong shape or with values that are not finite (the stream can go on),
+        and when the context is full and infer.strategy is none.
+        """
+        rows = torch.as_tensor(embedding).detach().to("cpu", copy=True)  # the caller may use its buffer again
+        if not rows.isfinite().all():
+            raise ProspectError("the embedding holds values that are not finite", where=f"frame {self.frame_idx}")
+        records = advance([self], [[Frame(rows, self.pending)]])
+        self.pending = []
+        return records[0][0]
+
+    # ------------------------------------------------------------------------------------------------ the context
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cache.lengths[self.row]
+
+    def user_ids(self, texts: list[str]) -> list[int]:
+        template = self.tokenizer.template
+        return [id for text in texts for id in self.tokenizer.encode(template.turn("user", text) + template.suffix())]
+
+    def unit(self, frame: Frame) -> Unit:
+        rows = frame.embedding if frame.embedding.ndim == 2 else frame.embedding[None]  # [I, D]
+        if rows.ndim != 2 or len(rows) == 0 or rows.shape[-1] != self.model.config.vision_dim:
+            wanted = f"[{self.model.config.vision_dim}] or [I, {self.model.config.vision_dim}]"
+            what = f"an embedding of shape {list(frame.embedding.shape)}, a frame is {wanted}"
+            raise ProspectError(what, where=f"{self.clip.where}, from frame {self.frame_idx} on")
+        return Unit(self.user_ids(frame.user), rows)
+
+    def refresh(self, needed: int) -> ContextEvent:
+        """Make room for `needed` tokens, by the configured strategy. What is kept is fed again, from position 0 on.
+
+        slide (ours) keeps the last `overlap` share under a prompt with the state at the first kept frame: exactly the
+        windows of training. The others are there to compare. drop_all, drop_middle and summarize_and_drop know no task
+        state, so their prompt stays the one that the stream began with; summarize_with_dst tells the predicted one.
+        """
+        started, before = time.perf_counter(), self.num_tokens
+        clip, data, strategy = self.clip, self.config.data, self.config.infer.strategy
+        kept: list[Unit] = []
+        summary = None
+        if strategy == "none":
+            what = f"the context is full at frame {self.frame_idx} ({before} of {data.max_seq_len} tokens)"
+            raise ProspectError(what, where=clip.where, remedy="infer.strategy=slide, or raise data.max_seq_len")
+        if strategy == "slide":
+            prompt, kept = self._slide(needed)
+        elif strategy == "drop_all":
+            prompt = clip_prompt(clip, clip.initial_state, data)
+        elif strategy == "drop_middle":
+            prompt = clip_prompt(clip, clip.initial_state, data)
+            kept = self._first_exchange_and_tail()
+        else:
+            summary = self._summarize()
+            state = self.state if strategy == "summarize_with_dst" else clip.initial_state
+            prompt = clip_prompt(clip, state, replace(data, recipe=True), summary=summary)
+        self._restart(prompt, kept, needed)
+        return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
+
+    def _restart(self, prompt: str, kept: list[Unit], needed: int) -> None:
+        """Empty the row and feed the prompt and the kept frames and texts, in one forward."""
+        ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
+        prompt_tokens = len(ids)
+        for unit in kept:
+            ids += unit.ids(self.tokenizer.image_id)
+        if len(ids) + needed > self.limit:
+            what = f"{len(ids)} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
+            remedy = "raise data.max_seq_len, lower infer.reserved, or shorten the text"
+            raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
+        self.cache.lengths[self.row] = 0
+        self.units, self.prompt_tokens = kept, prompt_tokens
+        self._run(ids, torch.cat([unit.rows for unit in kept]) if kept else None)
+
+    @torch.inference_mode()
+    def _run(self, ids: list[int], rows: Tensor | None) -> None:
+        """Put tokens, and the embedding rows [F,D] of the <image>s among them, into the cache."""
+        device = self.cache.keys.device
+        rows = None if rows is None else rows.to(device)
+        self.model(torch.tensor([ids], device=device), rows, cache=self.cache, rows=[self.row])
+
+    def _slide(self, needed: int) -> tuple[str, list[Unit]]:
+        """The prompt and the units of the next window, as prospect.data.plan_windows begins it."""
+        until = np.cumsum([0] + [unit.num_tokens for unit in self.units])  # [U+1] tokens before each unit
+        first = overlap_start(until, 0, len(self.units), self.config.data.overlap)
+        while True:
+            kept = self.units[first:]
+            prompt = clip_prompt(self.clip, kept[0].state_before if kept else self.state, self.config.data)
+            [prompt_tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
+            if not kept or prompt_tokens + int(until[-1] - until[first]) + needed <= self.limit:
+                return prompt, kept
+            first += 1  # a long text follows: it needs the overlap's room
+
+    def _first_exchange_and_tail(self) -> list[Unit]:
+        """drop_middle: the frames at which something was said up to the first reply, and the last 512 tokens.
+
+        In a small context the first exchange may take a quarter of the room, or is left out, and the tail a half.
+        """
+        room = self.limit - self.prompt_tokens
+        reply = next((i for i, unit in enumerate(self.units) if unit.spoke), -1)
+        exchange = [unit for unit in self.units[: reply + 1] if unit.before_ids or unit.after_ids]
+        if sum(unit.num_tokens for unit in exchange) > room // 4:
+            exchange = []
+        first, tokens = len(self.units), 0
+        while first > reply + 1 and tokens + self.units[first - 1].num_tokens <= min(DROP_MIDDLE_TAIL, room // 2):
+            first -= 1
+            tokens += self.units[first].num_tokens
+        return exchange + self.units[first:]
+
+    def _summarize(self) -> str:
+        """Ask the model for a summary of the context, in the space that is kept free for what is said at a frame."""
+        before = self.num_tokens
+        self._run(self.summary_request, None)
+        turn = generate([self], "assistant", self.config.infer.max_reply_tokens)[0]
+        self.cache.lengths[self.row] = before
+        return self.tokenizer.decode(turn.ids).strip()
+
+    # ------------------------------------------------------------------------------------------- what was written
+
+    def wrote_update(self, turn: Generated, record: FrameRecord) -> None:
+        record.dst_update, record.dst_update_cut = self._append("DST_UPDATE", turn), turn.cut
+        try:
+            self.state = apply_update(self.state, parse_update(record.dst_update, self.config.data.dst_format))
+        except UpdateError as error:
+            record.invalid_update = str(error)
+        record.dst_state = self.state
+
+    def wrote_reply(self, turn: Generated, record: FrameRecord) -> None:
+        record.text, record.text_cut = self._append("assistant", turn), turn.cut
+        self.units[-1].spoke = True
+
+    def _append(self, role: str, turn: Generated) -> str:
+        self.units[-1].after_ids += [*self.headers[role], *turn.ids, *self.end_ids]
+        return self.tokenizer.decode(turn.ids).strip()
+
+
+def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
+    """A cache with a row for each of `streams`."""
+    weight = model.lm_head.weight
+    return KVCache(model.config, streams, config.data.max_seq_len, weight.device, weight.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+
+
+@torch.inference_mode()
+def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[list[FrameRecord]]:
+    """One step of several streams that share a cache: one forward over the frames that each may run ahead.
+
+    upcoming: for each stream, the frames to come, at least one. Returns for each stream the records of the frames it
+    has taken, at least one: silent ones, and possibly a last one at which it updated the state or spoke. What was run
+    beyond that frame is rolled back.
+
+        frames in the forward    f1 f2 f3 f4 f5 f6       f4 fires
+        taken                    f1 f2 f3 f4             the cache is cut behind f4, the text is written there
+    """
+    model, tokenizer, infer = sessions[0].model, sessions[0].tokenizer, sessions[0].config.infer
+    cache, device = sessions[0].cache, sessions[0].cache.keys.device
+    chunks, events = zip(*[fitting(session, frames) for session, frames in zip(sessions, upcoming)])
+
+    # One right-padded forward; decisions are read at each frame's last <image>.
+    starts = [session.num_tokens for session in sessions]
+    ends = [np.cumsum([unit.num_tokens for unit in chunk]) for chunk in chunks]  # tokens up to and with each frame
+    T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
+    input_ids = torch.full((len(sessions), T), tokenizer.pad_id)
+    read_at = torch.zeros((len(sessions), K), dtype=torch.long)
+    for b, (chunk, end) in enumerate(zip(chunks, ends)):
+        input_ids[b, : end[-1]] = torch.tensor([id for unit in chunk for id in unit.ids(tokenizer.image_id)])
+        read_at[b, : len(end)] = torch.from_numpy(end - 1)
+    image_embeds = torch.cat([unit.rows for chunk in chunks for unit in chunk]).to(device)  # [F,D]
+    rows = [session.row for session in sessions]
+    hidden = model(input_ids.to(device), image_embeds, cache=cache, rows=rows)  # [B,T,H]
+    hidden = hidden.gather(1, read_at.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
+    speaking, dst = decision_probabilities(model, hidden, infer.decision, tokenizer.end_id)  # [B][K] on the host
+
+    records: list[list[FrameRecord]] = []
+    for b, (session, chunk) in enumerate(zip(sessions, chunks)):
+        may_update = dst is not None and not (infer.constrain_dst and not legal_updates(session.state))
+        taken: list[FrameRecord] = []
+        for k, unit in enumerate(chunk):
+            unit.state_before = session.state
+            session.units.append(unit)
+            taken.append(FrameRecord(
+                clip_id=session.clip.id,
+                frame_idx=session.frame_idx,
+                time=session.clip.seconds(session.frame_idx),
+                speaking_prob=speaking[b][k],
+                dst_update_prob=None if dst is None else dst[b][k],
+                speaking_decision=speaking[b][k] >= infer.speaking_threshold,
+                dst_update_decision=may_update and dst[b][k] >= infer.dst_threshold,
+                text=None,
+                dst_update=None,
+                dst_state=session.state,
+                user=upcoming[b][k].user,
+                context_event=events[b] if k == 0 else None,
+                context_tokens=starts[b] + int(ends[b][k]),
+            ))  # fmt: skip
+            session.frame_idx += 1
+            if taken[-1].speaking_decision or taken[-1].dst_update_decision:
+                break
+        cache.lengths[session.row] = taken[-1].context_tokens  # roll back what was run beyond
+        records.append(taken)
+
+    # First the update, then the reply that may rest on it, as training has them.
+    updating = [(session, taken[-1]) for session, taken in zip(sessions, records) if taken[-1].dst_update_decision]
+    if updating:
+        turns = generate([session for session, _ in updating], "DST_UPDATE", infer.max_update_tokens)
+        for (session, record), turn in zip(updating, turns):
+            session.wrote_update(turn, record)
+    replying = [(session, taken[-1]) for session, taken in zip(sessions, records) if taken[-1].speaking_decision]
+    if replying:
+        turns = generate([session for session, _ in replying], "assistant", infer.max_reply_tokens)
+        for (session, record), turn in zip(replying, turns):
+            session.wrote_reply(turn, record)
+    for session, taken in zip(sessions, records):
+        taken[-1].context_tokens = session.num_tokens
+    return records
+
+
+def fitting(session: StreamSession, frames: list[Frame]) -> tuple[list[Unit], ContextEvent | None]:
+    """As many of the frames as fit into the context; when not even one does, the context is refreshed."""
+    units = [session.unit(frame) for frame in frames]
+    until = np.cumsum([unit.num_tokens for unit in units])
+    event = None
+    if session.num_tokens + until[0] > session.limit:
+        event = session.refresh(int(until[0]))
+    return units[: int(np.searchsorted(until, session.limit - session.num_tokens, side="right"))], event
+
+
+def decision_probabilities(
+    model: Prospect, hidden: Tensor, decision: str, end_id: int
+) -> tuple[list[list[float]], list[list[float]] | None]:
+    """Both heads' probabilities at hidden [B,K,H], fetched in one transfer, as lists [B][K].
+
+    decision `lm` is ProAssist's without a head: the probability of speaking is 1 - P(end token).
+    """
+    if decision == "lm":
+        speaking = 1 - model.lm_head(hidden).float().softmax(-1)[..., end_id]
+    else:
+        speaking = model.speaking_decision_head(hidden).float().sigmoid()[..., 0]
+    if model.dst_update_head is None:
+        return speaking.tolist(), None
+    dst = model.dst_update_head(hidden).float().sigmoid()[..., 0]
+    both = torch.stack((speaking, dst)).tolist()
+    return both[0], both[1]
+
+
+def generate(sessions: list[StreamSession], role: str, max_new_tokens: int) -> list[Generated]:
+    """One turn of `role` in each of the sessions, side by side."""
+    first = sessions[0]
+    constrained = role == "DST_UPDATE" and first.config.infer.constrain_dst
+    return first.model.fast_greedy_generate(
+        first.headers[role],
+        first.cache,
+        [session.row for session in sessions],
+        end_ids=first.end_ids,
+        max_new_tokens=max_new_tokens,
+        forbidden=first.forbidden,
+        allowed=[constraint(session) for session in sessions] if constrained else None,
+    )
+
+
+# ------------------------------------------------------------------------------------------- constrained updates
+
+
+def legal_continuations(text: str, state: State, dst_format: str) -> list[str]:
+    """What may follow `text`, the beginning of an update, to make it a whole legal one; "" where it may end here.
+
+        state S1 in_progress, S2 not_started
+        ""                ["S1->complete", "S1->complete, S2->start", "S2->start", "S2->start, S1->complete"]
+        "S1->com"         ["plete", "plete, S2->start"]
+        "S1->complete"    ["", ", S2->start", ", S2->start, S2->complete"]
+
+    Each transition that may come next is there with the end behind it and with one more transition behind it, because
+    one token may hold the end of a transition and what comes after it.
+    """
+    opening, closing = ("[", "]") if dst_format == "json" else ("", "")
+
+    def item(t: Transition) -> str:
+        return write_update([t], dst_format).removeprefix(opening).removesuffix(closing)
+
+    written, between = opening, ""  # the whole transitions that text begins with; `state` is the one after them
+    while True:
+        options = [(written + between + item(t), apply_update(state, [t])) for t in legal_updates(state)]
+        whole = next((option for option in options if text.startswith(option[0])), None)
+        if whole is None:
+            break
+        (written, state), between = whole, ", "
+    endings = [written + closing] if between else []
+    for option, after in options:
+        endings.append(option + closing)
+        endings += [f"{option}, {item(t)}{closing}" for t in legal_updates(after)[:1]]
+    return [ending[len(text) :] for ending in endings if ending.startswith(text)]
+
+
+def update_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of an update's text behind its header, as training has them."""
+    return tokenizer.encode([Piece(tokenizer.template.gap + text)])
+
+
+def constraint(session: StreamSession) -> Callable[[list[int]], list[int]]:
+    """Given the ids written so far, the ids that keep the update legal in the session's state and short enough."""
+    tokenizer, data, state = session.tokenizer, session.config.data, session.state
+    gap, vocabulary = tokenizer.template.gap, tokenizer.ascii_vocabulary
+
+    @functools.cache
+    def length(text: str) -> int:
+        return len(tokenizer.encode([Piece(text)]))
+
+    def allowed(ids: list[int]) -> list[int]:
+        written = tokenizer.decode(ids)
+        begun = "" if len(written) < len(gap) else written[len(gap) :]
+        ahead = gap if len(written) < len(gap) else ""
+        left = session.config.infer.max_update_tokens - len(ids) - 1  # tokens that may follow the next one
+        choices = set()
+        for rest in legal_continuations(begun, state, data.dst_format):
+            if not ahead + rest:
+                choices.add(tokenizer.end_id)
+            for n in range(1, len(ahead + rest) + 1):
+                token, behind = vocabulary.get((ahead + rest)[:n]), (ahead + rest)[n:]
+                if token is not None and length(behind) <= left:
+                    choices.add(token)
+        return sorted(choices)
+
+    return allowed
+
+
+# ----------------------------------------------------------------------------------------------- whole clips
+
+
+@dataclass
+class Job:
+    """A clip to be streamed: its header and user turns, and its embeddings [rows, I, D]."""
+
+    clip: Clip
+    embeddings: np.ndarray
+
+    def __post_init__(self):
+        self.said: dict[int, list[str]] = {}  # by row: what the user says right before it
+        for turn in self.clip.turns:
+            if turn.role == "user":
+                self.said.setdefault(turn.end_frame - self.clip.start_frame, []).append(turn.text)
+
+    def frames(self, begin: int, count: int) -> list[Frame]:
+        """Up to `count` frames from row `begin` on."""
+        rows = torch.from_numpy(np.array(self.embeddings[begin : begin + count]))  # [K, I, D], read from the disk here
+        return [Frame(row, self.said.get(begin + k, [])) for k, row in enumerate(rows)]
+
+
+def stream_jobs(
+    model: Prospect, tokenizer: Tokenizer, jobs: Iterable[Job], config: Config, *, streams: int = 1
+) -> Iterator[tuple[Job, list[FrameRecord]]]:
+    """Stream clips whole, `streams` of them at once, looking ahead `infer.lookahead` frames.
+
+    Yields (job, new records) as they come; a clip's last records are those of its last frame. When a clip ends, the
+    next takes its row.
+    """
+    jobs = iter(jobs)
+    cache = make_cache(model, config, streams)
+    running: dict[int, tuple[Job, StreamSession]] = {}  # by row
+    free = list(range(streams))
+    while True:
+        while free and (job := next(jobs, None)) is not None:
+            row = free.pop(0)
+            running[row] = (job, StreamSession(model, tokenizer, job.clip, config, cache=cache, row=row))
+        if not running:
+            return
+        rows = sorted(running)
+        sessions = [running[row][1] for row in rows]
+        upcoming = [
+            job.frames(session.frame_idx - job.clip.start_frame, config.infer.lookahead)
+            for job, session in (running[row] for row in rows)
+        ]
+        for row, records in zip(rows, advance(sessions, upcoming)):
+            job, session = running[row]
+            yield job, records
+            if session.frame_idx - job.clip.start_frame == len(job.embeddings):
+                del running[row]
+                free.append(row)
