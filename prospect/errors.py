@@ -21,7 +21,8 @@ class ProspectError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line} ({self.remedy})" if self.remedy else line
-        return " ".join(line.split())  # one line, whatever a file's own text held
+        line = " ".join(line.split())  # one line, whatever a file's own text held
+        return "".join(c if c.isprintable() else "?" for c in line)  # and no escape sequence reaches the terminal
 
     def __reduce__(self):  # keeps where and remedy when a data worker hands the error to its parent
         return (_rebuild, (self.what, self.where, self.remedy))

@@ -3,7 +3,7 @@
     python -m prospect.sample --out data/sample --seed 0 --difficulty easy
 
 A newcomer has no frames of real recordings, which are large and not free to pass on. This file writes clips with
-nothing to download: people work through one of four tasks of six steps, an assistant watches, keeps the task state and
+nothing to download: people work through one of three tasks of six steps, an assistant watches, keeps the task state and
 speaks unasked, as in ProAssist (arXiv 2506.05904). It writes, under --out,
 
     train.json, val.json            JSON lists of clips
@@ -88,9 +88,6 @@ TASKS = (
     Task("Repotting a Plant", "repot a plant",
          ("trim the dead leaves", "loosen the roots", "put stones in the new pot",
           "mix the soil", "wipe the saucer", "cut a stick for the stem")),
-    Task("Changing a Bicycle Tube", "change a bicycle tube",
-         ("turn the bicycle over", "open the brake", "take off the wheel",
-          "pump up the new tube", "check the rim", "oil the chain")),
 )
 
 SYSTEM_PROMPT = "You are a helpful assistant. You watch the user work and help in time."

@@ -27,7 +27,6 @@ TASK_OF_GOAL = {
     "Assembling a Toy Truck": 0,
     "Making a Pot of Coffee": 1,
     "Repotting a Plant": 2,
-    "Changing a Bicycle Tube": 3,
 }
 
 

@@ -1,0 +1,212 @@
+"""One training step, ours and the transformers way, on the same weights and the same batch.
+
+    python benchmarks/train_step.py [--shape small] [--device cpu] [--repeats 5] [--labelled 0.33]
+    python benchmarks/train_step.py --shape llama-3.2-3b --device cuda --precision bf16
+
+The transformers way is what a user would otherwise run, and what the peers do: LlamaForCausalLM with a projector and two
+heads, an attention mask, logits of the whole vocabulary at every position, and losses masked afterwards. Forward,
+backward and AdamW (fused in both) are timed, alternating in one process; peak memory is that of a process of its own
+for each. Needs transformers (requirements-dev.txt).
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from prospect.errors import ProspectError, run_entry_point
+from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
+from prospect.weights import save_model
+
+# name: (hidden, intermediate, layers, heads, kv heads, vocabulary, sequences, shortest, longest sequence)
+SHAPES = {
+    "tiny": (64, 128, 2, 4, 2, 1024, 2, 60, 80),  # to try the script
+    "small": (512, 1408, 6, 8, 4, 49152, 4, 640, 818),
+    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, 1, 4096, 4096),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 1, 4096, 4096),
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, 1, 4096, 4096),
+}
+D = 2048  # width of a frame embedding
+FRAMES = 0.32  # share of a sequence's tokens that are frames, as in the real clip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def model_config(shape: str) -> ModelConfig:
+    hidden, intermediate, layers, heads, kv_heads, vocab, *_ = SHAPES[shape]
+    return ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+                       num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
+                       tie_word_embeddings=True, vision_dim=D, image_token_id=1)  # fmt: skip
+
+
+def make_batch(shape: str, labelled: float, device: str) -> dict[str, torch.Tensor]:
+    """A right-padded batch: frames, then text of which a share `labelled` of all tokens is learned; decisions at frames."""
+    *_, vocab, B, shortest, longest = SHAPES[shape]
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.linspace(shortest, longest, B).long()
+    T = int(lengths.max())
+    ids = torch.randint(2, vocab, (B, T), generator=draw)
+    gen, speaking = torch.full((B, T), IGNORE), torch.full((B, T), IGNORE)
+    mask = torch.arange(T) < lengths[:, None]
+    for b, length in enumerate(lengths.tolist()):
+        frames = torch.randperm(length, generator=draw)[: int(FRAMES * length)]
+        ids[b, frames] = 1
+        speaking[b, frames[::2]] = (torch.rand(len(frames[::2]), generator=draw) < 0.2).long()
+        text = (ids[b, :length] != 1).nonzero()[1:, 0]
+        learned = text[: int(labelled * length)]
+        gen[b, learned] = ids[b, learned]
+    ids[~mask] = 0
+    half = torch.arange(T) % 2 == 0  # replies and updates: disjoint text
+    batch = {
+        "input_ids": ids.to(device), "attention_mask": mask.to(device),
+        "image_embeds": torch.randn(int((ids == 1).sum()), D, generator=draw).half().to(device),
+        "speaking_gen_labels": gen.masked_fill(~half, IGNORE), "speaking_labels": speaking,
+        "dst_gen_labels": gen.masked_fill(half, IGNORE), "dst_update_labels": speaking,
+        "dst_state_labels": torch.full((B, T), IGNORE),
+    }  # fmt: skip
+    return batch
+
+
+def our_step(directory: str, batch: dict, device: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], float]:
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(device).train()
+    model.model.activation_checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    counts = count_labels(batch)
+
+    def step() -> float:
+        sums = model(batch["input_ids"], batch["image_embeds"], labels=batch)
+        loss = sum(loss_terms(sums, counts, "mean").values())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def their_step(directory: str, batch: dict, device: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], float]:
+    try:
+        from transformers import LlamaForCausalLM
+    except ImportError as error:
+        raise ProspectError("transformers is not installed", remedy="pip install -r requirements-dev.txt") from error
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).to(device).train()
+    parts = Prospect.from_pretrained(directory, dtype=dtype).to(device)
+    projector, speaking_head, dst_head = parts.mm_projector, parts.speaking_decision_head, parts.dst_update_head
+    del parts
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = [*model.parameters(), *projector.parameters(), *speaking_head.parameters(), *dst_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    labels = {key: value.to(device) for key, value in batch.items() if key.endswith("labels")}
+
+    def masked_bce(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        loss = F.binary_cross_entropy_with_logits(logits.squeeze(-1).float(), label.float(), reduction="none")
+        return loss[label != IGNORE].mean()
+
+    def step() -> float:
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        embeds[batch["input_ids"] == 1] = projector(batch["image_embeds"].to(dtype))
+        out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"].long(), output_hidden_states=True, use_cache=False)
+        logits = out.logits[:, :-1].float()  # [B, T-1, V]
+        loss = masked_bce(speaking_head(out.hidden_states[-1]), labels["speaking_labels"])
+        loss = loss + masked_bce(dst_head(out.hidden_states[-1]), labels["dst_update_labels"])
+        for key in ("speaking_gen_labels", "dst_gen_labels"):
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[key][:, 1:].flatten(), ignore_index=IGNORE)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_once(step: Callable[[], float], device: str) -> tuple[float, float]:
+    synchronise(device)
+    started = time.perf_counter()
+    loss = float(step())
+    synchronise(device)
+    return time.perf_counter() - started, loss
+
+
+def peak_memory(which: str, arguments: argparse.Namespace, directory: str) -> float:
+    """GiB at the peak of two steps, in a process of its own."""
+    command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device, "--labelled", str(arguments.labelled),
+               "--precision", arguments.precision, "--memory-of", which, "--directory", directory]  # fmt: skip
+    if arguments.checkpointing:
+        command.append("--checkpointing")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ProspectError(f"the memory run of {which} failed: {done.stderr[-300:]}")
+    return float(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of weights and arithmetic, in both")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--labelled", type=float, default=0.33, help="share of tokens that the LM head learns")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in both")
+    parser.add_argument("--memory-of", choices=("ours", "theirs", "nothing"), help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    dtype = DTYPES[arguments.precision]
+    batch = make_batch(arguments.shape, arguments.labelled, arguments.device)
+    makers = {"ours": our_step, "theirs": their_step}
+
+    if arguments.memory_of:
+        step = makers[arguments.memory_of](arguments.directory, batch, arguments.device, dtype, arguments.checkpointing)
+        for _ in range(2):
+            step()
+        if arguments.device == "cuda":
+            print(torch.cuda.max_memory_allocated() / 2**30)
+        else:
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        return 0
+
+    with tempfile.TemporaryDirectory() as directory:
+        model = Prospect(model_config(arguments.shape))
+        init_weights(model, 0)
+        save_model(model.to(dtype), Path(directory))
+        del model
+        steps = {name: make(directory, batch, arguments.device, dtype, arguments.checkpointing) for name, make in makers.items()}
+        times: dict[str, list[float]] = {name: [] for name in steps}
+        losses: dict[str, float] = {}
+        for repeat in range(arguments.repeats + 1):  # the first is warm-up
+            for name, step in steps.items():
+                seconds, loss = time_once(step, arguments.device)
+                losses.setdefault(name, loss)
+                if repeat:
+                    times[name].append(seconds)
+        del steps
+        memory = {name: peak_memory(name, arguments, directory) for name in makers}
+
+    tokens = int(batch["attention_mask"].sum())
+    median = {name: statistics.median(values) for name, values in times.items()}
+    gen = sum(int((batch[key] != IGNORE).sum()) for key in ("speaking_gen_labels", "dst_gen_labels"))
+    print(f"{arguments.shape} on {arguments.device}, {arguments.precision}: {tokens} tokens, {gen} of them learned by the LM head ({gen / tokens:.0%}); "
+          f"first losses {losses['ours']:.4f} and {losses['theirs']:.4f}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| | ours | transformers | ratio |\n|---|---:|---:|---:|")
+    print(f"| step, s (median of {arguments.repeats}) | {median['ours']:.3f} | {median['theirs']:.3f} | {median['theirs'] / median['ours']:.2f}x faster |")
+    print(f"| tokens/s | {tokens / median['ours']:.0f} | {tokens / median['theirs']:.0f} | |")
+    print(f"| peak memory, GiB | {memory['ours']:.2f} | {memory['theirs']:.2f} | {memory['ours'] / memory['theirs']:.2f} |")
+    print(json.dumps({"times": times, "memory": memory}))
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
