@@ -2,6 +2,7 @@
 
     python infer.py --clip FILE[:ID or INDEX] [--clip ...] [--checkpoint DIR] [--out FILE.jsonl] [section.key=value ...]
     python infer.py --live --clip FILE[:ID or INDEX] < lines      one JSON object a line, one record a line at once
+    python infer.py --video FILE --vision DIR [--task steps.yaml] [--pace live] [--checkpoint DIR] [--out FILE.jsonl] ...
 
 A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record a frame, each written in
 one piece as soon as it is known: whenever the program is stopped, the file holds whole lines, one for every frame up to
@@ -10,6 +11,9 @@ there. Ctrl-C ends with status 130.
 With --live the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
 cannot be used is answered by {"error": ...}; it counts as no frame, and the stream goes on.
+
+With --video the frames come from a video file (or a directory of pictures, or an Arrow file) through a vision tower, and
+goal, steps and what the user says from a YAML file: see prospect/video.py.
 """
 
 import argparse
@@ -24,10 +28,14 @@ import numpy as np
 
 from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
 from prospect.config import Config
+from prospect.encode import parse_fps
 from prospect.embeddings import check_finite
 from prospect.errors import ProspectError, run_entry_point
+from prospect.model import Prospect
 from prospect.setup import load_for_inference
 from prospect.stream import FrameRecord, Job, StreamSession, stream_jobs
+from prospect.tokenizer import Tokenizer
+from prospect.video import Report, load_encoder, read_task, unheard, watch
 
 DEFAULT_CHECKPOINT = "runs/sample/best"
 
@@ -134,12 +142,34 @@ def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
             write_line(out, {"error": f"line {number}: {error}"})
 
 
+# -------------------------------------------------------------------------------------------------------- videos
+
+
+def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Show what is said at a video as it happens, and in the end, however it comes, how real time was kept."""
+    video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
+    clip, said = read_task(task, video, fps)
+    session = StreamSession(model, tokenizer, clip, config)
+    encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    report = Report(fps)
+    inputs = [path for path in (video, task) if path is not None]
+    with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
+        print(header(clip))
+        try:
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", report):
+                show(record, out, sys.stdout)
+        finally:
+            print(f"{video}: {report}")
+    for text in unheard(said, report.frames):
+        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+
+
 # --------------------------------------------------------------------------------------------------------- main
 
 
 def open_output(path: str, inputs: list[Path]) -> TextIO:
     if Path(path).resolve() in [file.resolve() for file in inputs]:
-        raise ProspectError("--out is the clip file itself", where=path, remedy="name another file")
+        raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
     try:
         return open(path, "w", encoding="utf-8")
     except OSError as error:
@@ -149,16 +179,32 @@ def open_output(path: str, inputs: list[Path]) -> TextIO:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip", action="append", required=True, metavar="FILE[:ID|INDEX]", help="repeatable")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clip", action="append", metavar="FILE[:ID|INDEX]", help="repeatable")
+    source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     parser.add_argument("--out", metavar="FILE.jsonl", help="one record a frame")
     parser.add_argument("--live", action="store_true", help="read frames and user text from stdin")
+    of_video = parser.add_argument_group("with --video")
+    of_video.add_argument("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    of_video.add_argument("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
+    of_video.add_argument("--pace", choices=("fast", "live"), default="fast", help="live: as slow as the video")
+    of_video.add_argument("--fps", type=parse_fps, default="2", help="frames a second, as trained (default 2)")
+    of_video.add_argument("--pool", help="as it was given to prospect.encode")
+    of_video.add_argument("--tokens", type=int, help="as it was given to prospect.encode")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
+    if arguments.video and (arguments.live or not arguments.vision):
+        raise ProspectError("--video needs --vision, and takes no --live", remedy="for real time: --pace live")
+    if arguments.clip and (arguments.vision or arguments.task):
+        raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
 
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
+    if arguments.video:
+        stream_video(arguments, config, tokenizer, model)
+        return 0
     chosen = [clip for name in arguments.clip for clip in named_clips(name)]
     inputs = [file.path for file, _ in chosen]
     if arguments.live:

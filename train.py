@@ -45,8 +45,9 @@ from prospect.evaluate import decision_report, teacher_forced, traces
 from prospect.lora import checkpoint_names, parameter_groups, set_trainable
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_terms
 from prospect.setup import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
+from prospect.show import counts_line, label_counts
 from prospect.tokenizer import Tokenizer
-from prospect.weights import hf_config, load_state, save_state, write_json
+from prospect.weights import describe_memory, hf_config, load_state, save_state, write_json
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to go on
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
@@ -240,14 +241,6 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     return "\n".join(lines + train.warnings + val.warnings + skipped)
 
 
-def label_statistics(corpus: Corpus) -> dict[str, int]:
-    """Labels of epoch 0 by class, the same numbers that the loop logs over that epoch."""
-    counts = torch.zeros(len(LOSS_CLASSES), dtype=torch.float64)
-    for index in range(len(corpus)):
-        counts += count_labels(collate([corpus[(0, index)]], corpus.tokenizer.pad_id))
-    return {name: int(count) for name, count in zip(LOSS_CLASSES, counts)}
-
-
 def evaluation_line(step: int, numbers: dict[str, float]) -> str:
     heads = [head for head in ("speaking", "dst") if f"{head}_event_f1" in numbers]
     f1, threshold = "{}_event_f1", "{}_threshold"
@@ -402,6 +395,11 @@ def resumed_lines(source: Path, state: TrainState, changed: list[str], ranks: Ra
 
 
 def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
+    if dry_run and config.model.backbone and not (Path(config.model.backbone) / "config.json").exists():
+        print("\n".join(describe_memory(config)))  # a published backbone that is not on this machine: sizes all the same
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return 0
+
     # What to learn from, and the model.
     torch.manual_seed(config.run.seed + ranks.rank)
     run = run_directory(config)
@@ -417,7 +415,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     if dry_run:
         if ranks.main:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
-            print("labels of one epoch:", json.dumps(label_statistics(train_corpus)))
+            print("labels of one epoch:", counts_line(label_counts(train_corpus)))
         return 0
 
     # Where to go on from. A worker that torchrun has started again goes on, whatever it was told at first.
@@ -451,7 +449,8 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
     if source:
         together(lambda: restore(source, model, optimizer, state, config, ranks), ranks)
-        scaler.load_state_dict(state.scaler)
+        if state.scaler:  # a run that goes over to fp16 here has none yet
+            scaler.load_state_dict(state.scaler)
     state.world, state.micro_batches, state.data, state.made_with = ranks.world, per_step, data, ckpt.versions()
 
     batches = received(DataLoader(
@@ -581,7 +580,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = "print the resolved config, sizes and label counts, and stop"
     parser.add_argument("--dry-run", action="store_true", help=what)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)
     ranks = start_ranks(config.train.device)
     try:

@@ -1,12 +1,12 @@
 """Checkpoints: one directory a step, written aside and renamed, of safetensors and JSON only.
 
     runs/NAME/step-000400/
-        config.json, model.safetensors, ...  the weights as weights.py describes them: a full model opens in transformers
+        config.json, model.safetensors, ...  the weights as weights.py describes them
         tokenizer.json, tokenizer_config.json
         config.yaml                          the run's configuration, which infer.py goes by
         optimizer.safetensors                AdamW's moments, by parameter name
         rng.safetensors                      torch's random states of every rank
-        state.json                           everything else the loop needs to go on (TrainState), and where it came from
+        state.json                           everything else the loop needs to go on (TrainState)
         shards/                              with train.sharded_checkpoints, instead of the weights and the moments
     runs/NAME/last, best                     links to the newest and to the best of them
 
@@ -129,7 +129,8 @@ def disk_errors(final: Path) -> Iterator[None]:
             error, _ = next(iter(error.failures.values()))
         reason = getattr(error, "strerror", None) or str(error)
         remedy = "make room and start again: earlier checkpoints are intact"
-        raise ProspectError(f"the checkpoint could not be written: {reason}", where=str(final), remedy=remedy) from error
+        what = f"the checkpoint could not be written: {reason}"
+        raise ProspectError(what, where=str(final), remedy=remedy) from error
 
 
 def point(link: Path, target: str) -> None:
@@ -313,7 +314,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="resume from another checkpoint") from error
+        remedy = "resume from another checkpoint"
+        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -361,7 +363,8 @@ def make_full(directory: Path, out: Path) -> None:
     """Write a sharded checkpoint as a full one, in one process that need not have been part of the run."""
     config = parse_config(values := read_json(directory / "config.json"), str(directory / "config.json"))
     if not (directory / SHARDS).is_dir():
-        raise ProspectError("is not a sharded checkpoint", where=str(directory), remedy="a full one needs no conversion")
+        remedy = "a full one needs no conversion"
+        raise ProspectError("is not a sharded checkpoint", where=str(directory), remedy=remedy)
     if out.exists():
         raise ProspectError("exists already", where=str(out), remedy="name a new directory")
     stored = HuggingFaceStorageReader(str(directory / SHARDS)).read_metadata().state_dict_metadata

@@ -97,10 +97,10 @@ class LossConfig:
 class TrainConfig:
     max_steps: int | None = None  # optimizer steps; default: as many as num_epochs need
     num_epochs: int = 10
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: int = 50
-    min_lr_ratio: float = 0.1  # the schedule ends at this share of learning_rate
+    warmup_steps: int = 20
+    min_lr_ratio: float = 0.05  # the schedule ends at this share of learning_rate
     weight_decay: float = 0.01  # on matrices; never on norms and biases
     beta1: float = 0.9
     beta2: float = 0.95
@@ -144,6 +144,7 @@ class InferConfig:
     max_update_tokens: int = 48
     constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
     lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights, cache and arithmetic
     device: str = "auto"
 
 
@@ -267,7 +268,7 @@ def _coerce(value: Any, hint: Any) -> Any:
     if hint == list[str]:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
-            raise ValueError(f"must be a path or a list of paths, not {value!r}")
+            raise ValueError(f"must be text or a list of texts, not {value!r}")
         return items
     if hint is bool and isinstance(value, bool):
         return value

@@ -60,11 +60,11 @@ IDLE_SHARE = 0.3  # of the idle look, present in every frame of its task, like t
 WORLD_SEED = 2506_05904  # never changes: another world would be another benchmark
 CLIP_SEED = 1
 
-GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is about 32
-LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip
+GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is about 25
+LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip; skewed, so that the mean is about 190
 MID_TASK_PROBABILITY = 0.5  # that a clip begins with some steps already completed
 IN_PROGRESS_PROBABILITY = 0.4  # that such a clip begins with yet another step under way
-OBEY_PROBABILITY = 0.7  # that the person begins the step just named, and not the next open one
+OBEY_PROBABILITY = 0.75  # that the person begins the step just named, and not the next open one
 QUESTION_PROBABILITY = 0.15  # that the next event is a user's question
 MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, once a step at most
 
@@ -179,7 +179,7 @@ def act_out(rng: np.random.Generator) -> Story:
     """Draw one clip's story by the rules of the module's docstring."""
     task = int(rng.integers(len(TASKS)))
     start_frame = int(rng.integers(50, 3001))
-    num_rows = int(rng.integers(LENGTH_MIN, LENGTH_MAX + 1))
+    num_rows = LENGTH_MIN + round((LENGTH_MAX - LENGTH_MIN) * rng.beta(1.0, 2.0))  # Beta(1, 2) has mean 1/3
     done: list[int] = []
     under_way: int | None = None
     events: list[Event] = []
@@ -228,7 +228,7 @@ def _choose_step(done: list[int], rng: np.random.Generator) -> int:
 
 
 def _draw_gap(rng: np.random.Generator) -> int:
-    return GAP_MIN + round((GAP_MAX - GAP_MIN) * rng.beta(1.2, 2.0))  # Beta(1.2, 2) has mean 0.375
+    return GAP_MIN + round((GAP_MAX - GAP_MIN) * rng.beta(1.0, 3.5))  # Beta(1, 3.5) has mean 0.22
 
 
 # ---- the story in words ----------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def draw(story: Story, clean: np.ndarray, subspace: np.ndarray, noise: float, rn
 # ---- the corpus ------------------------------------------------------------------------------------------------------
 
 
-def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 400, val_clips: int = 40) -> None:
+def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val_clips: int = 40) -> None:
     """Write a corpus of `clips` training and `val_clips` validation clips into the new directory `out`.
 
     Clip number k of a split depends on (seed, split, k) alone, however many are asked for. Everything is written into
@@ -409,7 +409,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 400, val
             aside.rename(out)
     except OSError as error:
         raise ProspectError(f"the corpus cannot be written: {error.strerror}", where=str(out),
-                            remedy="a full corpus takes about half a gigabyte, in a directory that may be written to")
+                            remedy="a full corpus takes more than half a gigabyte, in a directory that may be written to")
 
 
 def make_clips(split: str, count: int, seed: int, difficulty: str, clean: np.ndarray) -> Iterator[tuple[dict, np.ndarray]]:
@@ -428,7 +428,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="new directory for the corpus")
     parser.add_argument("--seed", type=int, default=0, help="changes the clips, never the world (default 0)")
     parser.add_argument("--difficulty", default="easy", help="easy or hard: how noisy the frames are (default easy)")
-    parser.add_argument("--clips", type=int, default=400, help="training clips (default 400)")
+    parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
     arguments = parser.parse_args()
     write_sample(arguments.out, seed=arguments.seed, difficulty=arguments.difficulty, clips=arguments.clips,

@@ -12,9 +12,11 @@ from prospect.config import Config, apply_overrides, make_config, to_dict
 from prospect.data import Corpus, clip_prompt, lay_out
 from prospect.distributed import pick_device
 from prospect.errors import ProspectError
+from prospect.lora import storage_dtype
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.weights import check_vocabulary
 
 _ROLE_MARKS = {"user": "User: ", "assistant": "Assistant: ", "DST_UPDATE": "[DST_UPDATE] "}
 
@@ -94,15 +96,17 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)
         return model
-    return Prospect.from_pretrained(
+    model = Prospect.from_pretrained(
         config.model.backbone,
         vision_dim=config.model.vision_dim,
         image_token_id=tokenizer.image_id,
         dst=config.data.dst,
         dst_state_head=config.model.dst_state_head,
-        dtype=torch.float32,
+        dtype=storage_dtype(config.train),
         seed=config.run.seed,
     )
+    check_vocabulary(tokenizer, model.config)
+    return model
 
 
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
@@ -118,5 +122,6 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     if config.infer.dst_threshold is None:
         config.infer.dst_threshold = thresholds.get("dst", 0.5)
     tokenizer = Tokenizer(directory, config.data.template)
-    model = Prospect.from_pretrained(directory).to(pick_device(config.infer.device)).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.infer.precision]
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
     return config, tokenizer, model

@@ -115,7 +115,8 @@ def main() -> int:
     parser.add_argument("--split", choices=("train", "val"), default="train")
     parser.add_argument("--all", action="store_true", help="every frame on a line of its own")
     parser.add_argument("--html", metavar="PAGE.html", help="write a page instead of the table")
-    parser.add_argument("--versus", action="append", default=[], metavar="section.key=value", help="for --html: what a second column changes")
+    what = "for --html: what a second column changes; may be given several times"
+    parser.add_argument("--versus", action="append", default=[], metavar="section.key=value", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     config = load_config(arguments.config, arguments.overrides)

@@ -1,7 +1,7 @@
 """Whatever bytes arrive, the answer is a valid result or our own error: clip JSON, embedding files, live lines.
 
-Plain seeded fuzzing always runs; Hypothesis, where it is installed (requirements-dev.txt), looks further and shrinks what
-it finds. 20,000 inputs of Hypothesis are marked slow. And a turn whose text looks like control tokens stays text.
+Plain seeded fuzzing always runs; Hypothesis, where it is installed (requirements-dev.txt), looks further and shrinks
+what it finds. 20,000 inputs of Hypothesis are marked slow. And a turn whose text looks like control tokens stays text.
 """
 
 import io
@@ -42,7 +42,8 @@ CLIP = raw_clip(
         ("assistant", "Hello", 6, 7),
         ("DST_UPDATE", "S1->complete, S2->start", 8, 9),
     ],
-    5, 12, video_uid="v", clip_idx=0, dataset="d", inferred_goal="Build", inferred_knowledge="How", notes={"a": [1, None]},
+    5, 12, video_uid="v", clip_idx=0, dataset="d", inferred_goal="Build", inferred_knowledge="How",
+    notes={"a": [1, None]},
 )  # fmt: skip
 CLIP["conversation"][3] |= {"time": 3.2, "dst_state": {"S1": "in_progress", "S2": "not_started"}}
 CLIP["dst"][0] |= {"start_ts": 2.5, "end_ts": 4.0, "type": "step"}
@@ -62,7 +63,11 @@ def check_clip_file(path: Path, content: bytes) -> bool:
         return False
     for clip in clips:
         assert 0 <= clip.start_frame <= clip.end_frame
-        assert all(clip.start_frame <= turn.start_frame <= turn.end_frame <= clip.end_frame for turn in clip.turns if turn.role != "system")
+        assert all(
+            clip.start_frame <= turn.start_frame <= turn.end_frame <= clip.end_frame
+            for turn in clip.turns
+            if turn.role != "system"
+        )
         assert clip.state_before(clip.end_frame + 1).keys() == {step.id for step in clip.steps}
     return True
 
@@ -96,9 +101,9 @@ def check_live_line(content: bytes) -> bool:
 # -------------------------------------------------------------------------------------------------- seeded, always run
 
 STRANGE = [
-    None, True, False, 0, -1, 1, 2, 1.5, 7, 9, 1e308, -1e308, 10**30, float("inf"), float("nan"), "", " ", "S1", "S2->start",
-    "\ud800", "<image>", "\x1b[2J", "x" * 300, [], {}, [[]], [{}], ["S1"], {"id": "S1"}, "user", "DST_UPDATE", "in_progress",
-    [{"id": "S1", "transition": "start"}], {"S1": "completed"}, {"S1": [1]},
+    None, True, False, 0, -1, 1, 2, 1.5, 7, 9, 1e308, -1e308, 10**30, float("inf"), float("nan"), "", " ", "S1",
+    "S2->start", "\ud800", "<image>", "\x1b[2J", "x" * 300, [], {}, [[]], [{}], ["S1"], {"id": "S1"}, "user",
+    "DST_UPDATE", "in_progress", [{"id": "S1", "transition": "start"}], {"S1": "completed"}, {"S1": [1]},
 ]  # fmt: skip
 
 
@@ -148,7 +153,11 @@ def test_seeded_clips_with_changed_fields(tmp_path):
     outcomes = []
     for _ in range(400):
         clip = changed(CLIP, rng)
-        outcomes.append(check_clip_file(tmp_path / "clips.json", json.dumps([changed(clip, rng) if rng.random() < 0.5 else clip]).encode()))
+        outcomes.append(
+            check_clip_file(
+                tmp_path / "clips.json", json.dumps([changed(clip, rng) if rng.random() < 0.5 else clip]).encode()
+            )
+        )
     both_ends(outcomes)
 
 
@@ -209,10 +218,23 @@ def test_an_accepted_clip_can_be_learned_from(plain):
 # ---------------------------------------------------------------------------------------------------- with Hypothesis
 
 
-def sized(test: Callable, examples: int) -> None:
-    """Run a property on so many inputs, the same in every run."""
-    quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large, HealthCheck.large_base_example]
-    seed(0)(settings(max_examples=examples, deadline=None, database=None, suppress_health_check=quiet)(test))()
+def always(strategy, examples: int, check: Callable) -> None:
+    """Call `check` with so many inputs, the same in every run."""
+
+    def test(value):
+        check(value)
+
+    quiet = [
+        HealthCheck.too_slow,
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ]
+    seed(0)(
+        settings(max_examples=examples, deadline=None, database=None, suppress_health_check=quiet)(
+            given(strategy)(test)
+        )
+    )()
 
 
 SIZES = [pytest.param(1, id="few"), pytest.param(20, id="20,000 in all", marks=pytest.mark.slow)]
@@ -221,7 +243,11 @@ SIZES = [pytest.param(1, id="few"), pytest.param(20, id="20,000 in all", marks=p
 def json_values():
     """Any JSON value, and some that only Python's reader takes for one."""
     leaves = st.sampled_from(STRANGE) | st.integers() | st.floats() | st.text()
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
+    return st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=8,
+    )
 
 
 @needs_hypothesis
@@ -230,24 +256,27 @@ def test_clips_of_hypothesis(tmp_path, size):
     """200 clips whose fields are anything, 100 files that are any JSON, 50 of any bytes; times `size`."""
     names = st.sampled_from([*CLIP, "role", "colour"])
     turn_names = st.sampled_from(["role", "content", "start_frame", "end_frame", "time", "dst_state"])
-    turns = st.lists(st.dictionaries(turn_names, json_values(), max_size=3).map(lambda fields: CLIP["conversation"][3] | fields), max_size=3)
+    turns = st.lists(
+        st.dictionaries(turn_names, json_values(), max_size=3).map(lambda fields: CLIP["conversation"][3] | fields),
+        max_size=3,
+    )
     clips = st.dictionaries(names, json_values(), max_size=3).map(lambda fields: CLIP | fields)
     clips |= turns.map(lambda conversation: CLIP | {"conversation": conversation})
     path = tmp_path / "clips.json"
-    sized(given(clips)(lambda clip: check_clip_file(path, json.dumps(clip).encode())), 200 * size)
-    sized(given(json_values())(lambda value: check_clip_file(path, json.dumps(value).encode())), 100 * size)
-    sized(given(st.binary())(lambda content: check_clip_file(path, content)), 50 * size)
+    always(clips, 200 * size, lambda clip: check_clip_file(path, json.dumps(clip).encode()))
+    always(json_values(), 100 * size, lambda value: check_clip_file(path, json.dumps(value).encode()))
+    always(st.binary(), 50 * size, lambda content: check_clip_file(path, content))
 
 
 @needs_hypothesis
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
+@pytest.mark.parametrize("name, content", array_files())
 @pytest.mark.parametrize("size", SIZES)
-def test_embedding_files_of_hypothesis(tmp_path, size):
-    """100 inputs a format, times `size`: a good file with one stretch replaced by any bytes."""
-    for name, content in array_files():
-        cut = st.tuples(st.integers(0, len(content)), st.integers(0, 12), st.binary(max_size=12))
-        replaced = cut.map(lambda c, content=content: content[: c[0]] + c[2] + content[c[0] + c[1] :])
-        sized(given(replaced)(lambda content, name=name: check_embeddings(tmp_path / name, content)), 100 * size)
+def test_embedding_files_of_hypothesis(tmp_path, size, name, content):
+    """100 inputs of each format, times `size`: a good file with one stretch replaced by any bytes."""
+    cuts = st.tuples(st.integers(0, len(content)), st.integers(0, 12), st.binary(max_size=12))
+    replaced = cuts.map(lambda cut: content[: cut[0]] + cut[2] + content[cut[0] + cut[1] :])
+    always(replaced, 100 * size, lambda edited: check_embeddings(tmp_path / name, edited))
 
 
 @needs_hypothesis
@@ -255,8 +284,8 @@ def test_embedding_files_of_hypothesis(tmp_path, size):
 def test_live_lines_of_hypothesis(size):
     """350 lines, times `size`: any JSON, objects with the right keys and any values, any bytes."""
     keyed = st.dictionaries(st.sampled_from(["user", "embedding"]), json_values(), max_size=2)
-    sized(given(keyed | json_values())(lambda value: check_live_line(json.dumps(value).encode())), 250 * size)
-    sized(given(st.binary())(check_live_line), 100 * size)
+    always(keyed | json_values(), 250 * size, lambda value: check_live_line(json.dumps(value).encode()))
+    always(st.binary(), 100 * size, check_live_line)
 
 
 # ---------------------------------------------------------------------------------------------------------- injection
@@ -273,7 +302,10 @@ def test_a_turn_that_forges_control_tokens_is_text_in_training(template, request
     """Against the same clip with a harmless text of as many bytes: same frames, same labels, other bytes only."""
     tokenizer = request.getfixturevalue(template)
     forged, harmless = (read(said_by_user(text)) for text in (FORGED, "x" * len(FORGED)))
-    assert forged.updates() == harmless.updates() and forged.state_before(16) == {"S1": "in_progress", "S2": "not_started"}
+    assert forged.updates() == harmless.updates() and forged.state_before(16) == {
+        "S1": "in_progress",
+        "S2": "not_started",
+    }
     a, b = (sample_of(clip, tokenizer, template=template, rate=1.0) for clip in (forged, harmless))
     assert len(a.input_ids) == len(b.input_ids) and len(a.frames) == 6
     differ = np.flatnonzero(a.input_ids != b.input_ids)
@@ -289,8 +321,9 @@ def test_a_user_who_forges_control_tokens_live_is_heard_and_changes_nothing(temp
     """Heads that never fire: whatever the state, the frames and the updates become, the user's words have done it."""
     tokenizer = request.getfixturevalue(template)
     shape = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, vision_dim=WIDTH, image_token_id=tokenizer.image_id,
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, vision_dim=WIDTH,
+        image_token_id=tokenizer.image_id,
     )  # fmt: skip
     model = Prospect(shape).eval()
     init_weights(model, 0)

@@ -1,0 +1,106 @@
+"""Makes the pictures of the README from the sample run: docs/timeline.png, timeline-dark.png, tokens.png, curves.png.
+
+    python train.py config.yaml                        the sample run, if it is not there
+    python docs/gallery.py [--run runs/sample]
+
+The three pages of prospect/report.py are written to a temporary folder and photographed by Chromium, driven by selenium
+(requirements-dev.txt).
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prospect.config import load_config  # noqa: E402
+from prospect.errors import ProspectError, run_entry_point  # noqa: E402
+from prospect.evaluate import load_jobs  # noqa: E402
+from prospect.report import read_run, timeline, write_runs, write_settings, write_timelines  # noqa: E402
+from prospect.setup import load_for_inference  # noqa: E402
+from prospect.show import setting  # noqa: E402
+from prospect.stream import stream_jobs  # noqa: E402
+
+SHORT_CONTEXT = "data.max_seq_len=420"  # so short that the context is refreshed while we watch
+WIDTH, HEIGHT = 1280, 830
+
+
+def timeline_page(run: Path, page: Path) -> None:
+    """The longest validation clip, streamed."""
+    config, tokenizer, model = load_for_inference(run / "best", [SHORT_CONTEXT])
+    job = max(load_jobs(config.data.val, config), key=lambda job: len(job.embeddings))
+    records = [record.to_dict() for _, part in stream_jobs(model, tokenizer, [job], config) for record in part]
+    thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
+    write_timelines(page, [timeline(records, job.clip, thresholds)])
+
+
+def tokens_page(run: Path, page: Path) -> None:
+    file = str(run / "config.yaml")
+    settings = [
+        setting(load_config(file), None, "train", "binary_at: frames, where inference decides"),
+        setting(load_config(file, ["data.binary_at=text"]), None, "train", "binary_at: text, to compare"),
+    ]
+    write_settings(page, f"{settings[0].sequences[0].clip_id}, as it is trained on", settings)
+
+
+def photograph(page: Path, picture: Path, scheme: str, *keys: str) -> None:
+    """A picture of what a laptop's window shows of the page, after pressing the keys in its main part."""
+    try:
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+    except ImportError as error:
+        raise ProspectError("pictures of pages need selenium", remedy="pip install -r requirements-dev.txt") from error
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        raise ProspectError(
+            "pictures of pages need chromium and chromedriver", remedy="apt-get install chromium chromium-driver"
+        )
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    with tempfile.TemporaryDirectory() as profile:
+        flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+        flags += " disable-component-update disable-sync hide-scrollbars"
+        for flag in [*flags.split(), f"user-data-dir={profile}"]:
+            options.add_argument(f"--{flag}")
+        browser = webdriver.Chrome(service=Service(driver), options=options)
+        try:
+            size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
+            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            browser.execute_cdp_cmd(
+                "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+            )
+            browser.get(page.as_uri())
+            if keys:
+                browser.find_element("css selector", "#time, .sequence, #charts").send_keys(*keys)
+            browser.execute_script("document.activeElement.blur(); scrollTo(0, 0)")
+            if not browser.save_screenshot(str(picture)):
+                raise ProspectError("cannot be written", where=str(picture))
+        finally:
+            browser.quit()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/sample"), metavar="RUN_DIR")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", metavar="DIR")
+    arguments = parser.parse_args()
+    if not (arguments.run / "best").exists():
+        raise ProspectError("holds no best checkpoint", where=str(arguments.run), remedy="python train.py config.yaml")
+    with tempfile.TemporaryDirectory() as folder:
+        pages = {name: Path(folder) / f"{name}.html" for name in ("timeline", "tokens", "curves")}
+        timeline_page(arguments.run, pages["timeline"])
+        tokens_page(arguments.run, pages["tokens"])
+        write_runs(pages["curves"], [read_run(arguments.run)])
+        photograph(pages["timeline"], arguments.out / "timeline.png", "light", *"nnnnn")
+        photograph(pages["timeline"], arguments.out / "timeline-dark.png", "dark", *"nnnnn")
+        photograph(pages["tokens"], arguments.out / "tokens.png", "light", *"nn")
+        photograph(pages["curves"], arguments.out / "curves.png", "light")
+    print("written: " + ", ".join(str(path) for path in sorted(arguments.out.glob("*.png"))))
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

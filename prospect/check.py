@@ -1,0 +1,316 @@
+"""Check every clip and its embeddings before anything is learned from them.
+
+    python -m prospect.check FILE ... [--embeddings DIR] [--vision-dim N] [--strict] [--workers N]
+
+Each problem is one line: file, clip, turn and field, what is wrong, and what to do about it. A table counts them by
+kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training makes the same checks at its
+start and stops there, or leaves the bad clips out (`data.on_bad: skip`).
+
+A clip's own fields are checked by prospect/clips.py, the bytes of an embedding file by prospect/embeddings.py. Here
+the two are put together, for all clips: a file for every clip, of the right width, one row a frame, every number
+finite, and no id twice. Of a JSONL file no more is in memory than the clip being checked and its embeddings.
+"""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from prospect.clips import Clip, ClipFile, Problem, clip_id, fit_rows, parse_clip
+from prospect.config import DataConfig
+from prospect.embeddings import check_finite, find_embeddings, read_embeddings
+from prospect.errors import ProspectError, run_entry_point
+
+CHUNK = 16  # clips that a process takes at a time
+WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
+
+
+@dataclass(frozen=True)
+class Source:
+    """A clip file, and the folder in which its clips' embeddings lie."""
+
+    file: ClipFile
+    folder: Path
+    allow_outside: bool  # may a clip name an embedding file outside of it?
+
+
+@dataclass
+class Checked:
+    """What was found out about one clip. width: D of its embeddings, None where they cannot be read."""
+
+    source: int
+    index: int
+    id: str | None  # None: not even an id can be read
+    width: int | None = None
+    frames: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def errors(self) -> list[Problem]:
+        return [problem for problem in self.problems if problem.fatal]
+
+
+def open_source(path: str | Path, embeddings: str | Path | None, allow_outside: bool) -> Source:
+    """A clip file with its embeddings, which by default lie in `embeddings/` beside it. Raises ProspectError."""
+    return Source(ClipFile(path), Path(embeddings) if embeddings else Path(path).parent / "embeddings", allow_outside)
+
+
+# ------------------------------------------------------------------------------------------------------- one clip
+
+
+def check_clip(source: Source, number: int, index: int, vision_dim: int | None) -> Checked:
+    """Everything wrong with one clip and its embeddings. number: the source's; vision_dim None: any width will do."""
+    try:
+        raw = source.file[index]
+    except ProspectError as error:  # a broken line of a JSONL file
+        return Checked(number, index, None, problems=[told("not JSON", error)])
+    clip, problems = parse_clip(raw, str(source.file.path), index)
+    if not isinstance(raw, dict):
+        return Checked(number, index, None, problems=problems)
+    checked = Checked(number, index, clip_id(raw, index), frames=clip.num_frames if clip else 0, problems=problems)
+    check_embeddings(checked, source, clip, raw.get("embeddings"), vision_dim)
+    return checked
+
+
+def check_embeddings(checked: Checked, source: Source, clip: Clip | None, named: Any, vision_dim: int | None) -> None:
+    """Add to `checked` what is wrong with its embedding file; of a clip that is broken itself (None), all but the count
+    of rows."""
+    where = f"{source.file.path}, clip {checked.id}"
+
+    def note(kind: str, what: str, remedy: str) -> None:
+        checked.problems.append(Problem(kind, where, "embeddings", what, remedy))
+
+    try:
+        named = named if isinstance(named, str) else None
+        path = find_embeddings(checked.id, source.folder, named, allow_outside=source.allow_outside)
+    except ProspectError as error:
+        return note("no embeddings", error.what, error.remedy)
+    try:
+        rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
+    except ProspectError as error:
+        return note("broken embeddings", f"{path}: {error.what}", error.remedy)
+    checked.width = rows.shape[-1]
+    if vision_dim not in (None, checked.width):
+        what = f"{path}: embeddings are {checked.width} wide, model.vision_dim is {vision_dim}"
+        note("wrong width", what, f"set model.vision_dim={checked.width} or encode again")
+    try:
+        check_finite(rows, str(path))
+    except ProspectError as error:
+        note("not finite", f"{path}: {error.what}", error.remedy)
+    if clip is None:
+        return
+    try:
+        _, warning = fit_rows(clip, len(rows))
+    except ProspectError as error:
+        return note("wrong row count", error.what, error.remedy)
+    if warning:
+        what = warning.removeprefix(f"{clip.where}: ")
+        remedy = "nothing to do where the file's end_frame_idx is exclusive"
+        checked.problems.append(Problem("last row missing", where, "", what, remedy, fatal=False))
+
+
+def told(kind: str, error: ProspectError) -> Problem:
+    return Problem(kind, error.where, "", error.what, error.remedy)
+
+
+# ------------------------------------------------------------------------------------------------------- all clips
+
+
+def check_all(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
+    """Every clip of the sources, in order, with ids that occur twice among its problems. Shows a progress bar.
+
+    workers: processes to check in, when there are clips enough to keep them busy; else it is done right here.
+    """
+    total = sum(len(source.file) for source in sources)
+    workers = min(workers, total // WORTH_A_PROCESS)
+    found = _in_processes(sources, vision_dim, workers) if workers > 1 else _here(sources, vision_dim)
+    seen: dict[str, str] = {}
+    for checked in tqdm(found, total=total, desc="check", unit="clip", disable=None, delay=1, dynamic_ncols=True):
+        path = str(sources[checked.source].file.path)
+        if checked.id in seen:
+            what = f"the id {checked.id!r} occurs twice (also in {seen[checked.id]})"
+            where = f"{path}, clip {checked.id}"
+            checked.problems.append(Problem("duplicate id", where, "id", what, "give each clip an id of its own"))
+        elif checked.id is not None:
+            seen[checked.id] = path
+        yield checked
+
+
+def _here(sources: Sequence[Source], vision_dim: int | None) -> Iterator[Checked]:
+    for number, source in enumerate(sources):
+        for index in range(len(source.file)):
+            yield check_clip(source, number, index, vision_dim)
+
+
+def _in_processes(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
+    chunks = [
+        (number, begin, min(begin + CHUNK, len(source.file)))
+        for number, source in enumerate(sources)
+        for begin in range(0, len(source.file), CHUNK)
+    ]
+    # Spawned, not forked: training has threads by then, and a fork copies their locks without them.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(sources, vision_dim))
+    try:
+        for part in pool.map(_check_chunk, chunks):
+            yield from part
+    except BrokenProcessPool as error:
+        raise ProspectError(
+            "a checking process was ended, perhaps for its memory", remedy="use fewer workers"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_given: tuple[Sequence[Source], int | None] = ((), None)  # in a checking process, what it checks
+
+
+def _begin_process(sources: Sequence[Source], vision_dim: int | None) -> None:
+    global _given
+    _given = (sources, vision_dim)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+
+
+def _check_chunk(chunk: tuple[int, int, int]) -> list[Checked]:
+    number, begin, end = chunk
+    sources, vision_dim = _given
+    return [check_clip(sources[number], number, index, vision_dim) for index in range(begin, end)]
+
+
+# ------------------------------------------------------------------------------------------------ before training
+
+
+@dataclass
+class Usable:
+    """The clips to learn from, as (source, index); a line for each clip left out; the first warning of each kind."""
+
+    clips: list[tuple[int, int]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int) -> Usable:
+    """Check all clips. With `data.on_bad: stop` the first error is raised, and says how many more there are and how to
+    see them all; with `skip` the bad clips are left out, and each is named."""
+    usable = Usable()
+    errors: list[Problem] = []
+    bad_clips = 0
+    first_of_kind: dict[str, Problem] = {}
+    of_kind: Counter[str] = Counter()
+    for checked in check_all(sources, vision_dim, config.workers):
+        for problem in checked.problems:
+            if not problem.fatal:
+                first_of_kind.setdefault(problem.kind, problem)
+                of_kind[problem.kind] += 1
+        if not checked.errors:
+            usable.clips.append((checked.source, checked.index))
+            continue
+        errors += checked.errors
+        bad_clips += 1
+        more = len(checked.errors) - 1
+        usable.skipped.append(
+            f"{checked.errors[0].error()}" + (f"; and {more} more problem(s) of this clip" if more else "")
+        )
+    command = check_command(sources, config, vision_dim)
+    if errors and config.on_bad == "stop":
+        first = errors[0].error()
+        if len(errors) > 1:
+            listed = f"{len(errors) - 1} more problem(s), in {bad_clips} clip(s) in all: {command}"
+            first.remedy = f"{first.remedy}; {listed}" if first.remedy else listed
+        raise first
+    for kind, problem in first_of_kind.items():
+        more = of_kind[kind] - 1
+        usable.warnings.append(f"{problem.error()}" + (f"; and {more} more like it: {command}" if more else ""))
+    return usable
+
+
+def check_command(sources: Sequence[Source], config: DataConfig, vision_dim: int) -> str:
+    """The command that lists all problems of these clips."""
+    words = ["python -m prospect.check", *[str(source.file.path) for source in sources], f"--vision-dim {vision_dim}"]
+    words += [f"--embeddings {config.embeddings}"] if config.embeddings else []
+    words += ["--embeddings-outside"] if config.embeddings_outside else []
+    return " ".join(words)
+
+
+# ------------------------------------------------------------------------------------------------------- main
+
+
+def width_problem(widths: Counter[int]) -> Problem | None:
+    """Embeddings of several widths in one data set, where none was asked for."""
+    if len(widths) < 2:
+        return None
+    what = "embeddings are not all of one width: " + ", ".join(
+        f"{count} files of {width}" for width, count in widths.most_common()
+    )
+    return Problem("wrong width", "", "", what, "name the right one with --vision-dim to see the others")
+
+
+def table(errors: Counter[str], warnings: Counter[str]) -> str:
+    lines = [f"{'kind of problem':28}{'errors':>8}{'warnings':>10}"]
+    for kind in sorted(errors | warnings, key=lambda kind: (-errors[kind], -warnings[kind], kind)):
+        lines.append(f"{kind:28}{errors[kind]:8}{warnings[kind]:10}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m prospect.check", description="Check clips and their embeddings.")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
+    parser.add_argument(
+        "--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file"
+    )
+    parser.add_argument(
+        "--embeddings-outside", action="store_true", help="allow clips to name files outside that folder"
+    )
+    parser.add_argument(
+        "--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one"
+    )
+    parser.add_argument("--strict", action="store_true", help="warnings count as errors")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core"
+    )
+    arguments = parser.parse_args()
+    for name in ("vision_dim", "workers"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ProspectError(f"--{name.replace('_', '-')} must be at least 1, not {value}", where="command line")
+
+    errors, warnings, widths = Counter(), Counter(), Counter()
+    clips = frames = 0
+
+    def show(problem: Problem) -> None:
+        (errors if problem.fatal else warnings)[problem.kind] += 1
+        tqdm.write(f"{'error' if problem.fatal else 'warning'}: {problem.error()}", file=sys.stdout)
+
+    sources = []
+    for path in arguments.files:
+        try:
+            sources.append(open_source(path, arguments.embeddings, arguments.embeddings_outside))
+        except ProspectError as error:
+            show(told("bad clip file", error))
+    for checked in check_all(sources, arguments.vision_dim, arguments.workers):
+        clips, frames = clips + 1, frames + checked.frames
+        widths.update([checked.width] if checked.width else [])
+        for problem in checked.problems:
+            show(problem)
+    if arguments.vision_dim is None and (problem := width_problem(widths)):
+        show(problem)
+
+    if errors or warnings:
+        print(table(errors, warnings))
+    total = f"{clips} clips, {frames} frames: {errors.total()} errors, {warnings.total()} warnings"
+    print(f"{total}; embeddings {', '.join(map(str, sorted(widths)))} wide" if widths else total)
+    return 2 if errors or (arguments.strict and warnings) else 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,498 @@
+"""The pages: what is put into them, written out by hand, and how a real browser shows it.
+
+The browser tests need Chromium with its driver and the package selenium (requirements-dev.txt). They open the page from
+a file, read the browser's own log of errors and requests, and use the page as a reader would: pointer, then keyboard.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EOS, IMAGE, raw_clip, read, sample_of
+from tiny import write_tiny_config, write_tiny_corpus
+
+from prospect import report, show
+from prospect.errors import ProspectError
+from prospect.stream import ContextEvent, FrameRecord
+
+NASTY = [
+    "</script><script>window.stolen = 1</script>",
+    "He said \"no\" & 'yes' <b>bold</b>",
+    "مرحبا بالعالم, step 1",
+    "<!--",
+    "\ud83d",
+]
+
+
+def record(row: int, state: str = "not_started", **given) -> FrameRecord:
+    """The record of a frame of the clip below, silent unless told otherwise: frame 10 is row 0, two frames a second."""
+    silent = {
+        "clip_id": "c", "frame_idx": 10 + row, "time": (10 + row) / 2, "speaking_prob": 0.1, "dst_update_prob": 0.2,
+        "speaking_decision": False, "dst_update_decision": False, "text": None, "dst_update": None,
+        "dst_state": {"S1": state}, "context_tokens": 50 + row,
+    }  # fmt: skip
+    return FrameRecord(**silent | given)
+
+
+def says(row: int, text: str, probability: float = 0.9, **given) -> FrameRecord:
+    return record(row, text=text, speaking_prob=probability, speaking_decision=True, **given)
+
+
+def hand_records(first_text: str = "pour the water") -> list[dict]:
+    """Twenty frames. Replies at rows 4 (0.5 s late), 10 (other words) and 17 (nothing due); an update a frame early."""
+    records = [record(row) for row in range(20)]
+    records[2].user = ["hello"]
+    records[4] = says(4, first_text)
+    records[10] = says(10, "xyz", probability=0.6)
+    records[17] = says(17, "well done", text_cut="limit")
+    records[6] = record(6, dst_update="S1->start", dst_update_prob=0.8, dst_update_decision=True)
+    records[12] = record(
+        12, dst_update="S1->start", dst_update_prob=0.7, dst_update_decision=True, invalid_update="cannot start S1"
+    )
+    records[15].context_event = ContextEvent("slide", 64, 30, None, 0.1)
+    for row in range(6, 20):
+        records[row].dst_state = {"S1": "in_progress"}
+    return [one.to_dict() for one in records]
+
+
+def hand_clip(first_text: str = "pour the water", goal: str = "Make tea"):
+    """The reference: replies at rows 3, 10 and 14, S1 started at row 7 and completed at row 19."""
+    turns = [
+        ("assistant", first_text, 13, 13), ("DST_UPDATE", "S1->start", 17, 17), ("assistant", "stir", 20, 20),
+        ("assistant", "taste", 24, 24), ("DST_UPDATE", "S1->complete", 29, 29),
+    ]  # fmt: skip
+    return read(raw_clip(turns, 10, 29, steps=1, id="c", inferred_goal=goal))
+
+
+def embedded(page: Path):
+    """The data inside a page, found as a browser finds it: from the data element to the first end of a script."""
+    text = page.read_text(encoding="utf-8")
+    begin = text.index('id="data">') + len('id="data">')
+    return json.loads(text[begin : text.index("</script>", begin)])
+
+
+# ------------------------------------------------------------------------------------- what a time line says
+
+
+def test_every_mark_of_a_clip_written_by_hand():
+    shown = report.timeline(hand_records(), hand_clip())
+    assert [(e.row, e.lane, e.text, e.status, e.note) for e in shown.events] == [
+        (2, "user", "hello", "", ""),
+        (3, "wanted", "pour the water", "matched", ""),
+        (4, "said", "pour the water", "matched", "0.5 s late"),
+        (6, "update", "S1->start", "matched", "0.5 s early"),
+        (7, "update_wanted", "S1->start", "matched", ""),
+        (10, "wanted", "stir", "mismatched", ""),
+        (10, "said", "xyz", "mismatched", "on time"),
+        (12, "update", "S1->start", "refused", "not applied: cannot start S1"),
+        (14, "wanted", "taste", "missed", ""),
+        (15, "context", "", "", "slide: 64 to 30 tokens"),
+        (17, "said", "well done", "redundant", "cut off: limit"),
+        (19, "update_wanted", "S1->complete", "missed", ""),
+    ]
+    assert (shown.goal, shown.first, shown.fps, shown.seconds) == ("Make tea", 10, 2, 5.0)
+    assert (shown.spoke, shown.updated) == ([4, 10, 17], [6, 12])
+    assert shown.speaking == [0.9 if row in (4, 17) else 0.6 if row == 10 else 0.1 for row in range(20)]
+    assert shown.tokens == list(range(50, 70))
+
+
+def test_states_and_numbers_of_a_clip_written_by_hand():
+    shown = report.timeline(hand_records(), hand_clip())
+    [step] = shown.steps
+    assert (step.id, step.name) == ("S1", "one")
+    assert step.predicted == [(0, 5, 0), (6, 19, 1)]
+    assert step.reference == [(0, 6, 0), (7, 18, 1), (19, 19, 2)]
+    numbers = dict(shown.metrics)
+    assert numbers["dialogue F1"] == "0.333"  # one correct pair: 2 * 1 / (3 said + 3 wanted)
+    assert numbers["joint goal accuracy"] == "0.900"  # wrong at rows 6 and 19 of twenty
+    assert numbers["valid updates"] == "0.500"
+    assert numbers["context refreshes"] == "1"
+
+
+def test_thresholds_are_as_close_as_the_records_tell():
+    records = hand_records()
+    assert report.timeline(records, None).thresholds == {"speaking": (0.1, 0.6), "dst": (0.2, 0.7)}
+    exact = report.timeline(records, None, {"speaking": 0.5, "dst": 0.3}).thresholds
+    assert exact == {"speaking": (0.5, 0.5), "dst": (0.3, 0.3)}
+    assert report.threshold_bounds(records[:3], "speaking") == (0.1, 1.0)  # nothing fired
+
+
+def test_without_a_reference_nothing_is_judged():
+    shown = report.timeline(hand_records(), None)
+    assert {event.status for event in shown.events} == {"", "refused"}
+    assert (shown.has_reference, shown.metrics, shown.fps) == (False, [], 2.0)
+    assert [(step.id, step.reference) for step in shown.steps] == [("S1", None)]
+
+
+def test_of_a_header_only_goal_and_steps_are_taken():
+    shown = report.timeline(hand_records(), hand_clip(), header_only=True)
+    assert (shown.goal, shown.has_reference, shown.metrics) == ("Make tea", False, [])
+    assert [(step.name, step.predicted, step.reference) for step in shown.steps] == [
+        ("one", [(0, 5, 0), (6, 19, 1)], None)
+    ]
+    assert [event.lane for event in shown.events] == ["user", "said", "update", "said", "update", "context", "said"]
+
+
+def test_a_model_without_task_state_has_no_lanes_for_it():
+    records = hand_records()
+    for one in records:
+        one |= {
+            "dst_update_prob": None,
+            "dst_update_decision": False,
+            "dst_update": None,
+            "invalid_update": None,
+            "dst_state": {},
+        }
+    shown = report.timeline(records, read(raw_clip([("assistant", "stir", 20, 20)], 10, 29, steps=0, id="c")))
+    assert (shown.update, shown.steps, list(shown.thresholds)) == (None, [], ["speaking"])
+
+
+def test_a_stream_that_was_stopped_is_compared_with_what_it_saw():
+    shown = report.timeline(hand_records()[:9], hand_clip())
+    assert [(e.row, e.lane) for e in shown.events if e.lane.endswith("wanted")] == [(3, "wanted"), (7, "update_wanted")]
+    with pytest.raises(ProspectError, match="frames 11..29"):
+        report.timeline(hand_records()[1:], hand_clip())
+
+
+def test_records_that_are_none_are_named(tmp_path):
+    path = tmp_path / "r.jsonl"
+    lines = [json.dumps(one) for one in hand_records()]
+    for content, said in (
+        ("\n".join([lines[0], "{}"]), "line 2.*clip_id"),
+        ("", "no record"),
+        ("\n".join([lines[0], lines[2]]), "follow"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ProspectError, match=said):
+            report.read_records(path)
+    path.write_text("\n".join(lines))
+    assert list(report.read_records(path)) == ["c"] and len(report.read_records(path)["c"]) == 20
+
+
+def test_no_text_can_leave_its_place(tmp_path):
+    """Whatever a text holds, the page has its three elements of script and style, no more, and gives the text back."""
+    text = " ".join(NASTY[:-1])
+    page = tmp_path / "page.html"
+    report.write_timelines(page, [report.timeline(hand_records(text), hand_clip(text, goal=NASTY[0]))])
+    source = page.read_text(encoding="utf-8")
+    assert source.count("</script>") == source.count("<script") == 2
+    assert "<title>&lt;/script&gt;&lt;script&gt;" in source
+    [clip] = embedded(page)["clips"]
+    assert clip["goal"] == NASTY[0]
+    assert [event["text"] for event in clip["events"] if event["row"] == 4] == [text]
+    report.write_timelines(page, [report.timeline(hand_records(NASTY[-1]), None)])  # half a character cannot be written
+    assert embedded(page)["clips"][0]["events"][1]["text"] == "?"
+
+
+def test_pictures_are_few_and_at_their_frames(tmp_path):
+    """Two hundred grey frames, each its own shade: every third is taken, and shows the shade of its frame."""
+    Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow (requirements-vision.txt)")
+    for frame in range(210):
+        Image.new("L", (8, 4), frame).save(tmp_path / f"{frame}.png")
+    found = report.thumbnails(str(tmp_path), fps=2.0, first=10, F=200)
+    assert [row for row, _ in found] == list(range(0, 200, 3))
+    import base64
+    import io
+
+    row, uri = found[20]
+    image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
+    assert image.size == (144, 72) and abs(image.getpixel((70, 30))[0] - (10 + row)) <= 2
+
+
+# ------------------------------------------------------------------------------------------------ tokens, curves
+
+
+def test_the_tokens_of_a_clip_written_by_hand(plain):
+    """Frames 7 and 8, two <image> tokens each, and "Hi" after the second: with this tokenizer an id is a byte."""
+    clip = read(raw_clip([("assistant", "Hi", 8, 8)], 7, 8, steps=0))
+    sample = sample_of(clip, plain, rate=1.0, per_frame=2, dst=False)
+    table = report.token_table(sample, plain)
+    begin = table.ids.index(IMAGE)
+    assert table.frames[begin : begin + 5] == [7, 7, 8, 8, None]
+    assert table.frames[:begin] == [None] * begin
+    assert table.labels["speaking_labels"][begin : begin + 5] == [None, 0, None, 1, None]
+    reply = "Assistant: Hi"
+    assert table.texts[begin + 4 :] == [*reply, "<eos>"]
+    assert table.labels["speaking_gen_labels"][begin + 4 :] == [*reply.encode(), EOS]
+    assert table.starts[begin : begin + 5] == [
+        begin + 4 + at for at in (0, 7, 14, 21, 28)
+    ]  # <eos> before them: 5 characters, 1 token
+
+
+def test_curves_of_a_log_written_by_hand(tmp_path):
+    counts = {
+        "speaking_gen": 7,
+        "speaking_pos": 2,
+        "speaking_neg": 3,
+        "dst_gen": 0,
+        "dst_pos": 0,
+        "dst_neg": 5,
+        "dst_state": 0,
+    }
+    lines = [
+        {
+            "step": 1,
+            "loss": 4.0,
+            "speaking_gen": 3.0,
+            "speaking_binary": 1.0,
+            "dst_state": 0.0,
+            "counts": counts,
+            "lr": 0.1,
+        },
+        {"step": 2, "evaluation": {"loss": 2.0, "speaking_auroc": 0.5}},
+        {"step": 3, "skipped": "not finite", "loss_scale": 1.0},
+        {
+            "step": 3,
+            "loss": float("nan"),
+            "speaking_gen": 2.0,
+            "speaking_binary": 0.5,
+            "dst_state": 0.0,
+            "counts": counts,
+            "lr": 0.2,
+        },
+        {"step": 4, "evaluation": {"loss": 1.5, "speaking_auroc": 0.75}},
+        {"step": 6, "evaluation": {"loss": 1.5, "speaking_auroc": 1.0}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
+    run = report.read_run(tmp_path)
+    assert (run.steps, run.skipped, run.evaluated, run.best_step) == ([1, 3], [3], [2, 4, 6], 4)
+    assert run.curves == {
+        "loss": [4.0, None],
+        "speaking_gen": [3.0, 2.0],
+        "speaking_binary": [1.0, 0.5],
+        "lr": [0.1, 0.2],
+    }
+    assert run.counts == {"speaking_gen": [7, 7], "speaking_binary": [5, 5]}
+    assert run.evaluation == {"loss": [2.0, 1.5, 1.5], "speaking_auroc": [0.5, 0.75, 1.0]}
+    (tmp_path / "metrics.jsonl").write_text("nonsense\n")
+    with pytest.raises(ProspectError, match="line 1"):
+        report.read_run(tmp_path)
+
+
+def test_a_long_run_is_averaged_over_equal_stretches(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "MAX_POINTS", 3)
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(1, 8))
+    )
+    run = report.read_run(tmp_path)
+    assert (run.steps, run.curves["loss"]) == ([2, 5, 7], [2, 5, 7])  # 1 2 3, 4 5 6, 7
+
+
+# ------------------------------------------------------------------------------------------------- a real browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    selenium = pytest.importorskip(
+        "selenium.webdriver", reason="the browser tests need selenium (requirements-dev.txt)"
+    )
+    from selenium.webdriver.chrome.service import Service
+
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("the browser tests need chromium and chromedriver on the path")
+    options = selenium.ChromeOptions()
+    options.binary_location = chromium
+    quiet = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    quiet += " disable-component-update disable-sync"
+    for flag in [*quiet.split(), f"user-data-dir={tmp_path_factory.mktemp('browser')}", "window-size=1280,900"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    chrome = selenium.Chrome(service=Service(driver), options=options)
+    yield chrome
+    chrome.quit()
+
+
+def open_page(browser, page: Path) -> None:
+    """Open a page and see that it is quiet: no line in the console, no request but for the page itself."""
+    browser.get("about:blank")  # the browser's own first page asks for its own parts
+    browser.get_log("performance"), browser.get_log("browser")
+    browser.get(page.as_uri())
+    messages = [json.loads(line["message"])["message"] for line in browser.get_log("performance")]
+    requests = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert {url for url in requests if not url.startswith("data:")} == {page.as_uri()}
+    assert browser.get_log("browser") == []
+
+
+def press(browser, *keys: str) -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def count(browser, selector: str) -> int:
+    return len(browser.find_elements("css selector", selector))
+
+
+def text_of(browser, selector: str) -> str:
+    return browser.find_element("css selector", selector).text
+
+
+def hover(browser, selector: str, row: int, rows: int) -> None:
+    """Move the pointer over the middle of a frame of the time line."""
+    box = browser.execute_script(
+        "return (b => [b.left, b.top, b.width])(document.querySelector(arguments[0]).getBoundingClientRect())", selector
+    )
+    move = {"type": "mouseMoved", "x": box[0] + box[2] * (row + 0.5) / rows, "y": box[1] + 40}
+    browser.execute_cdp_cmd("Input.dispatchMouseEvent", move)
+
+
+def test_a_browser_shows_as_many_marks_as_there_are_and_the_frame_under_the_pointer(browser, tmp_path):
+    page = tmp_path / "hand.html"
+    report.write_timelines(page, [report.timeline(hand_records(), hand_clip())])
+    open_page(browser, page)
+    marks = {"user": 1, "wanted": 3, "said": 3, "update_wanted": 2, "update": 2, "context": 1}
+    assert {lane: count(browser, f"[data-lane={lane}] .chip") for lane in marks} == marks
+    assert count(browser, "[data-lane=speaking] .fired") == 3 and count(browser, "[data-lane=speaking] .reference") == 3
+    assert count(browser, "[data-lane=dst] .fired") == 2 and count(browser, "[data-lane=dst] .reference") == 2
+    assert count(browser, "[data-lane=S1] .above") == 2 and count(browser, "[data-lane=S1] .below") == 3
+    assert count(browser, "#events li") == 12
+
+    hover(browser, "#time", 10, 20)
+    assert text_of(browser, "#frame-number") == "Frame 20"
+    assert text_of(browser, "#frame-speaking") == "0.6000 fired" and text_of(browser, "#frame-tokens") == "60 tokens"
+    assert "xyz" in text_of(browser, "#frame") and "other words" in text_of(browser, "#frame")
+    hover(browser, "#time", 19, 20)
+    assert text_of(browser, "#frame-update") == "0.2000" and "≠ completed" in text_of(browser, "#frame")
+
+
+def test_the_time_line_is_used_by_keyboard_alone(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    page = tmp_path / "hand.html"
+    report.write_timelines(page, [report.timeline(hand_records(), hand_clip())])
+    open_page(browser, page)
+    for _ in range(8):  # the buttons stand before the time line
+        press(browser, Keys.TAB)
+        if browser.switch_to.active_element.get_attribute("id") == "time":
+            break
+
+    def frame() -> int:
+        return int(browser.find_element("id", "time").get_attribute("aria-valuenow"))
+
+    assert frame() == 10
+    press(browser, Keys.ARROW_RIGHT)
+    assert frame() == 11 and text_of(browser, "#frame-number") == "Frame 11"
+    press(browser, "n", "n", "n")  # rows 2, 3, 4
+    assert frame() == 14 and "0.5 s late" in text_of(browser, "#frame")
+    assert text_of(browser, "#events [aria-selected=true] .what") == "pour the water"
+    press(browser, Keys.END, "p")
+    assert frame() == 27
+    width = browser.find_element("id", "time").size["width"]
+    press(browser, "+")
+    assert browser.find_element("id", "time").size["width"] == pytest.approx(2 * width, abs=2) or width >= 24 * 20 / 2
+    press(browser, Keys.TAB, Keys.ARROW_UP)  # on to the list
+    assert browser.switch_to.active_element.get_attribute("id") == "events" and frame() == 25
+
+
+def test_a_browser_shows_text_as_text(browser, tmp_path):
+    text = " ".join(NASTY[:-1])
+    page = tmp_path / "nasty.html"
+    report.write_timelines(page, [report.timeline(hand_records(text), hand_clip(text, goal=text))])
+    open_page(browser, page)
+    assert browser.execute_script("return window.stolen") is None
+    assert browser.find_element("css selector", "h1").text == text
+    assert (
+        browser.execute_script("return [...document.querySelectorAll('#events .what')].map(e => e.textContent)").count(
+            text
+        )
+        == 2
+    )
+    assert count(browser, "#events b") == 12  # the names of the lanes, and nothing that a text brought along
+
+
+def test_two_thousand_frames_open_fast_and_small(browser, tmp_path):
+    """Under 2 MB, and less than a second of script, layout and painting, with 200 replies and 20 steps."""
+    from selenium.webdriver.common.keys import Keys
+
+    state = {f"S{i}": "completed" for i in range(20)}
+    records = [record(row, dst_state=state) for row in range(2000)]
+    for row in range(5, 2000, 10):
+        records[row] = says(row, "Now pour the water slowly, in circles, until all of it is wet.", dst_state=state)
+    page = tmp_path / "long.html"
+    report.write_timelines(page, [report.timeline([one.to_dict() for one in records], None)])
+    assert page.stat().st_size < 2_000_000
+    open_page(browser, page)
+    assert count(browser, "[data-lane=said] .chip") == 200
+    browser.execute_cdp_cmd(
+        "Performance.enable", {"timeDomain": "threadTicks"}
+    )  # the page's own time, whatever else is at work
+    browser.get(page.as_uri())
+    spent = {
+        metric["name"]: metric["value"] for metric in browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+    }
+    assert spent["TaskDuration"] < 1.0
+    browser.find_element("id", "time").send_keys(Keys.END)
+    assert text_of(browser, "#frame-number") == "Frame 2009"
+
+
+def test_both_themes(browser, tmp_path):
+    page = tmp_path / "hand.html"
+    report.write_timelines(page, [report.timeline(hand_records(), None)])
+
+    def paper() -> str:
+        return browser.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
+
+    seen = {}
+    for scheme in ("light", "dark"):
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
+        open_page(browser, page)
+        seen[scheme] = paper()
+    assert seen == {"light": "rgb(251, 250, 247)", "dark": "rgb(21, 23, 27)"}
+    browser.find_element("id", "theme").click()
+    assert paper() == seen["light"]
+
+
+def test_the_page_of_show_has_every_token(browser, tmp_path, monkeypatch):
+    from selenium.webdriver.common.keys import Keys
+
+    write_tiny_corpus(tmp_path)
+    page = tmp_path / "tokens.html"
+    monkeypatch.setattr(
+        sys, "argv", ["show", str(write_tiny_config(tmp_path)), "--html", str(page), "--versus", "data.layout=turns"]
+    )
+    show.main()
+    settings = embedded(page)["settings"]
+    assert [setting["title"].split()[0] for setting in settings] == ["as", "with"]
+    tokens = [sum(len(sequence["ids"]) for sequence in setting["sequences"]) for setting in settings]
+    open_page(browser, page)
+    columns = browser.find_elements("css selector", ".setting")
+    assert [len(column.find_elements("css selector", ".tok")) for column in columns] == tokens
+    press(browser, Keys.TAB, Keys.TAB, Keys.END)  # past the theme, into the first sequence, to its last token
+    assert f"position\n{len(settings[0]['sequences'][0]['ids']) - 1}\n" in text_of(browser, "#inspect") + "\n"
+
+
+def test_the_page_of_runs(browser, tmp_path, monkeypatch):
+    from selenium.webdriver.common.keys import Keys
+
+    for name, scale in (("one", 1.0), ("two", 2.0)):
+        (tmp_path / name).mkdir()
+        lines = [
+            {"step": step, "loss": scale / step, "speaking_gen": 1.0, "counts": {"speaking_gen": 9}}
+            for step in range(1, 11)
+        ]
+        lines += [{"step": step, "evaluation": {"loss": value}} for step, value in ((5, 0.5), (10, 0.75))]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = tmp_path / "curves.html"
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(page)])
+    report.main()
+    open_page(browser, page)
+    assert count(browser, "[data-chart=loss] path.raw") == 2
+    assert (
+        count(browser, "[data-chart='validation loss'] .best") == 2
+        and count(browser, "[data-chart='validation loss'] .point") == 2
+    )
+
+    def read_off() -> list[str]:
+        return [span.text for span in browser.find_elements("css selector", "[data-chart=loss] figcaption span")]
+
+    assert read_off() == ["0.1000", "0.2000"]
+    press(browser, Keys.TAB, Keys.TAB, Keys.TAB, Keys.TAB, Keys.TAB)  # theme, two runs, logarithmic losses, the charts
+    press(browser, Keys.HOME, Keys.ARROW_RIGHT)
+    assert text_of(browser, "#step") == "step 2"
+    assert read_off() == ["0.5000", "1"]
+    assert "9 labels" in text_of(browser, "[data-chart='reply words'] figcaption p")
