@@ -2,7 +2,7 @@
 
     python infer.py --clip FILE[:ID or INDEX] [--clip ...] [--checkpoint DIR] [--out FILE.jsonl] [section.key=value ...]
     python infer.py --live --clip FILE[:ID or INDEX] < lines      one JSON object a line, one record a line at once
-    python infer.py --video FILE --vision DIR [--task steps.yaml] [--pace live] [--checkpoint DIR] [--out FILE.jsonl] ...
+    python infer.py --video FILE --vision DIR [--task steps.yaml] [--pace live] [--checkpoint DIR] [--out FILE] ...
 
 A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record a frame, each written in
 one piece as soon as it is known: whenever the program is stopped, the file holds whole lines, one for every frame up to
@@ -12,8 +12,8 @@ With --live the clip gives only the header (goal, steps, state at its start). Fr
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
 cannot be used is answered by {"error": ...}; it counts as no frame, and the stream goes on.
 
-With --video the frames come from a video file (or a directory of pictures, or an Arrow file) through a vision tower, and
-goal, steps and what the user says from a YAML file: see prospect/video.py.
+With --video the frames come from a video file (or a directory of pictures, or an Arrow file) through a vision tower,
+and goal, steps and what the user says from a YAML file: see prospect/video.py.
 """
 
 import argparse
@@ -28,8 +28,8 @@ import numpy as np
 
 from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
 from prospect.config import Config
-from prospect.encode import parse_fps
 from prospect.embeddings import check_finite
+from prospect.encode import parse_fps
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import Prospect
 from prospect.setup import load_for_inference

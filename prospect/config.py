@@ -141,7 +141,7 @@ class InferConfig:
     dst_threshold: float | None = None
     reserved: int = 128  # tokens of the context kept free for what is written at one frame
     max_reply_tokens: int = 64
-    max_update_tokens: int = 48
+    max_update_tokens: int = 40
     constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
     lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights, cache and arithmetic

@@ -518,8 +518,8 @@ def task_state_metrics(
     np.add.at(states, (reference_states.ravel(), predicted_states.ravel()), 1)
 
     window = tuple(int(seconds * fps) for seconds in window_seconds)
-    exact = _pair_updates(predicted_updates, reference_updates, window, same_meaning=True)
-    timed = _pair_updates(predicted_updates, reference_updates, window, same_meaning=False)
+    exact = pair_updates(predicted_updates, reference_updates, window, same_meaning=True)
+    timed = pair_updates(predicted_updates, reference_updates, window, same_meaning=False)
     return TaskStateCounts(
         frames=F,
         frames_right=int(same.all(1).sum()) if F else 0,
@@ -534,7 +534,7 @@ def task_state_metrics(
     )
 
 
-def _pair_updates(
+def pair_updates(
     predicted: Sequence[Update], reference: Sequence[Update], window: tuple[int, int], *, same_meaning: bool
 ) -> list[tuple[Update, Update]]:
     """Pairs within the window: as many as possible, at the least total distance, agreeing in meaning where they can.

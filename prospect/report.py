@@ -32,7 +32,7 @@ from prospect.data import LABEL_KEYS, Sample
 from prospect.dst import STATES, State, apply_update, write_update
 from prospect.errors import ProspectError, run_entry_point
 from prospect.evaluate import TABLE, ClipScore, read_update, score_clip, summarise
-from prospect.metrics import _pair_updates as pair_updates
+from prospect.metrics import pair_updates as pair_updates
 from prospect.metrics import window_of
 from prospect.model import IGNORE
 from prospect.text_metrics import load_similarity

@@ -60,12 +60,12 @@ IDLE_SHARE = 0.3  # of the idle look, present in every frame of its task, like t
 WORLD_SEED = 2506_05904  # never changes: another world would be another benchmark
 CLIP_SEED = 1
 
-GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is about 25
+GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is about 30
 LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip; skewed, so that the mean is about 190
 MID_TASK_PROBABILITY = 0.5  # that a clip begins with some steps already completed
 IN_PROGRESS_PROBABILITY = 0.4  # that such a clip begins with yet another step under way
 OBEY_PROBABILITY = 0.75  # that the person begins the step just named, and not the next open one
-QUESTION_PROBABILITY = 0.15  # that the next event is a user's question
+QUESTION_PROBABILITY = 0.12  # that the next event is a user's question
 MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, once a step at most
 
 
@@ -228,7 +228,7 @@ def _choose_step(done: list[int], rng: np.random.Generator) -> int:
 
 
 def _draw_gap(rng: np.random.Generator) -> int:
-    return GAP_MIN + round((GAP_MAX - GAP_MIN) * rng.beta(1.0, 3.5))  # Beta(1, 3.5) has mean 0.22
+    return GAP_MIN + round((GAP_MAX - GAP_MIN) * rng.beta(1.2, 2.4))  # Beta(1.2, 2.4) has mean 1/3
 
 
 # ---- the story in words ----------------------------------------------------------------------------------------------

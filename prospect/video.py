@@ -6,11 +6,11 @@
                 -> vision.py: pictures -> I vectors of D numbers, as `python -m prospect.encode` writes them
                 -> stream.py: what the assistant says at them, frame by frame
 
-Two paces. *Fast* takes pictures as they are decoded, as many at once as the engine looks ahead. *Live* plays the video:
-picture k is not looked at before k / fps seconds have passed, and all pictures whose time has come are taken at once. So
-a machine that keeps up works picture by picture, and one that has fallen behind catches up with larger batches. No
-picture is ever left out, since the model was trained on all of them; what falls behind is the answer. The *lag* of a
-frame is the time from its moment in the video to the record about it:
+Two paces. *Fast* takes pictures as they are decoded, as many at once as the engine looks ahead. *Live* plays the
+video: picture k is not looked at before k / fps seconds have passed, and all pictures whose time has come are taken at
+once. So a machine that keeps up works picture by picture, and one that has fallen behind catches up with larger
+batches. No picture is ever left out, since the model was trained on all of them; what falls behind is the answer. The
+*lag* of a frame is the time from its moment in the video to the record about it:
 
     live, 2 fps    shown at     0.0        0.5        1.0        1.5        2.0 s
                    frame        0          1          2          3          4
@@ -152,7 +152,7 @@ def _text(values: dict[str, Any], key: str, where: str, required: bool = False) 
 
 
 def load_encoder(directory: Path, pool: str | None, tokens: int | None, session: StreamSession) -> VisionEncoder:
-    """The vision tower, where the model is. Raises ProspectError when its vectors have another width than the model's."""
+    """The vision tower, on the model's device. Raises ProspectError when its vectors are not as wide as the model's."""
     encoder = load_vision_encoder(directory, pool, tokens)
     width, wanted = encoder.config.output_size, session.model.config.vision_dim
     if width != wanted:
@@ -172,7 +172,7 @@ class Report:
     worst_frame: int = 0
 
     def note(self, frame: int, count: int, seconds: float) -> None:
-        """The records of `count` frames from `frame` on are there after `seconds`: the first of them has the most lag."""
+        """The records of `count` frames from `frame` on are there after `seconds`; the first of them lags most."""
         self.frames, self.seconds = self.frames + count, seconds
         lag = seconds - float(frame / self.fps)
         if lag > self.worst_lag:

@@ -189,7 +189,7 @@ def test_every_clip_replays_by_the_rules(easy, other_seed):
         for split in ("train", "val"):
             for clip in corpus.clips(split):
                 replay(clip, corpus.seen(clip), facts)
-    assert 15 <= min(facts.gaps) and max(facts.gaps) <= 60 and 22 <= np.mean(facts.gaps) <= 28
+    assert 15 <= min(facts.gaps) and max(facts.gaps) <= 60 and 26 <= np.mean(facts.gaps) <= 33
     assert {"open", "question", "mistake", "start", "complete"} == set(facts.kinds)
     assert 0.35 <= facts.kinds.count("open") / 86 <= 0.65  # of 60 + 12 + 12 + 2 clips; the others begin mid-task
     assert 0.55 <= np.mean(facts.obeyed) <= 0.75

@@ -116,7 +116,7 @@ def test_without_a_task_there_is_neither_goal_nor_step(kitchen):
     ({"steps": [{"id": "S1->S2", "name": "a"}]}, "cannot be written in an update"),
     ({"steps": [{"id": "S1", "name": "a", "state": "done"}]}, r"steps\[0\], state: unknown state 'done'"),
     ({"steps": [{"id": "S1", "name": "a", "state": ["x"]}]}, r"steps\[0\], state: unknown state"),
-    ({"say": [{"time": "soon", "text": "a"}]}, r"say\[0\], time: must be seconds from the video's beginning, not 'soon'"),
+    ({"say": [{"time": "soon", "text": "a"}]}, r"say\[0\], time: must be seconds from the video's .*, not 'soon'"),
     ({"say": [{"time": -1, "text": "a"}]}, r"say\[0\], time: must be seconds"),
     ({"say": [{"time": float("nan"), "text": "a"}]}, r"say\[0\], time: must be seconds"),
     ({"say": [{"text": "a"}]}, r"say\[0\], time: must be seconds"),
@@ -182,14 +182,12 @@ class FakeClock:
 
 @pytest.mark.parametrize("live, lookahead, sizes, worst, seconds", [
     # Live, 2 fps. A batch costs 0.1 s, the one with frame 2 1.2 s more: shown at 1.0 it is done at 2.3. By then frames
-    # 3 (1.5) and 4 (2.0) wait and go together, done at 2.4; frame 5 (2.5) is on time again. The last, 11, is shown at 5.5.
+    # 3 (1.5) and 4 (2.0) wait and go together, done at 2.4; frame 5 (2.5) is on time again. The last is shown at 5.5.
     (True, 32, [1, 1, 1, 2, 1, 1, 1, 1, 1, 1, 1], (1.3, 2), 5.6),
     (True, 1, [1] * 12, (1.3, 2), 5.6),  # one by one: 3 is done at 2.4, 4 at 2.5, 5 at 2.6
     (False, 5, [5, 5, 2], (1.3, 0), 1.5),  # fast: no one waits; frame 0 is answered with the first batch, at 1.3 s
 ])  # fmt: skip
-def test_both_paces_on_a_clock_of_our_own(
-    kitchen, checkpoint, monkeypatch, live, lookahead, sizes, worst, seconds
-):
+def test_both_paces_on_a_clock_of_our_own(kitchen, checkpoint, monkeypatch, live, lookahead, sizes, worst, seconds):
     clock, found, encode_batch = FakeClock(), [], video.encode_batch
 
     def encode_slowly(encoder, pictures, precision):
@@ -244,9 +242,10 @@ def test_another_width_and_vectors_that_are_not_finite(kitchen, checkpoint, monk
 
 
 def test_leaving_early_stops_the_decoding(kitchen, checkpoint):
-    session, report = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0], "infer.lookahead=2"), Report(Fraction(2))
+    session = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0], "infer.lookahead=2")
+    encoder, report = load_encoder(SIGLIP, None, None, session), Report(Fraction(2))
     before = threading.active_count()
-    records = watch(session, load_encoder(SIGLIP, None, None, session), kitchen, {}, Fraction(2), False, report)
+    records = watch(session, encoder, kitchen, {}, Fraction(2), False, report)
     assert [record.frame_idx for record in itertools.islice(records, 3)] == [0, 1, 2]
     records.close()
     assert threading.active_count() == before
@@ -282,8 +281,10 @@ def test_infer_shows_the_dialogue_and_reports(kitchen, checkpoint, tmp_path, cap
 
 
 def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, capsys):
-    shown, told = call(capsys, checkpoint, "--video", kitchen, "--vision", SIGLIP, "--tokens", 5, "--fps", "24", "--pace", "live")
-    assert shown.startswith("kitchen:   (frames 0..11, 24 a second)\n") and "12 frames, 0.5 s of video" in shown and told == ""
+    options = ["--vision", SIGLIP, "--tokens", 5, "--fps", "24", "--pace", "live"]
+    shown, told = call(capsys, checkpoint, "--video", kitchen, *options)
+    assert shown.startswith("kitchen:   (frames 0..11, 24 a second)\n")
+    assert "12 frames, 0.5 s of video" in shown and told == ""
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -304,5 +305,6 @@ def test_infer_refuses_before_anything_is_written(kitchen, checkpoint, tmp_path,
 
 @pytest.mark.parametrize("arguments", [[], ["--clip", "a", "--video", "b"], ["--video", "a", "--fps", "0"]])
 def test_options_that_do_not_go_together(arguments):
-    done = subprocess.run([sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "infer.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "infer.py: error: " in done.stderr
