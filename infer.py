@@ -32,6 +32,7 @@ from prospect.embeddings import check_finite
 from prospect.encode import parse_fps
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import Prospect
+from prospect.report import timeline, write_timelines
 from prospect.setup import load_for_inference
 from prospect.stream import FrameRecord, Job, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -184,6 +185,7 @@ def main() -> int:
     source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     parser.add_argument("--out", metavar="FILE.jsonl", help="one record a frame")
+    parser.add_argument("--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been")
     parser.add_argument("--live", action="store_true", help="read frames and user text from stdin")
     of_video = parser.add_argument_group("with --video")
     of_video.add_argument("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
@@ -198,6 +200,8 @@ def main() -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     if arguments.video and (arguments.live or not arguments.vision):
         raise ProspectError("--video needs --vision, and takes no --live", remedy="for real time: --pace live")
+    if arguments.html and (arguments.video or arguments.live):
+        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --live")
     if arguments.clip and (arguments.vision or arguments.task):
         raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
 
@@ -222,13 +226,21 @@ def main() -> int:
         StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+    pages = []
+    thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
     with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
         for file, index in chosen:
             job, _ = load_job(file, index, config)
             print(header(job.clip))
+            streamed = []
             for _, records in stream_jobs(model, tokenizer, [job], config):
+                streamed += [record.to_dict() for record in records]
                 for record in records:
                     show(record, out, sys.stdout)
+            if arguments.html:
+                pages.append(timeline(streamed, job.clip, thresholds))
+    if pages:
+        write_timelines(arguments.html, pages)
     return 0
 
 
