@@ -514,7 +514,7 @@ def test_evaluation_of_bad_clips_writes_nothing(checkpoint, monkeypatch, capsys)
     [
         (train.main, [], "required: config"),
         (train.main, ["a.yaml", "--faster"], "unrecognized arguments: --faster"),
-        (infer.main, [], "required: --clip"),
+        (infer.main, [], "--clip --video is required"),
         (check.main, [], "required: FILE"),
         (check.main, ["a.json", "--workers", "two"], "argument --workers: invalid int value: 'two'"),
         (check.main, ["a.json", "--workers", "0"], "--workers must be at least 1, not 0"),
