@@ -7,14 +7,18 @@ embeddings shuffled in time, and with the embeddings of another clip. A system t
 speak would do as well on the controls; this one must fall.
 
     replies right   share of all replies that come within +-1 s of a reference reply and name the same step
+
+Last, a question that no clip has: the user asks "What now?" at a random frame at which nothing happens.
 """
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from prospect.clips import Turn
 from prospect.data import generator
 from prospect.errors import run_entry_point
 from prospect.evaluate import load_jobs, score_clip, summarise
@@ -46,6 +50,20 @@ def replies_right(job: Job, records: list[dict]) -> tuple[int, int]:
     return sum(named_step(said[p][1], names) == named_step(wanted[r][1], names) for p, r in pairs), len(said)
 
 
+def with_question(job: Job) -> tuple[Job, int, int | None]:
+    """The clip with a question at a frame 5 s or more from every turn; that frame, and the step a right answer names."""
+    draw, clip = generator(CORPUS_SEED, "question", job.clip.id), job.clip
+    taken = [turn.end_frame for turn in clip.turns if turn.role != "system"]
+    quiet = [f for f in range(clip.start_frame + 10, clip.end_frame - 10) if all(abs(f - t) >= 5 * clip.fps for t in taken)]
+    frame = int(draw.choice(quiet))
+    state = list(clip.state_before(frame).values())
+    under_way = [i for i, now in enumerate(state) if now == "in_progress"]
+    still_open = [i for i, now in enumerate(state) if now != "completed"]
+    right = (under_way or still_open or [None])[0]
+    question = Turn("user", "What now?", (), frame, frame, len(clip.turns))
+    return Job(replace(clip, turns=(*clip.turns, question)), job.embeddings), frame, right
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/sample/best"))
@@ -67,6 +85,16 @@ def main() -> None:
             right, said = np.sum([replies_right(job, collected[id(job)]) for job in shown], axis=0)
             print(f"| {name} | {numbers['speaking_event_f1']:.3f} | {numbers['dst_event_f1']:.3f} | {numbers['joint_goal_accuracy']:.3f} "
                   f"| {right}/{said} = {right / max(said, 1):.3f} |", flush=True)
+
+        answered, named = 0, 0
+        asked = {id(job): (job, frame, right) for job, frame, right in map(with_question, jobs)}
+        for job, records in stream_jobs(model, tokenizer, [job for job, _, _ in asked.values()], config, streams=8):
+            _, frame, right = asked[id(job)]
+            for record in records:
+                if record.frame_idx == frame and record.text is not None:
+                    answered += 1
+                    named += named_step(record.text, [step.name for step in job.clip.steps]) == right
+        print(f"\nasked at an unplanned moment: {answered} of {len(asked)} questions answered at once, {named} with the right step")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ for each. Needs transformers (requirements-dev.txt).
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -175,7 +174,9 @@ def main() -> int:
         if arguments.device == "cuda":
             print(torch.cuda.max_memory_allocated() / 2**30)
         else:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            # VmHWM, not ru_maxrss: that one starts at the size of the process that started us.
+            status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
+            print(int(status.split()[0]) / 2**20)
         return 0
 
     with tempfile.TemporaryDirectory() as directory:
