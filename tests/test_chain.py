@@ -28,7 +28,7 @@ TOWER = Path(__file__).parent / "fixtures" / "vision" / "siglip"
 WIDTH = 32  # of the tower's pooled output
 BLOCKS, SIDE = 5, 80  # blocks along one side of a picture, and its pixels: 16 a block, so that codecs cut along them
 LONGEST = 150  # frames of a story
-TRAIN, VAL, HELD_OUT = 90, 4, 4
+TRAIN, VAL, HELD_OUT = 90, 4, 6
 VIDEO_FPS = 4  # pictures a second of the videos: every other one is a frame
 
 
