@@ -26,15 +26,14 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
+from prospect.clips import Clip, ClipFile
 from prospect.config import Config
-from prospect.embeddings import check_finite
 from prospect.encode import parse_fps
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import Prospect
 from prospect.report import timeline, write_timelines
-from prospect.setup import load_for_inference
-from prospect.stream import FrameRecord, Job, StreamSession, stream_jobs
+from prospect.setup import load_for_inference, load_job
+from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
 from prospect.video import Report, load_encoder, read_task, unheard, watch
 
@@ -49,16 +48,6 @@ def named_clips(name: str) -> list[tuple[ClipFile, int]]:
         return [(file, index) for index in range(len(file))]
     file = ClipFile(name[:cut])
     return [(file, file.find(name[cut + 1 :]))]
-
-
-def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:
-    """A clip with its embeddings, and a warning where the two differ by the last frame."""
-    clip = file.clip(index)
-    folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
-    embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
-    clip, warning = fit_rows(clip, len(embeddings))
-    check_finite(embeddings, clip.where)
-    return Job(clip, embeddings), warning
 
 
 # ---------------------------------------------------------------------------------------------- the transcript

@@ -19,7 +19,6 @@ ranks can resume from it; `python -m prospect.checkpoint DIR` turns it into a fu
 
 import argparse
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException

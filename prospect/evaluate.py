@@ -30,11 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prospect.checkpoint import read_state
-from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
+from prospect.clips import Clip, ClipFile
 from prospect.config import Config
 from prospect.data import Corpus, Sample, collate, frame_labels, ordered_batches
 from prospect.dst import UpdateError, apply_update, parse_update
-from prospect.embeddings import check_finite
 from prospect.errors import ProspectError, run_entry_point
 from prospect.metrics import (
     THRESHOLDS,
@@ -55,7 +54,7 @@ from prospect.metrics import (
     window_of,
 )
 from prospect.model import LOSS_CLASSES, Prospect, count_labels, loss_sums
-from prospect.setup import load_for_inference
+from prospect.setup import load_for_inference, load_job
 from prospect.stream import Job, stream_jobs
 from prospect.text_metrics import Similarity, load_similarity, text_metrics, weighted_by_jaccard
 
@@ -260,17 +259,9 @@ def stream_and_score(
 
 
 def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
-    """Every clip of the files, with its embeddings left on the disk until they are streamed."""
-    jobs = []
-    for path in paths:
-        file = ClipFile(path)
-        folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
-        for index in range(len(file)):
-            clip = file.clip(index)
-            embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
-            check_finite(embeddings, clip.where)
-            jobs.append(Job(fit_rows(clip, len(embeddings))[0], embeddings))
-    return jobs
+    """Every clip of the files, with its embeddings."""
+    files = [ClipFile(path) for path in paths]
+    return [load_job(file, index, config)[0] for file in files for index in range(len(file))]
 
 
 # ----------------------------------------------------------------------------------------------------- reporting

@@ -7,14 +7,16 @@ import torch
 
 from prospect.check import open_source, usable_clips
 from prospect.checkpoint import read_config, read_state
-from prospect.clips import Clip
+from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
 from prospect.config import Config, apply_overrides, make_config, to_dict
 from prospect.data import Corpus, clip_prompt, lay_out
 from prospect.distributed import pick_device
+from prospect.embeddings import check_finite
 from prospect.errors import ProspectError
 from prospect.lora import storage_dtype
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
+from prospect.stream import Job
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import check_vocabulary
 
@@ -125,3 +127,13 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.infer.precision]
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
     return config, tokenizer, model
+
+
+def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:
+    """A clip with its embeddings, ready to stream, and a warning where the two differ by the last frame."""
+    clip = file.clip(index)
+    folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
+    embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
+    clip, warning = fit_rows(clip, len(embeddings))
+    check_finite(embeddings, clip.where)
+    return Job(clip, embeddings), warning
