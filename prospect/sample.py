@@ -16,12 +16,15 @@ of their space, looks and noise lie in one subspace of R dimensions out of the D
 
     (IDLE_SHARE * idle look of the task  +  look of what is now seen  +  noise) / a constant
 
-The difficulty is the noise and nothing else: a clip's story is the same, word for word, at both. `easy`: the nearest
-look is the right one on every frame. `hard`: on about two frames of three, so that evidence must be gathered.
-
 **The people** do not follow the recipe to the letter. The assistant names the lowest step not yet completed; the person
-does that one, or the one after it. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells
-which. One must have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
+does that one, or another. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells which. One must
+have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
+
+**The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips begin mid-task; a person
+who does not do the step named does the next open one. `hard`: another look is nearer on one frame of sixteen, so that
+evidence must be gathered; every clip is a whole task, from the wish to the last step, two and a half times as long; a
+person who does not do the step named does any other open one. So what was completed minutes ago, long out of a short
+context, decides what is to be said now.
 
     frame   50          60               91               130             138             170
             |           |                |                |               |               |
@@ -53,8 +56,20 @@ R = 128  # dimensions of the subspace that holds every look and all noise
 NUM_STEPS = 6
 SPLITS = ("train", "val")
 
-# The noise in each of the R directions, for looks of length 1: what counts for telling two looks apart.
-NOISE = {"easy": 0.05, "hard": 0.43}
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    noise: float  # in each of the R directions, for looks of length 1: what counts for telling two looks apart
+    whole_tasks: bool  # every clip from the wish to the last step; else of a drawn length, half of them from mid-task on
+    obey: float  # probability that the person begins the step just named
+    choices: int  # of how many open steps, in the recipe's order, the person chooses; all alike but for the one named
+
+
+DIFFICULTIES = {
+    "easy": Difficulty(noise=0.05, whole_tasks=False, obey=0.75, choices=2),
+    "hard": Difficulty(noise=0.25, whole_tasks=True, obey=0.5, choices=NUM_STEPS),
+}
 IDLE_SHARE = 0.3  # of the idle look, present in every frame of its task, like the room the person works in
 
 WORLD_SEED = 2506_05904  # never changes: another world would be another benchmark
@@ -64,7 +79,6 @@ GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is a
 LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip; skewed, so that the mean is about 190
 MID_TASK_PROBABILITY = 0.5  # that a clip begins with some steps already completed
 IN_PROGRESS_PROBABILITY = 0.4  # that such a clip begins with yet another step under way
-OBEY_PROBABILITY = 0.75  # that the person begins the step just named, and not the next open one
 QUESTION_PROBABILITY = 0.12  # that the next event is a user's question
 MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, once a step at most
 
@@ -164,30 +178,31 @@ def clean_frames(looks: np.ndarray, difficulty: str) -> np.ndarray:
 
 def noise_scale(difficulty: str) -> float:
     """Standard deviation of the noise in each direction of the subspace, in a file's units."""
-    return NOISE[difficulty] / _entry_std(difficulty)
+    return DIFFICULTIES[difficulty].noise / _entry_std(difficulty)
 
 
 def _entry_std(difficulty: str) -> float:
     # The squared lengths of look, shortened idle look and noise, spread over D entries.
-    return math.sqrt((1 + IDLE_SHARE**2 + R * NOISE[difficulty] ** 2) / D)
+    return math.sqrt((1 + IDLE_SHARE**2 + R * DIFFICULTIES[difficulty].noise ** 2) / D)
 
 
 # ---- what happens in a clip ------------------------------------------------------------------------------------------
 
 
-def act_out(rng: np.random.Generator) -> Story:
+def act_out(rng: np.random.Generator, rules: Difficulty) -> Story:
     """Draw one clip's story by the rules of the module's docstring."""
     task = int(rng.integers(len(TASKS)))
     start_frame = int(rng.integers(50, 3001))
-    num_rows = LENGTH_MIN + round((LENGTH_MAX - LENGTH_MIN) * rng.beta(1.0, 2.0))  # Beta(1, 2) has mean 1/3
+    longest = LENGTH_MIN + round((LENGTH_MAX - LENGTH_MIN) * rng.beta(1.0, 2.0))  # Beta(1, 2) has mean 1/3
+    num_rows = math.inf if rules.whole_tasks else longest
     done: list[int] = []
     under_way: int | None = None
     events: list[Event] = []
-    if rng.random() < MID_TASK_PROBABILITY:  # the steps before the clip follow the same rules as those in it
+    if rng.random() < MID_TASK_PROBABILITY and not rules.whole_tasks:  # steps before the clip follow the same rules
         for _ in range(rng.integers(1, NUM_STEPS - 1)):
-            done.append(_choose_step(done, rng))
+            done.append(_choose_step(done, rng, rules))
         if rng.random() < IN_PROGRESS_PROBABILITY:
-            under_way = _choose_step(done, rng)
+            under_way = _choose_step(done, rng, rules)
         row = 0
     else:
         row = int(rng.integers(2, 11))
@@ -202,7 +217,7 @@ def act_out(rng: np.random.Generator) -> Story:
         if rng.random() < QUESTION_PROBABILITY:
             events.append(Event(row, "question"))
         elif under_way is None:
-            under_way, mistaken = _choose_step(done, rng), False
+            under_way, mistaken = _choose_step(done, rng, rules), False
             events.append(Event(row, "start", under_way))
         elif not mistaken and rng.random() < MISTAKE_PROBABILITY:
             mistaken = True
@@ -219,12 +234,12 @@ def act_out(rng: np.random.Generator) -> Story:
     return Story(task, start_frame, num_rows, done_before, under_way_before, tuple(events))
 
 
-def _choose_step(done: list[int], rng: np.random.Generator) -> int:
-    """The step the person begins: the lowest open one, which the assistant has named, or the one after it."""
-    open_steps = [step for step in range(NUM_STEPS) if step not in done]
-    if len(open_steps) == 1 or rng.random() < OBEY_PROBABILITY:
+def _choose_step(done: list[int], rng: np.random.Generator, rules: Difficulty) -> int:
+    """The step the person begins: the lowest open one, which the assistant has named, or one of those after it."""
+    open_steps = [step for step in range(NUM_STEPS) if step not in done][: rules.choices]
+    if len(open_steps) == 1 or rng.random() < rules.obey:
         return open_steps[0]
-    return open_steps[1]
+    return open_steps[1] if len(open_steps) == 2 else int(rng.choice(open_steps[1:]))
 
 
 def _draw_gap(rng: np.random.Generator) -> int:
@@ -383,7 +398,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
     holds something already, and whatever keeps the files from being written.
     """
     out = Path(out)
-    if difficulty not in NOISE:
+    if difficulty not in DIFFICULTIES:
         raise ProspectError(f"unknown difficulty {difficulty!r}", where=str(out), remedy="easy or hard")
     if seed < 0:
         raise ProspectError(f"the corpus seed {seed} is negative", where=str(out), remedy="0 or any whole number above")
@@ -416,9 +431,8 @@ def make_clips(split: str, count: int, seed: int, difficulty: str, clean: np.nda
     """Clips 0 .. count-1 of a split, one by one: (clip as in the JSON file, embeddings [F, D] float16)."""
     subspace, noise = world_subspace(), noise_scale(difficulty)
     for number in range(count):
-        # The noise is drawn last and in the same number at every difficulty: the story never depends on it.
         rng = np.random.default_rng([CLIP_SEED, seed, SPLITS.index(split), number])
-        story = act_out(rng)
+        story = act_out(rng, DIFFICULTIES[difficulty])
         clip = write_clip(story, f"sample-{difficulty}-seed{seed}-{split}-{number:05d}", rng)
         yield clip, draw(story, clean, subspace, noise, rng)
 
@@ -427,7 +441,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m prospect.sample", description="Write the generated sample corpus.")
     parser.add_argument("--out", type=Path, required=True, help="new directory for the corpus")
     parser.add_argument("--seed", type=int, default=0, help="changes the clips, never the world (default 0)")
-    parser.add_argument("--difficulty", default="easy", help="easy or hard: how noisy the frames are (default easy)")
+    parser.add_argument("--difficulty", default="easy", help="easy or hard (default easy)")
     parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
     arguments = parser.parse_args()
