@@ -201,7 +201,7 @@ def evaluate(
         # share of the weights for every forward.
         mine = first + ranks.rank
         batch = batches[mine] if mine < len(batches) else batches[0]
-        part = teacher_forced(model, corpus, [batch], ranks.device, config.loss.bce, autocast)
+        part = teacher_forced(model, corpus, [batch], ranks.device, config.loss.bce, config.infer.decision, autocast)
         if mine < len(batches):
             sums, counts, rows = sums + part[0], counts + part[1], rows + part[2]
     release(model)

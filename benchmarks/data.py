@@ -9,6 +9,7 @@ processor time, so that a busy machine does not change them, the whole in second
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.config import DataConfig
 from prospect.data import Corpus, collate, epoch_batches, lay_out, make_sample

@@ -1,7 +1,7 @@
 """Frames a second of the SigLIP tower: prospect/vision.py against transformers, same random weights, same pictures.
 
     pip install -r requirements-vision.txt transformers==5.23.0
-    PYTHONPATH=. python benchmarks/encode.py [--batch 2] [--repeats 5] [--threads 2] [--layers 27]
+    python benchmarks/encode.py [--batch 2] [--repeats 5] [--threads 2] [--layers 27]
 
 The shape is so400m-patch14-384: 27 blocks of width 1152, 729 patches, 0.67 TFLOP a picture. On a GPU both run under amp
 in fp16, on the CPU in fp32. The two take turns, so that whatever else the machine does falls on both, and each turn's
@@ -12,6 +12,7 @@ picture is timed by itself. With --peak (TFLOP/s of the device) the share of it 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.vision import VisionConfig, load_vision_encoder, prepare
 

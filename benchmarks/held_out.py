@@ -12,11 +12,14 @@ Last, a question that no clip has: the user asks "What now?" at a random frame a
 """
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.clips import Turn
 from prospect.data import generator

@@ -1,127 +1,161 @@
 """Silent frames per second: this engine against a transformers loop with a growing cache, on the same weights.
 
-    PYTHONPATH=. python benchmarks/stream.py [--threads 1] [--rounds 9] [--frames 64]
+    python benchmarks/stream.py [--shape small] [--device cpu] [--threads 1] [--rounds 9] [--frames 64]
+    python benchmarks/stream.py --shape llama-3.2-3b --device cuda --precision bf16 --frames 512
 
-Needs transformers (requirements-eval.txt). The loop is the usual one of streaming assistants: each frame's projected
+Needs transformers (requirements-dev.txt). The loop is the usual one of streaming assistants: each frame's projected
 embedding goes through LlamaForCausalLM with a DynamicCache, which grows by concatenation, and the LM head is read at
-every frame. The engine reads its two heads instead, from a cache allocated once, frame by frame (K=1) or with
-look-ahead.
+every frame. The engine reads its two heads instead, from a cache allocated once: frame by frame (K=1), with look-ahead,
+and frame by frame for several streams at once.
 
-All stream the same frames behind the same prompt, one after the other within each round, so that whatever else
-the machine does falls on all of them. Printed are medians over the rounds of milliseconds a frame, and the medians of
-each round's ratio. The shape "small": width 512, 6 layers, 8 heads, 4 key/value heads, 49,152 tokens, fp32.
+All stream the same frames behind the same prompt, one after the other within each round, so that whatever else the
+machine does falls on all of them. Printed are medians over the rounds of milliseconds a frame, the 95th percentile of
+single steps, and the medians of each round's ratio. A frame by itself must read every weight but the token embeddings
+from memory, and the cache: those bytes a second over what this machine reads at most is the last column.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
+
+from benchmarks.limits import read_bandwidth, synchronise
+from benchmarks.train_step import DTYPES, SHAPES, model_config
 from prospect.clips import parse_clip
 from prospect.config import Config
 from prospect.data import clip_prompt, prompt_pieces
-from prospect.model import ModelConfig, Prospect, init_weights
-from prospect.stream import Frame, StreamSession, advance
+from prospect.errors import ProspectError, run_entry_point
+from prospect.model import Prospect, init_weights
+from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
-VISION_DIM = 2048
 LOOKAHEAD = (1, 8, 32)
+STREAMS = 8
 NEVER = 2.0  # a threshold that no probability reaches: every frame is silent
 
 
 def transformers_model(model: Prospect):
     """LlamaForCausalLM with the same weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    c = model.config
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ProspectError("transformers is not installed", remedy="pip install -r requirements-dev.txt") from error
+    c, weight = model.config, model.lm_head.weight
     config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-                         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-                         num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps)  # fmt: skip
-    peer = LlamaForCausalLM(config).eval()
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.", "lm_head."))}
-    peer.load_state_dict(weights)
+                         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
+                         num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
+    peer = LlamaForCausalLM(config).to(weight.device, weight.dtype).eval()
+    peer.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.", "lm_head."))})
     return peer
 
 
-@torch.inference_mode()
-def transformers_loop(peer, model: Prospect, prompt: list[int], frames: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Seconds for frames [F,D] behind the prompt, and the last hidden state [H]."""
+def transformers_loop(peer, model: Prospect, prompt: list[int], frames: torch.Tensor, device: str) -> tuple[list[float], torch.Tensor]:
+    """Seconds of each of frames [F,D] behind the prompt, and the last hidden state [H]."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=peer.config)
-    peer.model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True)
-    started = time.perf_counter()
+    peer.model(input_ids=torch.tensor([prompt], device=device), past_key_values=cache, use_cache=True)
+    times = []
     for row in frames:
-        embeds = model.mm_projector(row[None, None])  # [1,1,H]
+        synchronise(device)
+        started = time.perf_counter()
+        embeds = model.mm_projector(row[None, None].to(device, peer.dtype))  # [1,1,H]
         hidden = peer.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
         peer.lm_head(hidden[:, -1]).float().softmax(-1).max().item()
-    return time.perf_counter() - started, hidden[0, -1]
+        times.append(time.perf_counter() - started)
+    return times, hidden[0, -1]
 
 
-def engine(session: StreamSession, frames: torch.Tensor, lookahead: int) -> tuple[float, float]:
-    """Seconds for frames [F,D], and the last probability of speaking."""
-    started, at = time.perf_counter(), 0
+def engine(sessions: list[StreamSession], frames: torch.Tensor, lookahead: int) -> tuple[list[float], float]:
+    """Seconds of each step over frames [F,D], which every session sees, and the last probability of speaking."""
+    times, at = [], 0
     while at < len(frames):
-        records = advance([session], [[Frame(row) for row in frames[at : at + lookahead]]])[0]
+        upcoming = [Frame(row) for row in frames[at : at + lookahead]]
+        started = time.perf_counter()
+        records = advance(sessions, [upcoming for _ in sessions])[0]  # ends with the probabilities on the host
+        times.append(time.perf_counter() - started)
         at += len(records)
-    return time.perf_counter() - started, records[-1].speaking_prob
+    return times, records[-1].speaking_prob
+
+
+def frame_bytes(model: Prospect, context: int) -> int:
+    """Bytes that one frame must read: all weights but the token embeddings, and the keys and values of the context."""
+    c, size = model.config, model.lm_head.weight.element_size()
+    unread = {id(model.lm_head.weight), id(model.model.embed_tokens.weight)}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in unread)
+    return size * (weights + 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context)
 
 
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of weights and arithmetic, in both")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--frames", type=int, default=64, help="frames a round")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    device, dtype = arguments.device, DTYPES[arguments.precision]
 
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))
         tokenizer = Tokenizer(folder, "plain")
-    shape = ModelConfig(vocab_size=49_152, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
-                        num_attention_heads=8, num_key_value_heads=4, head_dim=64, vision_dim=VISION_DIM,
-                        image_token_id=tokenizer.image_id)  # fmt: skip
+    shape = model_config(arguments.shape)
+    shape.image_token_id = tokenizer.image_id
     model = Prospect(shape).eval()
     init_weights(model, 0)
+    model = model.to(device, dtype)
     peer = transformers_model(model)
     config = Config()
+    config.data.max_seq_len = arguments.frames + 512
     config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
-    config.infer.reserved = 160
-    raw = {
-        "start_frame_idx": 0,
-        "end_frame_idx": arguments.frames - 1,
-        "conversation": [],
-        "inferred_goal": "Go on " * 30,
-    }
+    raw = {"start_frame_idx": 0, "end_frame_idx": arguments.frames - 1, "conversation": [], "inferred_goal": "Go on " * 30}
     clip, _ = parse_clip(raw, "bench", 0)
     prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
-    frames = torch.randn(arguments.frames, VISION_DIM, generator=torch.Generator().manual_seed(0))
+    frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
+    bandwidth = read_bandwidth(device, dtype)
 
-    milliseconds: dict[str, list[float]] = {"transformers": [], **{f"engine, K={k}": [] for k in LOOKAHEAD}}
+    def sessions(count: int) -> list[StreamSession]:
+        cache = make_cache(model, config, count)
+        return [StreamSession(model, tokenizer, clip, config, cache=cache, row=row) for row in range(count)]
+
+    modes = {"transformers, growing cache": 1, **{f"engine, K={k}": k for k in LOOKAHEAD}, f"engine, K=1, {STREAMS} streams": STREAMS}
+    a_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds a frame, of each round
+    steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
-        seconds, hidden = transformers_loop(peer, model, prompt, frames)
-        times, speaking = [seconds], float(model.speaking_decision_head(hidden).sigmoid())
-        for lookahead in LOOKAHEAD:
-            seconds, found = engine(StreamSession(model, tokenizer, clip, config), frames, lookahead)
-            assert abs(found - speaking) < 1e-4, (lookahead, found, speaking)
-            times.append(seconds)
+        times, hidden = transformers_loop(peer, model, prompt, frames, device)
+        measured = [times]
+        speaking = float(model.speaking_decision_head(hidden).float().sigmoid())
+        for count, lookahead in [(1, k) for k in LOOKAHEAD] + [(STREAMS, 1)]:
+            times, found = engine(sessions(count), frames, lookahead)
+            assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (lookahead, found, speaking)
+            measured.append(times)
         if round_number:
-            for values, seconds in zip(milliseconds.values(), times):
-                values.append(seconds / len(frames) * 1e3)
+            for name, times in zip(modes, measured):
+                shown = len(frames) * (STREAMS if "streams" in name else 1)
+                a_frame[name].append(sum(times) / shown * 1e3)
+                steps[name] += [1e3 * t for t in times]
 
-    print(
-        f"{len(frames)} silent frames behind {len(prompt)} tokens, {arguments.threads} threads, torch {torch.__version__}"
-    )
-    for name, values in milliseconds.items():
-        ratios = [peer_ms / ms for peer_ms, ms in zip(milliseconds["transformers"], values)]
-        median, ratio = statistics.median(values), statistics.median(ratios)
-        speed = f"{median:7.2f} ms a frame   {1e3 / median:7.0f} frames/s"
-        print(f"    {name:<14} {speed}   {ratio:5.1f}x ({min(ratios):.1f}..{max(ratios):.1f})")
+    need = frame_bytes(model, len(prompt) + len(frames) // 2)
+    print(f"{arguments.shape} on {device}, {arguments.precision}: {len(frames)} silent frames behind {len(prompt)} tokens, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; a frame reads {need / 1e6:.0f} MB, memory gives {bandwidth / 1e9:.1f} GB/s")
+    print("| | ms a frame | p95 of a step, ms | frames/s | against transformers (lowest..highest round) | of the bandwidth |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for name, values in a_frame.items():
+        ratios = [theirs / ours for theirs, ours in zip(a_frame["transformers, growing cache"], values)]
+        median, p95 = statistics.median(values), float(np.percentile(steps[name], 95))
+        share = f"{need / (median / 1e3) / bandwidth:.0%}" if name == "engine, K=1" else ""  # the others read a weight once for many
+        print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f}) | {share} |")
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
+
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
 from prospect.weights import save_model

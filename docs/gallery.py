@@ -16,13 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prospect.config import load_config  # noqa: E402
-from prospect.errors import ProspectError, run_entry_point  # noqa: E402
-from prospect.evaluate import load_jobs  # noqa: E402
-from prospect.report import read_run, timeline, write_runs, write_settings, write_timelines  # noqa: E402
-from prospect.setup import load_for_inference  # noqa: E402
-from prospect.show import setting  # noqa: E402
-from prospect.stream import stream_jobs  # noqa: E402
+from prospect.config import load_config
+from prospect.errors import ProspectError, run_entry_point
+from prospect.evaluate import load_jobs
+from prospect.report import read_run, timeline, write_runs, write_settings, write_timelines
+from prospect.setup import load_for_inference
+from prospect.show import setting
+from prospect.stream import stream_jobs
 
 SHORT_CONTEXT = "data.max_seq_len=420"  # so short that the context is refreshed while we watch
 WIDTH, HEIGHT = 1280, 830

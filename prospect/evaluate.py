@@ -1,37 +1,44 @@
 """Evaluation: every clip streamed and scored; and the teacher-forced pass that picks the heads' thresholds.
 
-    python -m prospect.evaluate --checkpoint DIR --data FILE [FILE ...] [--out DIR] [--streams 8] [section.key=value ...]
+    python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
 
-The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json and
-metrics.md under --out, and prints the table. Interrupted and started again, it goes on with the clips that are missing.
-The second picks each head's threshold on these clips from one teacher-forced pass, prints the curve and stores the
-choice in the checkpoint.
+The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
+and metrics.md under --out, and prints the table. Interrupted and started again, it goes on with the clips that are
+missing. The second picks each head's threshold on these clips from one teacher-forced pass, prints the curve and stores
+the choice in the checkpoint.
 
-What each number means stands in prospect/metrics.py. All of them are sums over clips, divided once at the end, so they
-do not depend on look-ahead or on how many streams run at once.
+What each number means stands in prospect/metrics.py. All of them are sums over clips in one fixed order, divided once
+at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
+interrupted.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
+import shlex
+import sys
 import time
-from collections.abc import Iterable, Iterator
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from prospect.checkpoint import read_state
-from prospect.clips import Clip, ClipFile
-from prospect.config import Config
+from prospect.check import open_source, usable_clips
+from prospect.checkpoint import flatten, read_config, read_state
+from prospect.clips import Clip
+from prospect.config import Config, to_dict
 from prospect.data import Corpus, Sample, collate, frame_labels, ordered_batches
 from prospect.dst import UpdateError, apply_update, parse_update
 from prospect.errors import ProspectError, run_entry_point
@@ -53,26 +60,29 @@ from prospect.metrics import (
     threshold_curve,
     window_of,
 )
-from prospect.model import LOSS_CLASSES, Prospect, count_labels, loss_sums
+from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_sums
 from prospect.setup import load_for_inference, load_job
-from prospect.stream import Job, stream_jobs
+from prospect.stream import FrameRecord, Job, stream_jobs
 from prospect.text_metrics import Similarity, load_similarity, text_metrics, weighted_by_jaccard
-
+from prospect.tokenizer import Tokenizer
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
+FRAMES_AT_ONCE = 256  # whose LM logits are held at the same time, with infer.decision=lm
+STREAMS = 8  # clips streamed at once, by default
+RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
 
 
 @dataclass
 class ClipTrace:
     """Both heads' probabilities at every frame of a clip, given the reference conversation.
 
-    frames [F] absolute numbers, increasing; probabilities and labels [F] by head; events: rows of `frames` at which the
+    probabilities and labels [F] by head, row 0 being the clip's first frame. At a frame that the sequence leaves out
+    (`data.frames`, the turns layout, truncation) the probability is 0 and the label -100. events: the rows at which the
     reference speaks or updates.
     """
 
     clip_id: str
     fps: float
-    frames: np.ndarray
     probabilities: dict[str, np.ndarray]  # "speaking", "dst"
     labels: dict[str, np.ndarray]
     events: dict[str, list[int]]
@@ -80,14 +90,26 @@ class ClipTrace:
 
 @torch.no_grad()
 def teacher_forced(
-    model: Prospect, corpus: Corpus, batches: Iterable[list[int]], device: torch.device, bce: str, autocast
+    model: Prospect,
+    corpus: Corpus,
+    batches: Iterable[list[int]],
+    device: torch.device,
+    bce: str,
+    decision: str,
+    autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> tuple[Tensor, Tensor, list[tuple[int, int, int, np.ndarray, np.ndarray, np.ndarray]]]:
     """One forward over each batch of sequences with the reference conversation in place.
+
+    decision: infer.decision. With `lm` the probability of speaking is 1 - P(end token) at the frame instead of the
+    head's, as when streaming: a threshold found here is one for what it will be compared with. An LM taught by
+    `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. At the frames
+    of a reply's range before its last it has no label; if it fires there, the event is found early, in most ranges
+    within EVENT_TOLERANCE. It is for models without task state: before an update comes no end token either.
 
     Returns loss sums [7], label counts [7] (both float64, on the CPU) and, for each sequence, a row of
     (file, clip, first unit, frames, speaking probability, dst probability), the last three [F].
     """
-    sums, counts = torch.zeros(len(LOSS_CLASSES), dtype=torch.float64), torch.zeros(len(LOSS_CLASSES), dtype=torch.float64)
+    sums, counts = torch.zeros(2, len(LOSS_CLASSES), dtype=torch.float64)
     rows = []
     for batch in batches:
         samples: list[Sample] = [corpus[(0, index)] for index in batch]
@@ -97,12 +119,24 @@ def teacher_forced(
             sums += loss_sums(model, hidden, tensors, bce).double().cpu()
         counts += count_labels(tensors)
         for b, (index, sample) in enumerate(zip(batch, samples)):
-            states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)].to(model.speaking_decision_head.weight.dtype)
-            speaking = model.speaking_decision_head(states).float().sigmoid()[:, 0].cpu().numpy()
-            dst = speaking * 0 if model.dst_update_head is None else model.dst_update_head(states).float().sigmoid()[:, 0].cpu().numpy()
-            entry = corpus.entries[index]
-            rows.append((entry.file, entry.clip, entry.window.first, sample.frames, speaking, dst))
+            states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
+            if decision == "lm":
+                end = corpus.tokenizer.end_id
+                parts = [read(model.lm_head, part).softmax(-1)[:, end] for part in states.split(FRAMES_AT_ONCE)]
+                speaking = 1 - torch.cat(parts)  # [F]
+            else:
+                speaking = read(model.speaking_decision_head, states).sigmoid()[:, 0]
+            dst = torch.zeros_like(speaking)
+            if model.dst_update_head is not None:
+                dst = read(model.dst_update_head, states).sigmoid()[:, 0]
+            entry, found = corpus.entries[index], [part.cpu().numpy() for part in (speaking, dst)]
+            rows.append((entry.file, entry.clip, entry.window.first, sample.frames, *found))
     return sums, counts, rows
+
+
+def read(head: nn.Linear, states: Tensor) -> Tensor:
+    """A head's logits at states [F,H], in fp32, computed in the precision in which the head is stored."""
+    return head(states.to(head.weight.dtype)).float()
 
 
 def traces(corpus: Corpus, rows: list[tuple]) -> list[ClipTrace]:
@@ -113,17 +147,17 @@ def traces(corpus: Corpus, rows: list[tuple]) -> list[ClipTrace]:
         parts = list(group)
         frames, first = np.unique(np.concatenate([part[3] for part in parts]), return_index=True)
         clip, _ = corpus.load(*key)
-        labels = frame_labels(clip, corpus.config, 1.0, corpus.seed, 0)
-        place = {int(frame): row for row, frame in enumerate(frames)}
-        ends = {head: sorted({turn.end_frame for turn in clip.turns if turn.role == role}) for head, role in HEADS.items()}
-        found.append(ClipTrace(
-            clip.id,
-            clip.fps,
-            frames,
-            {head: np.concatenate([part[4 + i] for part in parts])[first] for i, head in enumerate(HEADS)},
-            {head: labels[i][frames - clip.start_frame] for i, head in enumerate(HEADS)},
-            {head: [place[frame] for frame in ends[head] if frame in place] for head in HEADS},
-        ))  # fmt: skip
+        shown = frames - clip.start_frame  # rows
+        all_labels = frame_labels(clip, corpus.config, 1.0, corpus.seed, 0)
+        trace = ClipTrace(clip.id, clip.fps, {}, {}, {})
+        for i, (head, role) in enumerate(HEADS.items()):
+            trace.probabilities[head] = np.zeros(clip.num_frames)
+            trace.probabilities[head][shown] = np.concatenate([part[4 + i] for part in parts])[first]
+            trace.labels[head] = np.full(clip.num_frames, IGNORE)
+            trace.labels[head][shown] = all_labels[i][shown]
+            ends = {turn.end_frame - clip.start_frame for turn in clip.turns if turn.role == role}
+            trace.events[head] = sorted(ends.intersection(shown.tolist()))
+        found.append(trace)
     return found
 
 
@@ -132,12 +166,15 @@ def decision_report(clips: list[ClipTrace], heads: Iterable[str]) -> tuple[dict[
     numbers: dict[str, float] = {}
     thresholds: dict[str, float] = {}
     for head in heads:
-        threshold, _ = best_threshold([(c.probabilities[head], c.events[head]) for c in clips], clips[0].fps)
+        threshold, _ = best_threshold([(c.probabilities[head], c.events[head], c.fps) for c in clips])
         thresholds[head] = threshold
-        counts = sum((decision_metrics(c.probabilities[head], c.labels[head], c.events[head], threshold, c.fps) for c in clips), DecisionCounts())
-        pooled = [np.concatenate([getattr(c, part)[head] for c in clips]) for part in ("probabilities", "labels")]
+        counts = DecisionCounts()
+        for c in clips:
+            counts += decision_metrics(c.probabilities[head], c.labels[head], c.events[head], threshold, c.fps)
         numbers |= {f"{head}_{name}": value for name, value in counts.summary().items()}
-        numbers |= {f"{head}_average_precision": average_precision(*pooled), f"{head}_auroc": auroc(*pooled), f"{head}_threshold": threshold}
+        pooled = [np.concatenate([getattr(c, part)[head] for c in clips]) for part in ("probabilities", "labels")]
+        numbers[f"{head}_average_precision"], numbers[f"{head}_auroc"] = average_precision(*pooled), auroc(*pooled)
+        numbers[f"{head}_threshold"] = threshold
     return numbers, thresholds
 
 
@@ -159,7 +196,10 @@ class ClipScore:
 
 
 def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: bool) -> ClipScore:
-    """Compare the records of a streamed clip (one a frame, as FrameRecord.to_dict gives them) with its conversation."""
+    """Compare the records of a streamed clip (one a frame, as FrameRecord.to_dict gives them) with its conversation.
+
+    dst: whether the model tracks the task state.
+    """
     first, F = clip.start_frame, len(records)
     said = {record["frame_idx"] - first: record["text"] for record in records if record["text"] is not None}
     wanted: dict[int, str] = {}
@@ -215,53 +255,92 @@ def read_update(text: str):
 
 
 def summarise(scores: list[ClipScore]) -> dict[str, float]:
-    """All numbers of a set of clips."""
+    """All numbers of a set of clips. They are added in the order of their ids: rounding makes no difference then."""
+    scores = sorted(scores, key=lambda score: score.clip_id)
     dialogue = sum_dialogue([score.dialogue for score in scores])
     numbers: dict[str, float] = {key: value for key, value in dialogue.items() if not key.endswith(("_sum", "_count"))}
     for head in scores[0].events:
         counts = sum((score.events[head] for score in scores), Counts())
-        numbers |= {f"{head}_event_precision": counts.precision, f"{head}_event_recall": counts.recall, f"{head}_event_f1": counts.f1}
+        for name in ("precision", "recall", "f1"):
+            numbers[f"{head}_event_{name}"] = getattr(counts, name)
     if "dst" in scores[0].events:
         numbers |= sum((score.task_state for score in scores), TaskStateCounts()).summary()
     pairs = [pair for score in scores for pair in score.correct_pairs]
     texts = text_metrics([said for said, _ in pairs], [wanted for _, wanted in pairs])
     numbers |= texts.scores | weighted_by_jaccard(texts.scores, dialogue["jaccard_index"])
-    numbers |= {"clips": len(scores), "frames": sum(score.frames for score in scores), "refreshes": sum(score.refreshes for score in scores)}
-    return numbers
+    totals = {name: sum(getattr(score, name) for score in scores) for name in ("frames", "refreshes")}
+    return numbers | totals | {"clips": len(scores)}
 
 
 def stream_and_score(
-    model: Prospect, tokenizer, jobs: list[Job], config: Config, similarity: Similarity, *, streams: int, records_dir: Path | None = None
+    model: Prospect,
+    tokenizer: Tokenizer,
+    jobs: list[Job],
+    config: Config,
+    similarity: Similarity,
+    *,
+    streams: int,
+    records_dir: Path | None = None,
 ) -> Iterator[ClipScore]:
-    """Stream the clips and score each as it ends; with records_dir, one JSONL file a clip, and clips that have one are not streamed again."""
-    def records_file(job: Job) -> Path | None:
-        return None if records_dir is None else records_dir / f"{job.clip.id}.jsonl"
+    """Stream the clips and score each as it ends.
 
+    With records_dir, each clip's records become a JSONL file there once it has ended, and a clip that has such a file
+    is scored from it instead of being streamed. A file that is not whole does not count.
+    """
     missing = []
     for job in jobs:
-        path = records_file(job)
-        if path is not None and path.exists():
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            yield score_clip(job.clip, records, similarity, config.data.dst)
-        else:
+        records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job)
+        if records is None:
             missing.append(job)
+        else:
+            yield score_clip(job.clip, records, similarity, config.data.dst)
     collected: dict[int, list[dict]] = {}
-    for job, records in stream_jobs(model, tokenizer, missing, config, streams=streams):
+    for job, records in stream_jobs(model, tokenizer, missing, config, streams=min(streams, max(1, len(missing)))):
         done = collected.setdefault(id(job), [])
         done += [record.to_dict() for record in records]
         if len(done) == len(job.embeddings):
             del collected[id(job)]
-            if path := records_file(job):
-                aside = path.with_suffix(".writing")
-                aside.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in done), encoding="utf-8")
-                os.replace(aside, path)
+            if records_dir is not None:
+                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in done]
+                write_text(records_file(records_dir, job.clip.id), "".join(lines))
             yield score_clip(job.clip, done, similarity, config.data.dst)
 
 
+def records_file(records_dir: Path, clip_id: str) -> Path:
+    """Where a clip's records lie: named by its id, written so that any id is a file name, and no two ids the same."""
+    name = urllib.parse.quote(clip_id, safe=" ")
+    if len(name) > 200:  # file systems end at 255 bytes
+        name = f"{name[:160]}-{hashlib.sha256(clip_id.encode()).hexdigest()[:32]}"
+    return records_dir / f"{name}.jsonl"
+
+
+def read_records(path: Path, job: Job) -> list[dict] | None:
+    """The records of a finished clip; None where there is no file, or not one with a whole record for every frame."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: broken off, or not UTF-8
+        return None
+    except OSError as error:
+        raise ProspectError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if not all(isinstance(record, dict) and record.keys() == RECORD_FIELDS for record in records):
+        return None
+    first = job.clip.start_frame
+    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(job.embeddings)))
+    return records if whole else None
+
+
 def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
-    """Every clip of the files, with its embeddings."""
-    files = [ClipFile(path) for path in paths]
-    return [load_job(file, index, config)[0] for file in files for index in range(len(file))]
+    """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
+
+    A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
+    out, and warnings, are told on stderr.
+    """
+    sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
+    usable = usable_clips(sources, config.data, config.model.vision_dim)
+    tell(usable.warnings, usable.skipped)
+    if not usable.clips:
+        raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
+    return [load_job(sources[number].file, index, config)[0] for number, index in usable.clips]
 
 
 # ----------------------------------------------------------------------------------------------------- reporting
@@ -269,50 +348,82 @@ def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
 # What the table shows first; metrics.json holds everything.
 TABLE = (
     ("f1", "dialogue F1"), ("precision", "precision"), ("recall", "recall"), ("jaccard_index", "Jaccard"),
-    ("missing_rate", "missed"), ("redundant_rate", "redundant"), ("time_diff", "time difference, s"), ("semantic_score", "semantic score"),
-    ("speaking_event_f1", "speaking event F1"), ("dst_event_f1", "update event F1"), ("joint_goal_accuracy", "joint goal accuracy"),
-    ("step_state_accuracy", "step-state accuracy"), ("transition_f1", "transition F1"), ("valid_update_ratio", "valid updates"),
+    ("missing_rate", "missed"), ("redundant_rate", "redundant"),
+    ("time_diff", "time difference, s"), ("semantic_score", "semantic score"),
+    ("speaking_event_f1", "speaking event F1"), ("dst_event_f1", "update event F1"),
+    ("joint_goal_accuracy", "joint goal accuracy"), ("step_state_accuracy", "step-state accuracy"),
+    ("transition_f1", "transition F1"), ("valid_update_ratio", "valid updates"),
     ("BLEU-4", "BLEU-4"), ("refreshes", "context refreshes"), ("clips", "clips"), ("frames", "frames"),
 )  # fmt: skip
+OPTIONAL_TEXT_METRICS = ("METEOR", "CIDEr")  # they need other programs; shown where they could be computed
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row a number, a column a dataset."""
-    names = list(results) if len(results) > 2 else [name for name in results if name != "macro"]  # one dataset is its own mean
+    """Markdown: a row a number, a column a dataset, and one for their mean where there are several."""
+    names = list(results) if len(results) > 2 else [name for name in results if name != "macro"]
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for key, title in TABLE:
+    for key, title in (*TABLE, *((name, name) for name in OPTIONAL_TEXT_METRICS)):
         cells = [results[name].get(key) for name in names]
         if any(cell is not None for cell in cells):
-            lines.append(f"| {title} | " + " | ".join("" if c is None else str(c) if isinstance(c, int) else f"{c:.3f}" for c in cells) + " |")
+            lines.append(f"| {title} | {' | '.join(map(cell_text, cells))} |")
     return "\n".join(lines)
 
 
-def footing(checkpoint: Path, config: Config, similarity: Similarity, command: str) -> str:
-    """What stands beside every table: command, checkpoint step, thresholds, the similarity's name."""
-    infer = config.infer
-    dst = f", updates {infer.dst_threshold:.4f}" if config.data.dst else ""
-    return (
-        f"command: `{command}`  \ncheckpoint: {checkpoint}, step {read_state(checkpoint).step}; thresholds: speaking {infer.speaking_threshold:.4f}{dst}; "
-        f"strategy: {infer.strategy}; decision: {infer.decision}; similarity: {similarity.name}"
-    )
+def cell_text(value: float | None) -> str:
+    """None: a count has no mean over datasets."""
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def footing(
+    checkpoint: Path, config: Config, similarity: Similarity, command: str, results: dict[str, dict[str, float]]
+) -> str:
+    """What stands below every table: command, checkpoint step, thresholds, the similarity's name, what is not in it."""
+    infer, step = config.infer, read_state(checkpoint).step
+    thresholds = f"speaking {infer.speaking_threshold:.4f}"
+    thresholds += f", updates {infer.dst_threshold:.4f}" if config.data.dst else ""
+    used = f"thresholds: {thresholds}; strategy: {infer.strategy}; decision: {infer.decision}"
+    lines = [
+        f"command: `{command}`",
+        f"checkpoint: {checkpoint}, step {step}; {used}; similarity: {similarity.name}",
+    ]
+    if absent := not_computed(results):
+        lines.append(f"not computed: {absent}")
+    return "  \n".join(lines)
+
+
+def not_computed(results: dict[str, dict[str, float]]) -> str:
+    """The text metrics that are missing from the results of a dataset, each with the reason."""
+    reasons = text_metrics([], []).absent  # what is not installed; else the program failed on these very texts
+    missing = [name for name in OPTIONAL_TEXT_METRICS if any(name not in numbers for numbers in results.values())]
+    return ", ".join(f"{name} ({reasons.get(name, 'its program failed')})" for name in missing)
 
 
 def sweep(checkpoint: Path, corpus: Corpus, model: Prospect, config: Config) -> None:
-    """Pick each head's threshold by event F1 from one teacher-forced pass, print the curve, store the choice."""
+    """Pick each head's threshold by event F1 from one teacher-forced pass, print the curve, store the choice.
+
+    The speaking threshold of a checkpoint belongs to its own infer.decision. One found for the other is only printed.
+    """
     device = model.lm_head.weight.device
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
-    _, _, rows = teacher_forced(model, corpus, tqdm(batches, desc="teacher-forced"), device, config.loss.bce, contextlib.nullcontext)
+    bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
+    decision = config.infer.decision
+    _, _, rows = teacher_forced(model, corpus, bar, device, config.loss.bce, decision, contextlib.nullcontext)
     clips = traces(corpus, rows)
     heads = list(HEADS) if config.data.dst else ["speaking"]
     numbers, thresholds = decision_report(clips, heads)
     for head in heads:
-        curve = threshold_curve([(c.probabilities[head], c.events[head]) for c in clips], clips[0].fps)
+        curve = threshold_curve([(c.probabilities[head], c.events[head], c.fps) for c in clips])
         print(f"\n{head}: event precision, recall and F1 by threshold")
         print("| threshold | P | R | F1 |\n|---:|---:|---:|---:|")
         for threshold, counts in list(zip(THRESHOLDS, curve))[::10]:
             print(f"| {threshold:.4f} | {counts.precision:.3f} | {counts.recall:.3f} | {counts.f1:.3f} |")
         print(f"chosen: {thresholds[head]:.4f}, event F1 {numbers[f'{head}_event_f1']:.3f}; "
               f"average precision {numbers[f'{head}_average_precision']:.3f}, AUROC {numbers[f'{head}_auroc']:.3f}")
+    own = read_config(checkpoint).infer.decision
+    if decision != own:
+        found = thresholds.pop("speaking")
+        print(f"\nthe speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
+              f"use infer.decision={decision} infer.speaking_threshold={found:.6f}")
     state = read_state(checkpoint)
     state.thresholds |= thresholds
     write_json(checkpoint / "state.json", dataclasses.asdict(state))
@@ -322,56 +433,130 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="clip files")
+    parser.add_argument("--strategy", metavar="NAME", help="when the context is full; short for infer.strategy=NAME")
     parser.add_argument("--out", type=Path, metavar="DIR", help="records, metrics.json and metrics.md go here")
-    parser.add_argument("--streams", type=int, default=8, help="clips streamed at once")
-    parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help="DIR: a local sentence-transformers model")
-    parser.add_argument("--sweep", action="store_true", help="pick the heads' thresholds on these clips and store them")
+    parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
+    what = "DIR: a local sentence-transformers model"
+    parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
+    what = "pick the heads' thresholds on these clips and store them"
+    parser.add_argument("--sweep", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
-    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    if arguments.sweep:
-        corpus = Corpus(arguments.data, config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=config.run.seed)
-        sweep(arguments.checkpoint, corpus, model, config)
-        return 0
+    # argparse takes every word up to the next option for a file, overrides too.
+    words, arguments.data = arguments.data, []
+    for word in words:
+        (arguments.overrides if "=" in word and not Path(word).exists() else arguments.data).append(word)
+    if not arguments.data:
+        raise ProspectError("--data names no clip file", where="command line", remedy="--data FILE [FILE ...]")
     if arguments.streams < 1:
         raise ProspectError("--streams must be at least 1", where="command line")
-    similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config)
-    records_dir = None
-    if arguments.out:
-        records_dir = arguments.out / "records"
-        records_dir.mkdir(parents=True, exist_ok=True)
-        same_settings(arguments.out / "settings.json", arguments, config)
-    started = time.perf_counter()
-    scoring = stream_and_score(model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir)
-    scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
-    results = by_dataset([(score.dataset, score) for score in scores], summarise)
-    command = "python -m prospect.evaluate " + " ".join(
-        ["--checkpoint", str(arguments.checkpoint), "--data", *arguments.data, *arguments.overrides])
-    report = table(results) + "\n\n" + footing(arguments.checkpoint, config, similarity, command)
-    print(report)
-    print(f"{sum(score.frames for score in scores)} frames in {time.perf_counter() - started:.1f} s")
-    if arguments.out:
-        write_json(arguments.out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
-        (arguments.out / "metrics.md").write_text(report + "\n", encoding="utf-8")
+    if arguments.sweep and arguments.out:
+        remedy = "leave --out away: the choice goes into the checkpoint"
+        raise ProspectError("--sweep writes no records", where="command line", remedy=remedy)
+    strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
+    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
+    if arguments.sweep:
+        vision_dim, seed = config.model.vision_dim, config.run.seed
+        corpus = Corpus(arguments.data, config.data, tokenizer, vision_dim, rate=1.0, seed=seed)
+        tell(corpus.warnings, corpus.skipped)
+        sweep(arguments.checkpoint, corpus, model, config)
+    else:
+        evaluate(arguments, config, tokenizer, model)
     return 0
 
 
+def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Stream and score the clips, print the table, and with --out write everything down."""
+    checkpoint, out = arguments.checkpoint, arguments.out
+    similarity = load_similarity(arguments.similarity)
+    jobs = load_jobs(arguments.data, config)
+    records_dir, taken_over = None, 0
+    if out is not None:
+        records_dir = out / "records"
+        same_settings(out, settings(checkpoint, config, arguments.data, jobs))
+        taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
+        if taken_over:
+            print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
+    started = time.perf_counter()
+    scoring = stream_and_score(
+        model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
+    )
+    scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
+    seconds = time.perf_counter() - started
+    results = by_dataset([(score.dataset, score) for score in scores], summarise)
+    command = as_typed(arguments)
+    report = table(results) + "\n\n" + footing(checkpoint, config, similarity, command, results)
+    print(report)
+    if not taken_over:
+        print(f"{sum(score.frames for score in scores)} frames in {seconds:.1f} s")
+    if out is not None:
+        write_json(out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
+        write_text(out / "metrics.md", report + "\n")
+
+
+def tell(warnings: list[str], skipped: list[str]) -> None:
+    for line in warnings + [f"skipped: {line}" for line in skipped]:
+        print(line, file=sys.stderr)
+
+
+def as_typed(arguments: argparse.Namespace) -> str:
+    """The command that gives these results again. (--out is left away: it changes none of them.)"""
+    words = ["python", "-m", "prospect.evaluate", "--checkpoint", str(arguments.checkpoint), "--data", *arguments.data]
+    words += [] if arguments.strategy is None else ["--strategy", arguments.strategy]
+    words += [] if arguments.streams == STREAMS else ["--streams", str(arguments.streams)]
+    words += [] if arguments.similarity == "lexical" else ["--similarity", arguments.similarity]
+    return shlex.join(words + arguments.overrides)
+
+
+def settings(checkpoint: Path, config: Config, files: list[str], jobs: list[Job]) -> dict[str, Any]:
+    """All that decides what the records of these clips are, by name: checkpoint, configuration, clips, embeddings."""
+    state, data = read_state(checkpoint), hashlib.sha256()
+    for path in files:
+        data.update(Path(path).read_bytes())
+    for job in jobs:
+        data.update(np.ascontiguousarray(job.embeddings))
+    found = flatten(to_dict(config)) | {f"trained on {name}": digest for name, digest in state.data.items()}
+    del found["infer.lookahead"]  # changes no record
+    return found | {"checkpoint": str(checkpoint.resolve()), "step": state.step, "the clips' digest": data.hexdigest()}
+
+
+def same_settings(out: Path, wanted: dict[str, Any]) -> None:
+    """Begin the folder `out`, or make sure that the records it holds were made with these very settings.
+
+    Raises ProspectError naming what differs, and where nothing can be written there.
+    """
+    path, remedy = out / "settings.json", "name another --out, or remove this one"
+    try:
+        (out / "records").mkdir(parents=True, exist_ok=True)
+        begun = any((out / "records").glob("*.jsonl"))
+        then = json.loads(path.read_text(encoding="utf-8")) if begun else wanted
+        if not isinstance(then, dict):
+            raise ValueError("not an object")
+    except (FileNotFoundError, ValueError) as error:  # no settings, or not JSON
+        what = "does not tell by which settings its records were made"
+        raise ProspectError(what, where=str(path), remedy=remedy) from error
+    except OSError as error:
+        raise ProspectError(f"cannot be used: {error.strerror}", where=str(out), remedy="name another --out") from error
+    names = [name for name in sorted({*then, *wanted}) if then.get(name) != wanted.get(name)]
+    if names:
+        differ = "; ".join(f"{name} was {then.get(name)}, is {wanted.get(name)}" for name in names)
+        raise ProspectError(f"holds records made with other settings: {differ}", where=str(out), remedy=remedy)
+    write_json(path, wanted)
+
+
 def write_json(path: Path, values: dict) -> None:
+    write_text(path, json.dumps(values, indent=2, sort_keys=True))
+
+
+def write_text(path: Path, text: str) -> None:
     """Written aside and renamed: never half there."""
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def same_settings(path: Path, arguments: argparse.Namespace, config: Config) -> None:
-    """Records found under --out are taken over only when they were made by the same checkpoint with the same settings."""
-    settings = {
-        "checkpoint": str(arguments.checkpoint.resolve()), "step": read_state(arguments.checkpoint).step, "infer": vars(config.infer) | {"lookahead": None}}
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        remedy = "name another --out, or remove this one"
-        raise ProspectError("holds records made with other settings", where=str(path.parent), remedy=remedy)
-    write_json(path, settings)
+    aside = path.with_name(f"{path.name}.writing")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        remedy = "make room and start again: what is finished stays"
+        raise ProspectError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error
 
 
 if __name__ == "__main__":

@@ -236,24 +236,24 @@ def decision_metrics(
 
 
 def threshold_curve(
-    clips: Sequence[tuple[np.ndarray, Sequence[int]]], fps: float, candidates: Sequence[float] = THRESHOLDS
+    clips: Sequence[tuple[np.ndarray, Sequence[int], float]], candidates: Sequence[float] = THRESHOLDS
 ) -> list[Counts]:
-    """Event counts at every candidate threshold, summed over `clips` of (probabilities [F], event_frames)."""
+    """Event counts at every candidate threshold, summed over `clips` of (probabilities [F], event_frames, fps)."""
     return [
-        sum((event_counts(fires(probabilities, threshold), events, fps) for probabilities, events in clips), Counts())
+        sum((event_counts(fires(probs, threshold), events, fps) for probs, events, fps in clips), Counts())
         for threshold in candidates
     ]
 
 
 def best_threshold(
-    clips: Sequence[tuple[np.ndarray, Sequence[int]]], fps: float, candidates: Sequence[float] = THRESHOLDS
+    clips: Sequence[tuple[np.ndarray, Sequence[int], float]], candidates: Sequence[float] = THRESHOLDS
 ) -> tuple[float, Counts]:
-    """The candidate with the best event F1 over all `clips` of (probabilities [F], event_frames), and its counts.
+    """The candidate with the best event F1 over all `clips` of (probabilities [F], event_frames, fps), and its counts.
 
     `candidates` ascend, and neighbours often tie. The middle of the longest tied stretch is taken: it is the choice
     that a small shift of the probabilities harms least.
     """
-    curve = threshold_curve(clips, fps, candidates)
+    curve = threshold_curve(clips, candidates)
     f1 = np.array([counts.f1 for counts in curve])
     at_best = np.concatenate([[0], f1 == f1.max(), [0]])
     starts = np.flatnonzero(np.diff(at_best) == 1)
@@ -564,11 +564,13 @@ def by_dataset(
     """A summary per dataset, by name, and `macro`: the plain mean over datasets of every number but counts and sums.
 
     clips      (name of the dataset, result of the clip)
-    summarise  the results of one dataset's clips -> its numbers, the same for every dataset, e.g. `sum_dialogue`
+    summarise  the results of one dataset's clips -> its numbers, e.g. `sum_dialogue`; a number that a dataset lacks
+               (a text metric failed there) has no mean
     """
     datasets = sorted({name for name, _ in clips})
     table = {name: summarise([result for other, result in clips if other == name]) for name in datasets}
-    rates = [key for key, value in table[datasets[0]].items() if isinstance(value, float)] if datasets else []
+    first, *others = table.values() or [{}]
+    rates = [key for key, value in first.items() if isinstance(value, float) and all(key in other for other in others)]
     macro = {
         key: float(np.mean([numbers[key] for numbers in table.values()])) for key in rates if key not in _DIALOGUE_SUMS
     }

@@ -472,15 +472,18 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
         index, label = labelled(labels[key], shift=shift)
         return flat.index_select(0, index.to(flat.device)), label.to(flat.device)  # [n,H], [n]
 
-    def generation(key: str) -> Tensor:
-        states, targets = read(key, shift=True)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for part, target in zip(states.split(LM_CHUNK), targets.split(LM_CHUNK)):  # one part, even of no label
+    def generation(keys: list[str]) -> list[Tensor]:
+        """All keys' labels go through the LM head together: its weight is read, and its gradient made, only once."""
+        states, targets = zip(*[read(key, shift=True) for key in keys])
+        n = [len(part) for part in targets]
+        states, targets = torch.cat(states), torch.cat(targets)  # [n,H], [n]
+        losses = []  # one part, even of no label
+        for part, target in zip(states.split(LM_CHUNK), targets.split(LM_CHUNK)):
             if len(states) > LM_CHUNK and torch.is_grad_enabled():
-                total = total + checkpoint(token_loss, model.lm_head, part, target, use_reentrant=False)
+                losses.append(checkpoint(token_losses, model.lm_head, part, target, use_reentrant=False))
             else:
-                total = total + token_loss(model.lm_head, part, target)
-        return total
+                losses.append(token_losses(model.lm_head, part, target))
+        return [part.sum() for part in torch.cat(losses).split(n)]
 
     def decision(head: nn.Linear, key: str) -> tuple[Tensor, Tensor]:
         states, label = read(key, shift=False)
@@ -492,11 +495,12 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
             loss = weight * (1 - p_true) ** FOCAL_GAMMA * loss
         return (loss * label).sum(), (loss * (1 - label)).sum()
 
-    speaking_gen = generation("speaking_gen_labels")
     speaking_pos, speaking_neg = decision(model.speaking_decision_head, "speaking_labels")
     dst_gen = dst_pos = dst_neg = dst_state = hidden.new_zeros((), dtype=torch.float32)
-    if model.dst_update_head is not None:
-        dst_gen = generation("dst_gen_labels")
+    if model.dst_update_head is None:
+        [speaking_gen] = generation(["speaking_gen_labels"])
+    else:
+        speaking_gen, dst_gen = generation(["speaking_gen_labels", "dst_gen_labels"])
         dst_pos, dst_neg = decision(model.dst_update_head, "dst_update_labels")
     if model.dst_state_head is not None:
         states, state = read("dst_state_labels", shift=False)
@@ -504,9 +508,9 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
     return torch.stack((speaking_gen, speaking_pos, speaking_neg, dst_gen, dst_pos, dst_neg, dst_state))
 
 
-def token_loss(lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy of states [n,H] against token ids [n], from fp32 logits."""
-    return F.cross_entropy(lm_head(states).float(), targets, reduction="sum")
+def token_losses(lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each of states [n,H] against its token id, [n], from fp32 logits."""
+    return F.cross_entropy(lm_head(states).float(), targets, reduction="none")
 
 
 def count_labels(labels: dict[str, Tensor]) -> Tensor:

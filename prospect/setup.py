@@ -114,13 +114,16 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
 
-    Thresholds that the configuration leaves open are those found best on validation, stored in the checkpoint.
+    Thresholds that the configuration leaves open are those found best on validation, stored in the checkpoint; the
+    speaking one was found for the checkpoint's own infer.decision, and for another it is 0.5.
     """
     directory = Path(directory)
-    config = make_config(apply_overrides(to_dict(read_config(directory)), overrides), str(directory / "config.yaml"))
+    own = read_config(directory)
+    config = make_config(apply_overrides(to_dict(own), overrides), str(directory / "config.yaml"))
     thresholds = read_state(directory).thresholds
     if config.infer.speaking_threshold is None:
-        config.infer.speaking_threshold = thresholds.get("speaking", 0.5)
+        found_for_it = config.infer.decision == own.infer.decision
+        config.infer.speaking_threshold = thresholds.get("speaking", 0.5) if found_for_it else 0.5
     if config.infer.dst_threshold is None:
         config.infer.dst_threshold = thresholds.get("dst", 0.5)
     tokenizer = Tokenizer(directory, config.data.template)

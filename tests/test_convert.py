@@ -1,24 +1,31 @@
 """ProAssist's prepared dialogues become clips and come back; the order of frames and texts is never touched.
 
 The two dialogues below are written by hand in the prepared format. The second one has the shapes that are rare: a
-user's text opens it, a question follows an answer at once, two texts share a place, and a user's text ends it.
+user's text opens it, a question follows an answer at once, two texts share a place, and a user's text ends it. The real
+ones at the end are dialogues that ProAssist has published; they are not part of the project.
 """
 
 import copy
 import json
+import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import train
 from prospect.clips import parse_clip
-from prospect.config import DataConfig
-from prospect.convert import to_clip, to_prepared
+from prospect.config import DataConfig, load_config
+from prospect.convert import clips_of, prepared_of, to_clip, to_prepared, write_objects
 from prospect.data import lay_out
 from prospect.errors import ProspectError
 
 ROOT = Path(__file__).parents[1]
+REAL = ROOT.parent / "shared" / "data" / "proassist_prepared.jsonl"
 
 
 def frames(start, end):
@@ -204,3 +211,76 @@ def test_a_refused_file_is_one_line_and_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.json", "prepared.jsonl"]
     assert run(tmp_path / "nothing.jsonl", out).returncode == 2
     assert run(source, tmp_path / "no" / "such" / "clips.json").returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------- and can be learned
+
+
+@pytest.fixture
+def one_thread_and_usual_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def learn(folder: Path, clip: dict) -> list[dict]:
+    """One epoch of train.py on this one clip, by configs/proassist.yaml with a tiny model and random embeddings of its
+    frames: the lines of metrics.jsonl."""
+    (folder / "embeddings").mkdir(parents=True)
+    rows = clip["end_frame_idx"] - clip["start_frame_idx"] + 1
+    np.save(folder / "embeddings" / clip["embeddings"], np.random.default_rng(0).normal(size=(rows, 16)).astype("f4"))
+    (folder / "clips.json").write_text(json.dumps([clip]), encoding="utf-8")
+    overrides = [
+        f"run.out={folder}", f"data.train={folder}/clips.json", f"data.val={folder}/clips.json", "data.sample=null",
+        "data.neg_frame_sampling_rate=1", "train.max_steps=null", "train.num_epochs=1", "train.device=cpu",
+        "model.vision_dim=16", "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48",
+        "model.num_hidden_layers=1",
+    ]  # fmt: skip
+    config = load_config(ROOT / "configs" / "proassist.yaml", overrides)
+    assert config.data.silence_lm and not config.data.dst and config.infer.decision == "lm"
+    ranks = train.start_ranks("cpu")
+    try:
+        assert train.train(config, ranks, dry_run=False) == 0
+    finally:
+        train.stop_ranks(ranks)
+    return [json.loads(line) for line in (folder / "proassist" / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_learned(lines: list[dict], sample: dict) -> None:
+    """Finite losses; a label at every frame, 1 where the frames stop for a reply; at least a label for every word."""
+    steps, evaluation = lines[:-1], lines[-1]["evaluation"]
+    assert all(math.isfinite(step[name]) for step in steps for name in ("loss", "speaking_gen", "grad_norm"))
+    assert all(math.isfinite(value) for value in evaluation.values())
+    met = order(sample)
+    decided = {max(item for item in met[:i] if isinstance(item, int))
+               for i, item in enumerate(met) if isinstance(item, tuple) and item[0] == "assistant"}  # fmt: skip
+    replies = [item[1] for item in met if isinstance(item, tuple) and item[0] == "assistant"]
+    counts = {name: sum(step["counts"][name] for step in steps) for name in steps[0]["counts"]}
+    frames_shown = sample["end_frame_idx"] - sample["start_frame_idx"]
+    assert (counts["speaking_pos"], counts["speaking_neg"]) == (len(decided), frames_shown - len(decided))
+    silent_or_word = counts["speaking_neg"] + len(" ".join(replies).split())
+    assert counts["speaking_gen"] > silent_or_word and counts["dst_gen"] == counts["dst_pos"] == 0
+
+
+@pytest.mark.parametrize("sample, decided", [(PLAIN, 2), (RARE, 2)], ids=["plain", "rare"])
+def test_a_converted_dialogue_is_learned(tmp_path, one_thread_and_usual_signals, sample, decided):
+    lines = learn(tmp_path, to_clip(sample, "here"))
+    check_learned(lines, sample)
+    assert sum(line["counts"]["speaking_pos"] for line in lines[:-1]) == decided  # 15 and 20; 0 and 3
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="ProAssist's dialogues are not part of the project")
+def test_every_published_dialogue_converts_returns_and_is_learned(tmp_path, one_thread_and_usual_signals):
+    samples = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()]
+    converted = tmp_path / "clips.json"
+    assert write_objects(clips_of(REAL), converted) == len(samples) > 0
+    assert list(prepared_of(converted)) == samples
+    clips = json.loads(converted.read_text(encoding="utf-8"))
+    assert len({clip["id"] for clip in clips}) == len(clips)
+    for number, (sample, clip) in enumerate(zip(samples, clips)):
+        assert clip_order(clip) == order(sample)
+        check_learned(learn(tmp_path / str(number), clip), sample)

@@ -123,15 +123,24 @@ def test_best_threshold_is_the_middle_of_the_best_plateau():
     probabilities = np.zeros(20)
     probabilities[[2, 8, 15]] = [0.65, 0.9, 0.3]
     candidates = [0.2, 0.4, 0.5, 0.6, 0.7]
-    curve = threshold_curve([(probabilities, [2, 8])], 2, candidates)
+    curve = threshold_curve([(probabilities, [2, 8], 2)], candidates)
     assert curve == [Counts(2, 3, 2), Counts(2, 2, 2), Counts(2, 2, 2), Counts(2, 2, 2), Counts(1, 1, 2)]
-    assert best_threshold([(probabilities, [2, 8])], 2, candidates) == (0.5, Counts(2, 2, 2))
+    assert best_threshold([(probabilities, [2, 8], 2)], candidates) == (0.5, Counts(2, 2, 2))
     # Two clips are summed before the choice: the second one's only event is found up to 0.45 alone.
     second = np.zeros(5)
     second[3] = 0.45
-    assert best_threshold([(probabilities, [2, 8]), (second, [3])], 2, candidates) == (0.4, Counts(3, 3, 3))
+    assert best_threshold([(probabilities, [2, 8], 2), (second, [3], 2)], candidates) == (0.4, Counts(3, 3, 3))
     # Nothing anywhere: all candidates tie.
-    assert best_threshold([(np.zeros(5), [])], 2)[0] == pytest.approx(0.5)
+    assert best_threshold([(np.zeros(5), [], 2)])[0] == pytest.approx(0.5)
+
+
+def test_each_clip_has_a_second_of_its_own():
+    # Fired at 5 for an event at 8: three frames early, within a second at 4 fps and not at 2.
+    probabilities = np.zeros(20)
+    probabilities[5] = 0.9
+    slow, fast = (probabilities, [8], 2), (probabilities, [8], 4)
+    for clips in ([slow, fast], [fast, slow]):
+        assert threshold_curve(clips, [0.5]) == [Counts(1, 2, 2)]
 
 
 # ---------------------------------------------------------------- the assignment

@@ -1,0 +1,256 @@
+"""Does tracking the task state help? And what do the other choices bring? Trains, streams, and writes docs/ablation.md.
+
+    python benchmarks/ablation.py [--seeds 0 1 2] [--out runs/ablation] [--jobs 2]
+
+Everything runs on the hard sample corpus (prospect/sample.py): whole tasks, several times as long as the context, in
+which the step to name next depends on what was completed minutes ago. Each variant is the default in all but the
+settings its row names, is trained with every seed (of weights, data order and negatives) by train.py, and is streamed
+on clips of another corpus seed. The threshold of each head is the one with the best event F1 on the validation clips,
+found for every variant in the same way: teacher-forced, in the stream layout.
+
+Columns, over all held-out clips streamed live; an event is in time within 1 s of its reference:
+
+    speaking F1      events at which the assistant spoke
+    update F1        events at which it updated the task state
+    joint goal       share of frames at which the state of every step is right
+    next step        of the replies that come in time after a completed step, the share that name the right next step:
+                     what was completed before decides it, and timing plays no part
+    replies right    F1 of all replies; a reply is right when it comes in time and names the right step
+
+Interrupted and started again, it goes on: finished runs and their measurements are kept under --out. --jobs runs are
+trained side by side, on one thread each.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the repository itself, not installed
+
+from prospect.clips import Clip
+from prospect.data import Corpus, ordered_batches
+from prospect.errors import ProspectError, run_entry_point
+from prospect.evaluate import decision_report, load_jobs, score_clip, summarise, teacher_forced, traces, write_json
+from prospect.metrics import match_events, ratio
+from prospect.sample import named_step, write_sample
+from prospect.setup import load_for_inference
+from prospect.stream import stream_jobs
+from prospect.text_metrics import load_similarity
+
+PAGE = ROOT / "docs" / "ablation.md"
+BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
+
+TRAIN_CLIPS, VAL_CLIPS, HELD_OUT_CLIPS, HELD_OUT_SEED = 480, 32, 40, 1000
+COMMON = (  # what every run of this page shares beyond config.yaml: a context of 320 tokens, and a shorter run
+    "data.max_seq_len=320", "infer.reserved=64", "infer.max_reply_tokens=32", "infer.max_update_tokens=16",
+    "train.max_steps=400", "train.eval_every=400", "train.save_every=400", "train.log_every=10",
+)  # fmt: skip
+WHOLE = "data.max_seq_len=1536"  # tokens that hold a whole task
+
+# What is trained: a name, and the settings that differ from the default.
+TRAINED = {
+    "default": (),
+    "no-dst": ("data.dst=false",),
+    "proassist": ("data.dst=false", "data.silence_lm=true"),
+    "bce-balanced": ("loss.bce=balanced",),
+    "last": ("data.positive_frames=last",),
+    "turns": ("data.layout=turns",),
+    "text": ("data.binary_at=text",),
+    "bce-focal": ("loss.bce=focal",),
+    "negatives-1.0": ("data.neg_frame_sampling_rate=1.0",),
+    "negatives-0.1": ("data.neg_frame_sampling_rate=0.1",),
+    "state-head": ("model.dst_state_head=true",),
+    "default-whole": (WHOLE,),
+    "no-dst-whole": ("data.dst=false", WHOLE),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: a trained variant, streamed with these settings."""
+
+    title: str
+    trained: str
+    streamed: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return " ".join((self.trained, *self.streamed))
+
+
+DEFAULT = Row("default", "default")
+STRATEGIES = ("slide", "drop_all", "drop_middle", "summarize_and_drop")
+SECTIONS = {
+    "Task state": (
+        Row("with task state (default)", "default"),
+        Row("`data.dst: false`", "no-dst"),
+        Row("ProAssist: `dst: false`, `silence_lm: true`, `decision: lm`, `summarize_and_drop`", "proassist",
+            ("infer.decision=lm", "infer.strategy=summarize_and_drop")),
+        Row("the same with `slide`", "proassist", ("infer.decision=lm",)),
+        Row("with task state, context of a whole task (1,536 tokens)", "default-whole"),
+        Row("`data.dst: false`, context of a whole task", "no-dst-whole"),
+    ),
+    "Context strategies, with task state": (
+        *(Row(f"`{name}`", "default", (f"infer.strategy={name}",)) for name in STRATEGIES[1:]),
+        Row("`summarize_with_dst`", "default", ("infer.strategy=summarize_with_dst",)),
+        Row("`slide` (default)", "default"),
+    ),
+    "Context strategies, without task state": (
+        *(Row(f"`{name}`", "no-dst", (f"infer.strategy={name}",)) for name in STRATEGIES[1:]),
+        Row("`slide`", "no-dst"),
+    ),
+    "Layout and labels": (
+        DEFAULT,
+        Row("`layout: turns`", "turns"),
+        Row("`binary_at: text`", "text"),
+        Row("`positive_frames: last`", "last"),
+    ),
+    "The heads' loss": (DEFAULT, Row("`bce: balanced`", "bce-balanced"), Row("`bce: focal`", "bce-focal")),
+    "Share of silent frames learned from": (
+        Row("1.0", "negatives-1.0"),
+        Row("0.5 (default)", "default"),
+        Row("0.1", "negatives-0.1"),
+    ),
+    "A third head": (Row("off (default)", "default"), Row("`dst_state_head: true`", "state-head")),
+    "Updates": (Row("free (default)", "default"), Row("`constrain_dst: true`", "default", ("infer.constrain_dst=true",))),
+}  # fmt: skip
+
+COLUMNS = {
+    "speaking_event_f1": "speaking F1",
+    "dst_event_f1": "update F1",
+    "joint_goal_accuracy": "joint goal",
+    "next_step": "next step",
+    "replies_right": "replies right",
+}
+
+
+def run_name(trained: str, seed: int) -> str:
+    return f"{trained}-seed{seed}"
+
+
+def train(trained: str, seed: int, out: Path, corpus: Path) -> None:
+    """One run of train.py, on one thread; its output goes to a log beside the run."""
+    name = run_name(trained, seed)
+    files = (f"data.train=[{corpus / 'train.json'}]", f"data.val=[{corpus / 'val.json'}]", "data.sample=null")
+    command = [sys.executable, "train.py", "config.yaml", f"run.name={name}", f"run.out={out}", f"run.seed={seed}",
+               "train.device=cpu", *files, *COMMON, *TRAINED[trained]]  # fmt: skip
+    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    if status != 0:
+        raise ProspectError(f"train.py ended with status {status}", where=name, remedy=f"see {log.name}")
+
+
+def measure(row: Row, seed: int, out: Path, corpus: Path, held_out: Path) -> dict[str, float]:
+    """Thresholds from the validation clips, then the held-out clips streamed and scored."""
+    config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
+    device = model.lm_head.weight.device
+    as_streamed = replace(config.data, layout="stream", binary_at="frames", positive_frames="range")
+    val = Corpus([str(corpus / "val.json")], as_streamed, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
+    batches = ordered_batches(val.lengths(), config.data.batch_tokens)
+    _, _, probabilities = teacher_forced(model, val, batches, device, config.loss.bce, config.infer.decision, contextlib.nullcontext)
+    _, thresholds = decision_report(traces(val, probabilities), ("speaking", "dst") if config.data.dst else ("speaking",))
+    config.infer.speaking_threshold = thresholds["speaking"]
+    config.infer.dst_threshold = thresholds.get("dst", 0.5)
+
+    jobs, similarity = load_jobs([str(held_out / "val.json")], config), load_similarity("lexical")
+    records: dict[int, list[dict]] = {id(job): [] for job in jobs}
+    for job, part in stream_jobs(model, tokenizer, jobs, config, streams=8):
+        records[id(job)] += [record.to_dict() for record in part]
+    numbers = summarise([score_clip(job.clip, records[id(job)], similarity, config.data.dst) for job in jobs])
+    counts = [count_replies(job.clip, records[id(job)]) for job in jobs]
+    right, said, wanted, next_right, next_said = (sum(column) for column in zip(*counts))
+    numbers |= {"replies_right": ratio(2 * right, said + wanted), "next_step": ratio(next_right, next_said)}
+    return numbers | {f"{head}_threshold": threshold for head, threshold in thresholds.items()}
+
+
+def count_replies(clip: Clip, records: list[dict]) -> tuple[int, int, int, int, int]:
+    """(replies right, replies, reference replies; in time after a completed step: next step named right, all of them)"""
+    names = [step.name for step in clip.steps]
+    said = [(record["frame_idx"], record["text"]) for record in records if record["text"] is not None]
+    wanted = [(turn.end_frame, turn.text) for turn in clip.turns if turn.role == "assistant"]
+    completed = {u.end_frame for u in clip.updates() if any(t.transition == "complete" for t in u.transitions)}
+    pairs = match_events([frame for frame, _ in said], [frame for frame, _ in wanted], int(clip.fps))
+    right = [named_step(said[p][1], names) == named_step(wanted[r][1], names) for p, r in pairs]
+    after_completion = [ok for ok, (_, r) in zip(right, pairs) if wanted[r][0] in completed]
+    return sum(right), len(said), len(wanted), sum(after_completion), len(after_completion)
+
+
+def run_variant(trained: str, seed: int, out: Path, corpus: Path, held_out: Path) -> None:
+    """Train a variant, and measure every row that streams it; what is there already is left as it is."""
+    run = out / run_name(trained, seed)
+    if not (run / "best").exists():
+        train(trained, seed, out, corpus)
+    file = run / "measured.json"
+    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for row in {row.key: row for rows in SECTIONS.values() for row in rows if row.trained == trained}.values():
+        if row.key not in measured:
+            measured[row.key] = measure(row, seed, out, corpus, held_out)
+            write_json(file, measured)
+
+
+def page(seeds: list[int], out: Path, command: str) -> str:
+    """The tables: mean and standard deviation over the seeds."""
+    measured = {
+        (key, seed): numbers
+        for trained in TRAINED
+        for seed in seeds
+        for key, numbers in json.loads((out / run_name(trained, seed) / "measured.json").read_text("utf-8")).items()
+    }
+    lines = [f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))}.", ""]
+    for title, rows in SECTIONS.items():
+        lines += [f"### {title}", "", "| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
+        for row in rows:
+            cells = [cell([measured[row.key, seed].get(column) for seed in seeds]) for column in COLUMNS]
+            lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def cell(values: list[float | None]) -> str:
+    if None in values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--jobs", type=int, default=2, help="runs trained side by side, on one thread each")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    corpus, held_out = out / "corpus", out / "held_out"
+    for path, seed, clips, val_clips in ((corpus, 0, TRAIN_CLIPS, VAL_CLIPS), (held_out, HELD_OUT_SEED, 1, HELD_OUT_CLIPS)):
+        if not path.exists():
+            write_sample(path, seed=seed, difficulty="hard", clips=clips, val_clips=val_clips)
+    torch.set_num_threads(1)  # of the measurements; every training is a process of its own
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        work = [pool.submit(run_variant, trained, seed, out, corpus, held_out) for seed in arguments.seeds for trained in TRAINED]
+        for number, done in enumerate(as_completed(work), 1):
+            done.result()
+            print(f"{number} of {len(work)} runs done", flush=True)
+    write_tables(page(arguments.seeds, out, "python benchmarks/ablation.py"))
+    print(f"written: {PAGE}")
+
+
+def write_tables(tables: str) -> None:
+    """The tables into the page, below its prose, which is written by hand."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else f"# Ablation\n\n{BELOW}\n"
+    prose = text.split(BELOW)[0]
+    PAGE.write_text(f"{prose}{BELOW}\n\n{tables}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,697 @@
+"""Evaluation: the numbers of examples worked out by hand, the same numbers however it is run, and what is written.
+
+Small clips are streamed through a random model. What it says is nonsense, but it speaks and updates now and then, so
+that every part of the scoring has something to count.
+"""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import raw_clip, read
+from test_stream import random_model
+from tiny import VISION_DIM, tiny_clip, tiny_config
+
+import train
+from prospect import evaluate, text_metrics
+from prospect.checkpoint import TrainState, read_state, write_state
+from prospect.clips import ClipFile
+from prospect.config import load_config
+from prospect.data import Corpus
+from prospect.errors import ProspectError, run_entry_point
+from prospect.evaluate import ClipTrace, decision_report, records_file, score_clip, score_task_state, summarise
+from prospect.metrics import THRESHOLDS, Counts
+from prospect.sample import write_sample
+from prospect.setup import load_for_inference
+from prospect.stream import FrameRecord
+from prospect.text_metrics import load_similarity
+from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.weights import save_model
+
+ROOT = Path(__file__).parent.parent
+LEXICAL = load_similarity("lexical")
+SPEAKING, DST = 0.585, 0.645  # thresholds that the random model's probabilities reach now and then
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_and_usual_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_other_programs(monkeypatch):
+    """METEOR and CIDEr as on a machine that has neither, whatever this one has."""
+    def absent(references, hypotheses):
+        raise text_metrics._Absent("needs what is not here")
+
+    monkeypatch.setattr(text_metrics, "_meteor", absent)
+    monkeypatch.setattr(text_metrics, "_cider", absent)
+
+
+def write_clips(folder: Path, name: str, clips: list[dict], seed: int = 0) -> Path:
+    """FOLDER/NAME with these clips, and their embeddings."""
+    draw = np.random.default_rng(seed)
+    (folder / "embeddings").mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(clips), encoding="utf-8")
+    for number, clip in enumerate(clips):
+        rows = draw.normal(size=(clip["end_frame_idx"] - clip["start_frame_idx"] + 1, VISION_DIM)).astype(np.float32)
+        clip_name = clip.get("embeddings", f"{clip['id']}_embeddings.npy")
+        np.save(folder / "embeddings" / clip_name, rows)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Seven clips of 12 to 30 frames, of two datasets with windows and frame rates of their own."""
+    draw = np.random.default_rng(7)
+    made = [tiny_clip(draw, f"clip{n}", 12 + 3 * n, replies=3, words=4) for n in range(7)]
+    for clip in made[::2]:
+        clip |= {"dataset": "wtag", "fps": 4}
+    return write_clips(tmp_path_factory.mktemp("clips"), "clips.json", made)
+
+
+def make_checkpoint(directory: Path, *overrides: str, speaking: float = 0.5, dst: float = 0.5, seed: int = 1) -> Path:
+    """A checkpoint as train.py writes it, of a model never trained."""
+    train_tokenizer(["User: take the red block", "Assistant: put it on top", "[DST_UPDATE] S1->start"], 280, directory)
+    tokenizer = Tokenizer(directory, "plain")
+    infer = ["infer.max_reply_tokens=6", "infer.max_update_tokens=30", "infer.constrain_dst=true", "infer.device=cpu"]
+    config = tiny_config(directory, *infer, *overrides)
+    save_model(random_model(tokenizer, seed, vision_dim=VISION_DIM, dst=config.data.dst), directory,
+               eos_token_id=tokenizer.end_id)
+    tokenizer.save(directory)
+    thresholds = {"speaking": speaking, "dst": dst} if config.data.dst else {"speaking": speaking}
+    write_state(directory, TrainState(step=3, best_step=2, thresholds=thresholds, data={"file": "ab"}), config)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), speaking=SPEAKING, dst=DST)
+
+
+def call(checkpoint: Path, *words: object) -> int:
+    """`python -m prospect.evaluate` in this process; its exit status."""
+    argv, sys.argv = sys.argv, ["evaluate", "--checkpoint", str(checkpoint), *map(str, words)]
+    try:
+        run_entry_point(evaluate.main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+
+
+def results_of(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())["results"]
+
+
+def records_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture
+def streamed(monkeypatch) -> list[str]:
+    """The ids of the clips that were given to the engine since the test began."""
+    given, whole = [], evaluate.stream_jobs
+
+    def watched(model, tokenizer, jobs, config, *, streams):
+        given.extend(job.clip.id for job in jobs)
+        return whole(model, tokenizer, jobs, config, streams=streams)
+
+    monkeypatch.setattr(evaluate, "stream_jobs", watched)
+    return given
+
+
+# ------------------------------------------------------------------------------------------------------- the oracle
+
+
+def reference_records(raw: dict) -> list[dict]:
+    """The records of one who says and notes at each frame exactly what the clip's file has there."""
+    state = {step["id"]: "not_started" for step in raw["dst"]}
+    records = []
+    for frame in range(raw["start_frame_idx"], raw["end_frame_idx"] + 1):
+        here = [turn for turn in raw["conversation"] if turn["end_frame"] == frame]
+        said = [turn["content"] for turn in here if turn["role"] == "assistant"]
+        moves = [move for turn in here if turn["role"] == "DST_UPDATE" for move in turn["content"]]
+        for move in moves:
+            state = state | {move["id"]: {"start": "in_progress", "complete": "completed"}[move["transition"]]}
+        records.append(asdict(FrameRecord(
+            clip_id=raw["id"], frame_idx=frame, time=frame / raw["fps"], speaking_prob=float(bool(said)),
+            dst_update_prob=float(bool(moves)), speaking_decision=bool(said), dst_update_decision=bool(moves),
+            text=" ".join(said) or None, dst_state=state,
+            dst_update=", ".join(f"{move['id']}->{move['transition']}" for move in moves) or None,
+        )))  # fmt: skip
+    return records
+
+
+def test_the_oracle_is_perfect(clips):
+    raws = json.loads(clips.read_text())
+    file = ClipFile(clips)
+    scores = [score_clip(file.clip(i), reference_records(raw), LEXICAL, True) for i, raw in enumerate(raws)]
+    numbers = summarise(scores)
+    for name in ("f1", "precision", "recall", "jaccard_index", "semantic_score", "speaking_event_f1", "dst_event_f1",
+                 "joint_goal_accuracy", "step_state_accuracy", "state_macro_f1", "transition_precision",
+                 "transition_recall", "transition_f1", "timed_step_accuracy", "timed_transition_accuracy",
+                 "valid_update_ratio", "BLEU-4", "BLEU-4_w"):  # fmt: skip
+        assert numbers[name] == 1.0, name
+    for name in ("missing_rate", "redundant_rate", "num_missed", "num_redundant", "num_mismatched", "time_diff",
+                 "time_error_mean", "time_error_p90"):  # fmt: skip
+        assert numbers[name] == 0, name
+    assert (numbers["num_matched"], numbers["clips"], numbers["frames"]) == (21, 7, sum(12 + 3 * n for n in range(7)))
+
+
+def test_the_oracle_s_records_are_taken_over_and_score_one_in_the_table(clips, checkpoint, tmp_path, streamed, capsys):
+    assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
+    streamed.clear()
+    for raw in json.loads(clips.read_text()):
+        lines = [json.dumps(record) for record in reference_records(raw)]
+        (tmp_path / "records" / f"{raw['id']}.jsonl").write_text("\n".join(lines) + "\n")
+    capsys.readouterr()
+    assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert streamed == [] and "7 of 7 clips are streamed already" in shown and " s\n" not in shown
+    for title in ("dialogue F1", "Jaccard", "update event F1", "joint goal accuracy", "transition F1", "valid updates"):
+        assert f"| {title} | 1.000 | 1.000 | 1.000 |" in shown
+    assert "| missed | 0.000 | 0.000 | 0.000 |" in shown
+
+
+# ------------------------------------------------------------------------------------------------ examples by hand
+
+
+def update(id: str, transition: str) -> list[dict]:
+    return [{"id": id, "transition": transition}]
+
+
+def records_from(clip, texts: dict[int, str] = {}, updates: dict[int, tuple] = {}) -> list[dict]:
+    """Records with a text or an (update, why invalid, state after it) at some frames; the rest silent."""
+    state, records = dict(clip.initial_state), []
+    for frame in range(clip.start_frame, clip.end_frame + 1):
+        written, invalid, state = updates.get(frame, (None, None, state))
+        records.append(asdict(FrameRecord(
+            clip.id, frame, frame / clip.fps, 0.5, 0.5, frame in texts, frame in updates, texts.get(frame), written,
+            state, invalid_update=invalid,
+        )))  # fmt: skip
+    return records
+
+
+def test_task_state_by_hand():
+    """A wrong step at the right time, an illegal update, and a right update 5 frames late."""
+    clip = read(raw_clip([("DST_UPDATE", update("S1", "start"), 12, 12),
+                          ("DST_UPDATE", update("S1", "complete"), 15, 16)], 10, 19))  # fmt: skip
+    wrong = {"S1": "not_started", "S2": "in_progress"}
+    late = {"S1": "in_progress", "S2": "in_progress"}
+    records = records_from(clip, updates={12: ("S2->start", None, wrong), 15: ("S2->start", "S2 is in_progress", wrong),
+                                          17: ("S1->start", None, late)})  # fmt: skip
+    # frame      10 11 12 13 14 15 16 17 18 19       n not started, p in progress, c completed
+    # S1 is       n  n  p  p  p  p  c  c  c  c
+    #    told     n  n  n  n  n  n  n  p  p  p       right twice
+    # S2 is       n  n  n  n  n  n  n  n  n  n
+    #    told     n  n  p  p  p  p  p  p  p  p       right twice
+    found = score_task_state(clip, records, (-2.5, 2.5)).summary()
+    assert found["joint_goal_accuracy"] == 2 / 10 and found["step_state_accuracy"] == 4 / 20
+    # n: 12 times so, 9 times told, 4 times both; p: 4 and 11, never both; c: 4 and 0.
+    assert found["state_macro_f1"] == pytest.approx((2 * 4 / (12 + 9)) / 3)
+    # By meaning: S1->start at 17 for the one at 12, 2.5 s late. S2->start is extra, S1->complete is missed.
+    assert (found["transition_precision"], found["transition_recall"]) == (1 / 2, 1 / 2)
+    assert found["time_error_mean"] == 2.5
+    # By time: 12 with 12 (another step, the same transition), 17 with 16 (the same step, another transition).
+    assert (found["timed_step_accuracy"], found["timed_transition_accuracy"]) == (1 / 2, 1 / 2)
+    assert found["valid_update_ratio"] == 2 / 3
+
+
+def test_dialogue_by_hand():
+    """Two turns at one frame are one text; one reply half a second early, one redundant, one missed."""
+    clip = read(raw_clip([("user", "Hi.", 11, 11), ("assistant", "Take the", 13, 14),
+                          ("assistant", "red block.", 14, 14), ("assistant", "Stop.", 18, 18)], 10, 25))  # fmt: skip
+    score = score_clip(clip, records_from(clip, {10: "Hello there.", 13: "Take the red block."}), LEXICAL, False)
+    assert score.dataset == "unnamed" and score.frames == 16
+    numbers = summarise([score])
+    counts = [numbers[f"num_{name}"] for name in ("matched", "mismatched", "missed", "redundant")]
+    assert counts == [1, 0, 1, 1]
+    assert (numbers["precision"], numbers["recall"], numbers["f1"]) == (1 / 2, 1 / 2, 1 / 2)
+    assert numbers["jaccard_index"] == 1 / 3 and numbers["time_diff"] == 0.5
+    assert score.correct_pairs == [("Take the red block.", "Take the red block.")]
+    assert numbers["BLEU-4"] == 1.0 and numbers["BLEU-4_w"] == 1 / 3
+    assert score.events == {"speaking": Counts(1, 2, 2)}  # 13 is within a second of 14, 10 is not
+    assert "joint_goal_accuracy" not in numbers  # no task state
+
+
+@pytest.mark.parametrize("dataset, matched", [("wtag", 1), ("holoassist", 0), (None, 0)])
+def test_each_dataset_has_its_window(dataset, matched):
+    """A reply and an update five seconds early: within wtag's six, not within the 2.5 of the others."""
+    turns = [("assistant", "Go.", 30, 30), ("DST_UPDATE", update("S1", "start"), 30, 30)]
+    clip = read(raw_clip(turns, 10, 40, dataset=dataset))
+    begun = {"S1": "in_progress", "S2": "not_started"}
+    records = records_from(clip, {20: "Go."}, {20: ("S1->start", None, begun)})
+    numbers = summarise([score_clip(clip, records, LEXICAL, True)])
+    assert (numbers["num_matched"], numbers["num_redundant"]) == (matched, 1 - matched)
+    assert numbers["transition_f1"] == matched and numbers["time_error_mean"] == 5 * matched
+
+
+def test_the_order_of_the_clips_changes_no_digit():
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    clip = read(raw_clip([("assistant", "Go.", 2, 2)], 0, 5))
+    score = score_clip(clip, records_from(clip, {2: "Go."}), LEXICAL, False)
+    scores = [replace(score, clip_id=id, dialogue=score.dialogue | {"semantic_sum": value, "semantic_count": 1})
+              for id, value in (("a", 0.1), ("b", 0.2), ("c", 0.3))]  # fmt: skip
+    first, *others = [summarise(list(order)) for order in itertools.permutations(scores)]
+    assert all(numbers == first for numbers in others)
+
+
+# ------------------------------------------------------------------------------------------- the same however it is run
+
+
+def test_lookahead_and_streams_change_no_number(clips, checkpoint, tmp_path):
+    whole = []
+    for lookahead, streams in ((1, 1), (2, 3), (7, 8), (64, 1), (64, 3), (1, 8)):
+        out = tmp_path / f"{lookahead}-{streams}"
+        words = ["--data", clips, "--out", out, "--streams", streams, f"infer.lookahead={lookahead}"]
+        assert call(checkpoint, *words) == 0
+        whole.append(results_of(out))
+    assert all(results == whole[0] for results in whole)
+    # The model did speak and update; and no probability is so near its threshold that rounding, which differs with the
+    # size of a forward, could have decided.
+    records = [record for path in (tmp_path / "1-1" / "records").iterdir() for record in records_of(path)]
+    assert sum(record["text"] is not None for record in records) > 10
+    assert sum(record["dst_update"] is not None for record in records) > 10
+    assert min(abs(record["speaking_prob"] - SPEAKING) for record in records) > 1e-4
+    assert min(abs(record["dst_update_prob"] - DST) for record in records) > 1e-4
+
+
+def test_interrupted_and_started_again(clips, checkpoint, tmp_path, streamed, monkeypatch, capsys):
+    assert call(checkpoint, "--data", clips, "--out", tmp_path / "whole") == 0
+    streamed.clear()
+
+    def breaks_off(model, tokenizer, jobs, config, *, streams, whole=evaluate.stream_jobs):
+        for number, (job, records) in enumerate(whole(model, tokenizer, jobs, config, streams=streams)):
+            if len(list((tmp_path / "two" / "records").iterdir())) == 3:
+                raise KeyboardInterrupt
+            yield job, records
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "stream_jobs", breaks_off)
+        assert call(checkpoint, "--data", clips, "--out", tmp_path / "two", "--streams", 2) == 130
+    assert capsys.readouterr().err.endswith("\ninterrupted\n") and len(streamed) == 7
+    finished = {path.stem: path.read_bytes() for path in (tmp_path / "two" / "records").iterdir()}
+    assert len(finished) == 3 and not (tmp_path / "two" / "metrics.json").exists()
+
+    streamed.clear()
+    assert call(checkpoint, "--data", clips, "--out", tmp_path / "two") == 0
+    assert sorted(streamed) == sorted({f"clip{n}" for n in range(7)} - set(finished))
+    assert all((tmp_path / "two" / "records" / f"{name}.jsonl").read_bytes() == was for name, was in finished.items())
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "whole")
+
+
+def test_a_real_ctrl_c(clips, checkpoint, tmp_path):
+    draw = np.random.default_rng(0)
+    long = [tiny_clip(draw, "short", 12, 2, 4), tiny_clip(draw, "long", 30_000, 2, 4)]
+    file, out = write_clips(tmp_path, "long.json", long), tmp_path / "out"
+    silent = ["infer.speaking_threshold=1", "infer.dst_threshold=1"]
+    command = [sys.executable, "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", file, "--out", out,
+               "--streams", "1", "infer.lookahead=1", *silent]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while process.poll() is None and not (out / "records" / "short.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    shown, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and shown == ""
+    assert err.endswith("\ninterrupted\n") and "Traceback" not in err
+    assert [path.name for path in (out / "records").iterdir()] == ["short.jsonl"]
+    assert len(records_of(out / "records" / "short.jsonl")) == 12
+
+
+def test_a_damaged_records_file_is_made_again(clips, checkpoint, tmp_path, streamed):
+    assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
+    before, path = results_of(tmp_path), tmp_path / "records" / "clip4.jsonl"
+    whole = path.read_text()
+    for damaged in (
+        whole[:-40],  # broken off inside a line
+        "".join(whole.splitlines(keepends=True)[:-1]),  # and between two
+        "".join(whole.splitlines(keepends=True)[::-1]),
+        whole.replace('"text"', '"txt"'),
+        "[1, 2]\n",
+        "",
+        "\udcff",  # as written below, a byte that is not UTF-8
+    ):
+        streamed.clear()
+        path.write_bytes(damaged.encode(errors="surrogateescape"))
+        assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
+        assert streamed == ["clip4"] and results_of(tmp_path) == before
+        again, was = records_of(path), [json.loads(line) for line in whole.splitlines()]
+        assert [record["text"] for record in again] == [record["text"] for record in was]
+
+
+def test_a_text_with_a_line_separator_comes_back_from_its_file(clips, tmp_path):
+    clip = ClipFile(clips).clip(0)
+    job = evaluate.Job(clip, np.zeros((clip.num_frames, 1, VISION_DIM)))
+    records = records_from(clip, {clip.start_frame: "one\u2028two\x85three"})
+    path = records_file(tmp_path, clip.id)
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    assert evaluate.read_records(path, job) == records
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def test_other_settings_in_the_same_folder_are_refused(clips, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(checkpoint, "--data", clips, "--out", out) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.json*")}
+    other = make_checkpoint(tmp_path / "other", speaking=SPEAKING, dst=DST, seed=2)
+    texts = json.loads(clips.read_text())
+    texts[3]["conversation"][1]["content"] += " now"
+    (clips.parent / "other.json").write_text(json.dumps(texts))
+    same_ids = write_clips(tmp_path, "clips.json", json.loads(clips.read_text()), seed=1)  # other embeddings
+    for told, words in {
+        "infer.strategy was slide, is drop_all": [checkpoint, "--data", clips, "--strategy", "drop_all"],
+        "infer.speaking_threshold was 0.585, is 0.7": [checkpoint, "--data", clips, "infer.speaking_threshold=0.7"],
+        "data.max_seq_len was 512, is 500": [checkpoint, "--data", clips, "data.max_seq_len=500"],
+        "the clips' digest was": [checkpoint, "--data", clips.parent / "other.json"],
+        "the clips' digest was ": [checkpoint, "--data", same_ids],
+        "checkpoint was": [other, "--data", clips],
+    }.items():
+        capsys.readouterr()
+        assert call(*words, "--out", out) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and told in err and "holds records made with other settings" in err
+    assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
+
+    for damage in (lambda path: path.write_text("{"), lambda path: path.write_text("[]"), Path.unlink):
+        damage(out / "settings.json")
+        capsys.readouterr()
+        assert call(checkpoint, "--data", clips, "--out", out) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
+    words = ["--data", clips, "infer.reserved=100", "data.max_seq_len=260"]  # as files to argparse; not to us
+    assert call(checkpoint, *words, "--strategy", "drop_all", "--out", tmp_path, "--streams", 2) == 0
+    shown = capsys.readouterr().out
+    assert "strategy: drop_all;" in shown and results_of(tmp_path)["tiny"]["refreshes"] > 0
+    events = [record["context_event"] for record in records_of(tmp_path / "records" / "clip6.jsonl")]
+    assert {event["strategy"] for event in events if event} == {"drop_all"}
+    command = (f"python -m prospect.evaluate --checkpoint {checkpoint} --data {clips} --strategy drop_all --streams 2 "
+               "infer.reserved=100 data.max_seq_len=260")  # fmt: skip
+    assert f"command: `{command}`" in shown and f"`{command}`" in (tmp_path / "metrics.md").read_text()
+    # The command that stands beside the table gives it again.
+    again = command.split()[5:]
+    assert call(checkpoint, *again, "--out", tmp_path / "again") == 0
+    assert results_of(tmp_path / "again") == results_of(tmp_path)
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--data", "CLIPS", "--strategy", "forget"], "infer.strategy must be one of none, drop_all,"),
+    (["--data", "CLIPS", "infer.strategy=forget"], "infer.strategy must be one of none, drop_all,"),
+    (["--data", "CLIPS", "--streams", "0"], "--streams must be at least 1"),
+    (["--data", "CLIPS", "CLIPS"], "occurs twice"),
+    (["--data", "CLIPS", "nowhere.json"], "no such clip file"),
+    (["--data", "infer.lookahead=1"], "--data names no clip file"),
+    (["--data", "CLIPS", "--similarity", "nowhere"], "not a sentence-transformers model directory"),
+    (["--data", "CLIPS", "--sweep", "--out", "x"], "--sweep writes no records"),
+    (["--data", "CLIPS", "--out", "CLIPS"], "cannot be used"),
+    (["--data", "CLIPS", "data.dst=false"], "leave data.dst as the checkpoint has it"),
+])  # fmt: skip
+def test_what_is_refused(clips, checkpoint, capsys, words, told):
+    assert call(checkpoint, *[str(clips) if word == "CLIPS" else word for word in words]) == 2
+    err = capsys.readouterr().err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and told in errors[0] and "Traceback" not in err
+
+
+def test_records_stay_under_out_whatever_a_clip_is_called(checkpoint, tmp_path):
+    ids = ["../../away", "..", "a/b", "a_b", "a%2Fb", "/abs", "CON\\x", "é 漢字", "x" * 300, "x" * 299 + "y"]
+    draw = np.random.default_rng(3)
+    made = [tiny_clip(draw, id, 8, 1, 2) | {"embeddings": f"{n}.npy"} for n, id in enumerate(ids)]
+    file, out = write_clips(tmp_path / "in", "clips.json", made), tmp_path / "deep" / "out"
+    assert call(checkpoint, "--data", file, "--out", out) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "in"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    written = list((out / "records").iterdir())
+    assert {records_of(path)[0]["clip_id"] for path in written} == set(ids) and len(written) == len(ids)
+    assert records_file(Path("r"), "a-1_b.c").name == "a-1_b.c.jsonl"  # a plain id is its own name
+
+
+def test_a_bad_clip_is_skipped_where_that_is_asked_for(clips, checkpoint, tmp_path, capsys):
+    raws = json.loads(clips.read_text())
+    raws[2]["conversation"][0]["role"] = "parrot"
+    file = write_clips(tmp_path, "clips.json", raws)
+    assert call(checkpoint, "--data", file) == 2
+    capsys.readouterr()
+    assert call(checkpoint, "--data", file, "data.on_bad=skip") == 0
+    shown = capsys.readouterr()
+    assert "skipped: " in shown.err and "clip2" in shown.err and "| clips | 3 | 3 |  |" in shown.out
+
+
+# ------------------------------------------------------------------------------------------------------- the report
+
+
+def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_path, capsys):
+    assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
+    shown, results = capsys.readouterr().out, results_of(tmp_path)
+    assert "| | tiny | wtag | macro |\n|---|---:|---:|---:|\n" in shown
+    assert (results["tiny"]["clips"], results["wtag"]["clips"]) == (3, 4)
+    for name, mean in results["macro"].items():
+        assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
+    assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
+    assert "| clips | 3 | 4 |  |" in shown
+    assert "step 3; thresholds: speaking 0.5850, updates 0.6450; strategy: slide; decision: heads;" in shown
+    assert "; similarity: lexical  \n" in shown
+    assert "\nnot computed: METEOR (needs what is not here), CIDEr (needs what is not here)\n" in shown
+    assert (tmp_path / "metrics.md").read_text() in shown
+
+
+def test_other_text_metrics_are_shown_where_they_could_be_computed(clips, checkpoint, monkeypatch, capsys):
+    def sometimes(references, hypotheses):
+        if monkeypatched.pop():
+            raise text_metrics._Absent("the METEOR program failed: at once")
+        return 0.25
+
+    monkeypatched = [False, True, False]  # asked for the reasons, of wtag, of tiny; from the last
+    monkeypatch.setattr(text_metrics, "_meteor", sometimes)
+    monkeypatch.setattr(text_metrics, "_cider", lambda references, hypotheses: 0.5)
+    assert call(checkpoint, "--data", clips) == 0
+    shown = capsys.readouterr().out
+    assert "| CIDEr | 0.500 | 0.500 | 0.500 |" in shown and "| METEOR | 0.250 |  |  |" in shown
+    assert "\nnot computed: METEOR (its program failed)\n" in shown
+
+
+def test_a_model_without_task_state(clips, tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path, "data.dst=false", speaking=SPEAKING)
+    assert call(checkpoint, "--data", clips, "--out", tmp_path / "out") == 0
+    shown, results = capsys.readouterr().out, results_of(tmp_path / "out")
+    assert "speaking event F1" in shown and "thresholds: speaking 0.5850;" in shown
+    for title in ("update event F1", "joint goal", "step-state", "transition", "valid updates"):
+        assert title not in shown
+    assert not any("dst" in name or "transition" in name or "goal" in name for name in results["tiny"])
+    assert call(checkpoint, "--data", clips, "--sweep") == 0
+    shown = capsys.readouterr().out
+    assert "speaking: event precision" in shown and "dst:" not in shown
+    assert read_state(checkpoint).thresholds.keys() == {"speaking"}
+
+
+# -------------------------------------------------------------------------------------------------------- the sweep
+
+
+def most_pairs(predicted: list[int], reference: list[int], tolerance: int) -> int:
+    """The largest number of pairs at most `tolerance` apart, by trying everything."""
+    if not predicted:
+        return 0
+    first, rest = predicted[0], predicted[1:]
+    return max([most_pairs(rest, reference, tolerance)] + [
+        1 + most_pairs(rest, [r for r in reference if r != frame], tolerance)
+        for frame in reference if abs(frame - first) <= tolerance
+    ])  # fmt: skip
+
+
+def brute_force(probabilities: list[np.ndarray], events: list[list[int]], fps: list[int]) -> tuple[float, list[float]]:
+    """The threshold in the middle of the longest stretch of best event F1, and the F1 of all."""
+    curve = []
+    for threshold in THRESHOLDS:
+        pairs = predicted = 0
+        for p, reference, rate in zip(probabilities, events, fps):
+            starts = [i for i in range(len(p)) if p[i] >= threshold and (i == 0 or p[i - 1] < threshold)]
+            pairs, predicted = pairs + most_pairs(starts, reference, rate), predicted + len(starts)
+        curve.append(2 * pairs / (predicted + sum(map(len, events))))
+    best = [i for i, f1 in enumerate(curve) if f1 == max(curve)]
+    stretches = [[i] for i in best if i - 1 not in best]
+    for stretch in stretches:
+        while stretch[-1] + 1 in best:
+            stretch.append(stretch[-1] + 1)
+    longest = max(stretches, key=len)
+    return float(THRESHOLDS[longest[(len(longest) - 1) // 2]]), curve
+
+
+def test_thresholds_of_clips_with_different_frame_rates():
+    """At 4 fps an event may be 4 frames early, at 2 fps 2: the same figures, found and not found."""
+    values = np.zeros(12)
+    values[[1, 6]] = [0.9, 0.4]  # for an event at 4
+    labels = np.zeros(12, int)
+    clips = [ClipTrace("clip", fps, {"speaking": values}, {"speaking": labels}, {"speaking": [4]}) for fps in (2, 4)]
+    for order in (clips, clips[::-1]):
+        numbers, thresholds = decision_report(order, ["speaking"])
+        # Above 0.4: one event a clip, 3 frames early: found at 4 fps alone. Below: both times 6 is 2 frames late.
+        best, curve = brute_force([values, values], [[4], [4]], [2, 4])
+        assert thresholds == {"speaking": best} and best < 0.4
+        assert numbers["speaking_event_f1"] == 2 * 2 / (4 + 2) == max(curve)
+
+
+@pytest.mark.parametrize("decision", ["heads", "lm"])
+def test_the_sweep_stores_what_brute_force_finds(tmp_path, decision, capsys):
+    draw = np.random.default_rng(5)
+    raws = [tiny_clip(draw, f"c{n}", 14 + n, replies=2, words=3) | {"fps": 2 + 2 * (n % 2)} for n in range(4)]
+    file = write_clips(tmp_path, "clips.json", raws)
+    checkpoint = make_checkpoint(tmp_path / "step-000003", f"infer.decision={decision}", speaking=0.111, dst=0.222)
+    before = json.loads((checkpoint / "state.json").read_text())
+    config, tokenizer, model = load_for_inference(checkpoint)
+    assert (config.infer.speaking_threshold, config.infer.dst_threshold) == (0.111, 0.222)
+
+    # Each clip in one forward, the frames found by their token in the sequence.
+    corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
+    speaking, dst, events = [], [], {"assistant": [], "DST_UPDATE": []}
+    for index, raw in enumerate(raws):
+        sample = corpus[(0, index)]
+        ids = torch.from_numpy(sample.input_ids)
+        with torch.no_grad():
+            hidden = model(ids[None], torch.from_numpy(sample.image_embeds))[0, ids == tokenizer.image_id]
+            end = model.lm_head(hidden).softmax(-1)[:, tokenizer.end_id]
+            head = model.speaking_decision_head(hidden)[:, 0].sigmoid()
+            speaking.append((head if decision == "heads" else 1 - end).numpy())
+            dst.append(model.dst_update_head(hidden)[:, 0].sigmoid().numpy())
+        for role, found in events.items():
+            ends = {turn["end_frame"] - raw["start_frame_idx"] for turn in raw["conversation"] if turn["role"] == role}
+            found.append(sorted(ends))
+    fps = [raw["fps"] for raw in raws]
+    best_speaking, curve = brute_force(speaking, events["assistant"], fps)
+    best_dst, _ = brute_force(dst, events["DST_UPDATE"], fps)
+    assert len({round(f1, 6) for f1 in curve}) > 3  # there was something to choose from
+
+    assert call(checkpoint, "--data", file, "--sweep") == 0
+    after = json.loads((checkpoint / "state.json").read_text())
+    assert after["thresholds"] == {"speaking": best_speaking, "dst": best_dst}
+    assert {key: value for key, value in after.items() if key != "thresholds"} == {
+        key: value for key, value in before.items() if key != "thresholds"}  # fmt: skip
+    config, _, _ = load_for_inference(checkpoint)
+    assert (config.infer.speaking_threshold, config.infer.dst_threshold) == (best_speaking, best_dst)
+
+    shown = capsys.readouterr().out
+    curves = [line for line in shown.splitlines() if line.startswith("| 0.")]
+    assert len(curves) == 2 * 13 and curves[0].startswith("| 0.0025 |") and curves[12].startswith("| 0.9975 |")
+    assert curves[6].startswith("| 0.5000 |") and curves[6].endswith(f" {curve[60]:.3f} |")
+    assert f"chosen: {best_speaking:.4f}, event F1 {max(curve):.3f};" in shown
+
+
+def test_a_sweep_under_the_other_decision_does_not_touch_the_speaking_threshold(clips, tmp_path, capsys):
+    checkpoint = make_checkpoint(tmp_path, speaking=0.111, dst=0.222)
+    assert call(checkpoint, "--data", clips, "--sweep", "infer.decision=lm") == 0
+    thresholds = read_state(checkpoint).thresholds
+    assert thresholds["speaking"] == 0.111 and thresholds["dst"] != 0.222
+    assert "use infer.decision=lm infer.speaking_threshold=0." in capsys.readouterr().out
+    # Nor is the stored one, found for the head, used for the LM's probability.
+    assert load_for_inference(checkpoint, [])[0].infer.speaking_threshold == 0.111
+    assert load_for_inference(checkpoint, ["infer.decision=lm"])[0].infer.speaking_threshold == 0.5
+    own = ["infer.decision=lm", "infer.speaking_threshold=0.7"]
+    assert load_for_inference(checkpoint, own)[0].infer.speaking_threshold == 0.7
+
+
+def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):
+    """With data.frames=turns only four of 20 frames are shown, and the time between them must not shrink."""
+    raw = raw_clip([("assistant", "Go.", 3, 4), ("assistant", "Stop.", 17, 18)], 0, 19, fps=2)
+    file = write_clips(tmp_path, "clips.json", [raw])
+    checkpoint = make_checkpoint(tmp_path / "step", "data.frames=turns")
+    config, tokenizer, model = load_for_inference(checkpoint)
+    corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
+    found = evaluate.teacher_forced(model, corpus, [[0]], torch.device("cpu"), "mean", "heads", torch.no_grad)
+    [trace] = evaluate.traces(corpus, found[2])
+    assert np.flatnonzero(trace.probabilities["speaking"]).tolist() == [3, 4, 17, 18]
+    assert trace.labels["speaking"].tolist() == [-100] * 3 + [1, 1] + [-100] * 12 + [1, 1, -100]
+    assert trace.events == {"speaking": [4, 18], "dst": []}
+
+
+# ------------------------------------------------------------------------------------------- ProAssist, the baseline
+
+
+def test_the_lm_decides_when_the_end_token_is_unlikely(clips, tmp_path, capsys):
+    """Recorded probabilities and decisions are those of the next token at the frame."""
+    checkpoint = make_checkpoint(tmp_path, "data.dst=false", "data.silence_lm=true", "infer.decision=lm", speaking=0.9)
+    assert call(checkpoint, "--data", clips, "--out", tmp_path / "out") == 0
+    assert "thresholds: speaking 0.9000; strategy: slide; decision: lm;" in capsys.readouterr().out
+    records = records_of(tmp_path / "out" / "records" / "clip0.jsonl")
+    assert all(record["speaking_decision"] == (record["speaking_prob"] >= 0.9) for record in records)
+
+    # The first frame, by hand: its prompt, and what it makes likely to follow.
+    config, tokenizer, model = load_for_inference(checkpoint)
+    sample = Corpus([str(clips)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)[(0, 0)]
+    first = int(np.flatnonzero(sample.input_ids == tokenizer.image_id)[0])
+    with torch.no_grad():
+        hidden = model(torch.from_numpy(sample.input_ids[None, : first + 1]), torch.from_numpy(sample.image_embeds[:1]))
+        follows = model.lm_head(hidden[0, -1]).softmax(-1)
+    assert records[0]["speaking_prob"] == pytest.approx(1 - float(follows[tokenizer.end_id]), abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def proassist(tmp_path_factory) -> list[str]:
+    """Overrides with which configs/proassist.yaml trains one step on a few sample clips."""
+    folder = tmp_path_factory.mktemp("proassist")
+    write_sample(folder / "sample", seed=0, difficulty="easy", clips=3, val_clips=2)
+    return [f"run.out={folder}", f"data.train={folder}/sample/train.json", f"data.val={folder}/sample/val.json",
+            "train.max_steps=1", "train.device=cpu", "infer.device=cpu", "infer.max_reply_tokens=8"]  # fmt: skip
+
+
+def run_train(overrides: list[str], dry_run: bool) -> int:
+    ranks = train.start_ranks("cpu")
+    try:
+        return train.train(load_config(ROOT / "configs" / "proassist.yaml", overrides), ranks, dry_run)
+    finally:
+        train.stop_ranks(ranks)
+
+
+def test_proassist_s_dry_run(proassist, tmp_path, capsys):
+    assert run_train([*proassist, f"run.out={tmp_path}"], dry_run=True) == 0
+    shown = capsys.readouterr().out
+    assert "decision: lm" in shown and "strategy: summarize_and_drop" in shown and "dst: false" in shown
+    assert not list(tmp_path.rglob("step-*"))
+
+
+def test_proassist_trains_a_step_and_is_evaluated(proassist, capsys):
+    assert run_train(proassist, dry_run=False) == 0
+    folder = Path(proassist[0].removeprefix("run.out=")) / "proassist"
+    first, evaluation = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(first["loss"]) and first["speaking_gen"] > 0 and first["loss"] == first["speaking_gen"]
+    assert first["counts"]["speaking_gen"] > 50 and first["dst_gen"] == first["dst_binary"] == 0
+
+    # What validation chose is a threshold for 1 - P(end token), and is what the checkpoint is evaluated with.
+    checkpoint, val = folder / "best", proassist[2].removeprefix("data.val=")
+    chosen = read_state(checkpoint).thresholds
+    config, tokenizer, model = load_for_inference(checkpoint)
+    assert config.infer.decision == "lm" and chosen == {"speaking": config.infer.speaking_threshold}
+    corpus = Corpus([val], config.data, tokenizer, 2048, rate=1.0, seed=0)
+    speaking, events = [], []
+    for index in range(2):
+        sample = corpus[(0, index)]
+        ids = torch.from_numpy(sample.input_ids)
+        with torch.no_grad():
+            hidden = model(ids[None], torch.from_numpy(sample.image_embeds).float())[0, ids == tokenizer.image_id]
+            speaking.append(1 - model.lm_head(hidden).softmax(-1)[:, tokenizer.end_id].numpy())
+        clip, _ = corpus.load(0, index)
+        events.append(sorted({t.end_frame - clip.start_frame for t in clip.turns if t.role == "assistant"}))
+    assert chosen["speaking"] == brute_force(speaking, events, [2, 2])[0]
+    assert evaluation["evaluation"]["speaking_threshold"] == chosen["speaking"]
+    capsys.readouterr()
+    assert call(checkpoint, "--data", val, "infer.max_reply_tokens=8", "infer.speaking_threshold=1") == 0
+    assert "strategy: summarize_and_drop; decision: lm" in capsys.readouterr().out
