@@ -3,10 +3,11 @@
     python benchmarks/ablation.py [--seeds 0 1 2] [--out runs/ablation] [--jobs 2]
 
 Everything runs on the hard sample corpus (prospect/sample.py): whole tasks, several times as long as the context, in
-which the step to name next depends on what was completed minutes ago. Each variant is the default in all but the
-settings its row names, is trained with every seed (of weights, data order and negatives) by train.py, and is streamed
-on clips of another corpus seed. The threshold of each head is the one with the best event F1 on the validation clips,
-found for every variant in the same way: teacher-forced, in the stream layout.
+which the step to name next depends on what was completed minutes ago. One table takes the long corpus instead, the same
+stories in clear pictures. Each variant is the default in all but the settings its row names, is trained with every seed
+(of weights, data order and negatives) by train.py, and is streamed on clips of another corpus seed. The threshold of
+each head is the one with the best event F1 on the validation clips, found for every variant in the same way:
+teacher-forced, in the stream layout.
 
 Columns, over all held-out clips streamed live; an event is in time within 1 s of its reference:
 
@@ -24,11 +25,12 @@ trained side by side, on one thread each.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,21 +59,32 @@ COMMON = (  # what every run of this page shares beyond config.yaml: a context o
 )  # fmt: skip
 WHOLE = "data.max_seq_len=1536"  # tokens that hold a whole task
 
-# What is trained: a name, and the settings that differ from the default.
+
+@dataclass(frozen=True)
+class Variant:
+    """What is trained: the default with these settings changed, on the sample corpus of this difficulty."""
+
+    changes: tuple[str, ...] = ()
+    difficulty: str = "hard"
+
+
+NO_DST = "data.dst=false"
 TRAINED = {
-    "default": (),
-    "no-dst": ("data.dst=false",),
-    "proassist": ("data.dst=false", "data.silence_lm=true"),
-    "bce-balanced": ("loss.bce=balanced",),
-    "last": ("data.positive_frames=last",),
-    "turns": ("data.layout=turns",),
-    "text": ("data.binary_at=text",),
-    "bce-focal": ("loss.bce=focal",),
-    "negatives-1.0": ("data.neg_frame_sampling_rate=1.0",),
-    "negatives-0.1": ("data.neg_frame_sampling_rate=0.1",),
-    "state-head": ("model.dst_state_head=true",),
-    "default-whole": (WHOLE,),
-    "no-dst-whole": ("data.dst=false", WHOLE),
+    "default": Variant(),
+    "no-dst": Variant((NO_DST,)),
+    "proassist": Variant((NO_DST, "data.silence_lm=true")),
+    "default-clear": Variant(difficulty="long"),
+    "no-dst-clear": Variant((NO_DST,), difficulty="long"),
+    "default-whole": Variant((WHOLE,)),
+    "no-dst-whole": Variant((NO_DST, WHOLE)),
+    "turns": Variant(("data.layout=turns",)),
+    "text": Variant(("data.binary_at=text",)),
+    "last": Variant(("data.positive_frames=last",)),
+    "bce-balanced": Variant(("loss.bce=balanced",)),
+    "bce-focal": Variant(("loss.bce=focal",)),
+    "negatives-1.0": Variant(("data.neg_frame_sampling_rate=1.0",)),
+    "negatives-0.1": Variant(("data.neg_frame_sampling_rate=0.1",)),
+    "state-head": Variant(("model.dst_state_head=true",)),
 }
 
 
@@ -89,25 +102,31 @@ class Row:
 
 
 DEFAULT = Row("default", "default")
-STRATEGIES = ("slide", "drop_all", "drop_middle", "summarize_and_drop")
+STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop")  # those that need no task state
 SECTIONS = {
     "Task state": (
         Row("with task state (default)", "default"),
-        Row("`data.dst: false`", "no-dst"),
-        Row("ProAssist: `dst: false`, `silence_lm: true`, `decision: lm`, `summarize_and_drop`", "proassist",
+        Row("`dst: false`", "no-dst"),
+        Row("`dst: false`, `silence_lm: true`, `decision: lm` (ProAssist's decision)", "proassist", ("infer.decision=lm",)),
+        Row("the same with `strategy: summarize_and_drop` (and its memory)", "proassist",
             ("infer.decision=lm", "infer.strategy=summarize_and_drop")),
-        Row("the same with `slide`", "proassist", ("infer.decision=lm",)),
-        Row("with task state, context of a whole task (1,536 tokens)", "default-whole"),
-        Row("`data.dst: false`, context of a whole task", "no-dst-whole"),
+    ),
+    "Task state, the whole task in the context (1,536 tokens, trained so)": (
+        Row("with task state", "default-whole"),
+        Row("`dst: false`", "no-dst-whole"),
+    ),
+    "Task state, the same stories in clear pictures (the long corpus)": (
+        Row("with task state", "default-clear"),
+        Row("`dst: false`", "no-dst-clear"),
     ),
     "Context strategies, with task state": (
-        *(Row(f"`{name}`", "default", (f"infer.strategy={name}",)) for name in STRATEGIES[1:]),
-        Row("`summarize_with_dst`", "default", ("infer.strategy=summarize_with_dst",)),
         Row("`slide` (default)", "default"),
+        Row("`summarize_with_dst`", "default", ("infer.strategy=summarize_with_dst",)),
+        *(Row(f"`{name}`", "default", (f"infer.strategy={name}",)) for name in STRATEGIES),
     ),
     "Context strategies, without task state": (
-        *(Row(f"`{name}`", "no-dst", (f"infer.strategy={name}",)) for name in STRATEGIES[1:]),
         Row("`slide`", "no-dst"),
+        *(Row(f"`{name}`", "no-dst", (f"infer.strategy={name}",)) for name in STRATEGIES),
     ),
     "Layout and labels": (
         DEFAULT,
@@ -138,12 +157,18 @@ def run_name(trained: str, seed: int) -> str:
     return f"{trained}-seed{seed}"
 
 
-def train(trained: str, seed: int, out: Path, corpus: Path) -> None:
+def corpora(trained: str, out: Path) -> tuple[Path, Path]:
+    """Folders of the corpus that a variant learns from and of the one it is streamed on."""
+    difficulty = TRAINED[trained].difficulty
+    return out / difficulty, out / f"{difficulty}-held-out"
+
+
+def train(trained: str, seed: int, out: Path) -> None:
     """One run of train.py, on one thread; its output goes to a log beside the run."""
-    name = run_name(trained, seed)
+    name, (corpus, _) = run_name(trained, seed), corpora(trained, out)
     files = (f"data.train=[{corpus / 'train.json'}]", f"data.val=[{corpus / 'val.json'}]", "data.sample=null")
     command = [sys.executable, "train.py", "config.yaml", f"run.name={name}", f"run.out={out}", f"run.seed={seed}",
-               "train.device=cpu", *files, *COMMON, *TRAINED[trained]]  # fmt: skip
+               "train.device=cpu", *files, *COMMON, *TRAINED[trained].changes]  # fmt: skip
     with open(out / f"{name}.log", "w", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
@@ -151,8 +176,9 @@ def train(trained: str, seed: int, out: Path, corpus: Path) -> None:
         raise ProspectError(f"train.py ended with status {status}", where=name, remedy=f"see {log.name}")
 
 
-def measure(row: Row, seed: int, out: Path, corpus: Path, held_out: Path) -> dict[str, float]:
+def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     """Thresholds from the validation clips, then the held-out clips streamed and scored."""
+    corpus, held_out = corpora(row.trained, out)
     config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
     device = model.lm_head.weight.device
     as_streamed = replace(config.data, layout="stream", binary_at="frames", positive_frames="range")
@@ -186,16 +212,16 @@ def count_replies(clip: Clip, records: list[dict]) -> tuple[int, int, int, int, 
     return sum(right), len(said), len(wanted), sum(after_completion), len(after_completion)
 
 
-def run_variant(trained: str, seed: int, out: Path, corpus: Path, held_out: Path) -> None:
+def run_variant(trained: str, seed: int, out: Path) -> None:
     """Train a variant, and measure every row that streams it; what is there already is left as it is."""
     run = out / run_name(trained, seed)
     if not (run / "best").exists():
-        train(trained, seed, out, corpus)
+        train(trained, seed, out)
     file = run / "measured.json"
     measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for row in {row.key: row for rows in SECTIONS.values() for row in rows if row.trained == trained}.values():
         if row.key not in measured:
-            measured[row.key] = measure(row, seed, out, corpus, held_out)
+            measured[row.key] = measure(row, seed, out)
             write_json(file, measured)
 
 
@@ -231,17 +257,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs trained side by side, on one thread each")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    corpus, held_out = out / "corpus", out / "held_out"
-    for path, seed, clips, val_clips in ((corpus, 0, TRAIN_CLIPS, VAL_CLIPS), (held_out, HELD_OUT_SEED, 1, HELD_OUT_CLIPS)):
-        if not path.exists():
-            write_sample(path, seed=seed, difficulty="hard", clips=clips, val_clips=val_clips)
-    torch.set_num_threads(1)  # of the measurements; every training is a process of its own
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        work = [pool.submit(run_variant, trained, seed, out, corpus, held_out) for seed in arguments.seeds for trained in TRAINED]
+    for difficulty in sorted({variant.difficulty for variant in TRAINED.values()}):
+        for path, seed, clips, val_clips in (
+            (out / difficulty, 0, TRAIN_CLIPS, VAL_CLIPS), (out / f"{difficulty}-held-out", HELD_OUT_SEED, 1, HELD_OUT_CLIPS),
+        ):  # fmt: skip
+            if not path.exists():
+                write_sample(path, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        work = [pool.submit(run_variant, trained, seed, out) for seed in arguments.seeds for trained in TRAINED]
         for number, done in enumerate(as_completed(work), 1):
             done.result()
             print(f"{number} of {len(work)} runs done", flush=True)
-    write_tables(page(arguments.seeds, out, "python benchmarks/ablation.py"))
+    write_tables(page(arguments.seeds, out, " ".join(["python benchmarks/ablation.py", *sys.argv[1:]])))
     print(f"written: {PAGE}")
 
 

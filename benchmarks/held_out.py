@@ -26,7 +26,7 @@ from prospect.data import generator
 from prospect.errors import run_entry_point
 from prospect.evaluate import load_jobs, score_clip, summarise
 from prospect.metrics import match_events
-from prospect.sample import named_step, write_sample
+from prospect.sample import DIFFICULTIES, named_step, write_sample
 from prospect.setup import load_for_inference
 from prospect.stream import Job, stream_jobs
 from prospect.text_metrics import load_similarity
@@ -70,7 +70,7 @@ def with_question(job: Job) -> tuple[Job, int, int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/sample/best"))
-    parser.add_argument("--difficulty", default="easy", choices=("easy", "hard"))
+    parser.add_argument("--difficulty", default="easy", choices=tuple(DIFFICULTIES))
     parser.add_argument("--clips", type=int, default=40)
     arguments = parser.parse_args()
     config, tokenizer, model = load_for_inference(arguments.checkpoint)

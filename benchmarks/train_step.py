@@ -6,7 +6,8 @@
 The transformers way is what a user would otherwise run, and what the peers do: LlamaForCausalLM with a projector and two
 heads, an attention mask, logits of the whole vocabulary at every position, and losses masked afterwards. Forward,
 backward and AdamW (fused in both) are timed, alternating in one process; peak memory is that of a process of its own
-for each. Needs transformers (requirements-dev.txt).
+for each. The last row sets the operations that a step needs (padding, and logits that nothing is learned from, are not
+among them) against the rate of a large matrix product on this machine. Needs transformers (requirements-dev.txt).
 """
 
 import argparse
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
+from benchmarks.limits import matmul_flops, synchronise
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
 from prospect.weights import save_model
@@ -129,17 +131,26 @@ def their_step(directory: str, batch: dict, device: str, dtype: torch.dtype, che
     return step
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_once(step: Callable[[], float], device: str) -> tuple[float, float]:
     synchronise(device)
     started = time.perf_counter()
     loss = float(step())
     synchronise(device)
     return time.perf_counter() - started, loss
+
+
+def needed_flops(shape: str, batch: dict) -> float:
+    """Floating-point operations that a step needs: 6 for each weight that a token passes (2 forward, 4 backward)."""
+    c = model_config(shape)
+    heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+    block = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)  # weights
+    lengths = batch["attention_mask"].sum(1).double()
+    frames = int((batch["input_ids"] == c.image_token_id).sum())
+    learned = sum(int((batch[key] != IGNORE).sum()) for key in ("speaking_gen_labels", "dst_gen_labels"))
+    projector = frames * (c.vision_dim * c.hidden_size + c.hidden_size**2)
+    # Attention: half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass.
+    attention = 6 * c.num_hidden_layers * heads * float((lengths**2).sum())
+    return 6 * (float(lengths.sum()) * c.num_hidden_layers * block + learned * c.hidden_size * c.vocab_size + projector) + attention
 
 
 def peak_memory(which: str, arguments: argparse.Namespace, directory: str) -> float:
@@ -206,6 +217,10 @@ def main() -> int:
     print("| | ours | transformers | ratio |\n|---|---:|---:|---:|")
     print(f"| step, s (median of {arguments.repeats}) | {median['ours']:.3f} | {median['theirs']:.3f} | {median['theirs'] / median['ours']:.2f}x faster |")
     print(f"| tokens/s | {tokens / median['ours']:.0f} | {tokens / median['theirs']:.0f} | |")
+    needed, rate = needed_flops(arguments.shape, batch), matmul_flops(arguments.device, dtype)
+    reached = {name: needed / seconds for name, seconds in median.items()}
+    print(f"| TFLOP/s, of {needed / 1e12:.2f} TFLOP a step | {reached['ours'] / 1e12:.3f} | {reached['theirs'] / 1e12:.3f} | |")
+    print(f"| of the {rate / 1e12:.3f} TFLOP/s of a large matrix product | {reached['ours'] / rate:.0%} | {reached['theirs'] / rate:.0%} | |")
     print(f"| peak memory, GiB | {memory['ours']:.2f} | {memory['theirs']:.2f} | {memory['ours'] / memory['theirs']:.2f} |")
     print(json.dumps({"times": times, "memory": memory}))
     return 0

@@ -57,7 +57,7 @@ class DataConfig:
     val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
     embeddings: str | None = None  # folder of embedding files; default: `embeddings/` beside each clip file
     embeddings_outside: bool = False  # allow a clip's `embeddings` field to point outside that folder
-    sample: Literal["easy", "hard"] | None = None  # make the sample corpus at this difficulty when data.train is absent
+    sample: Literal["easy", "long", "hard"] | None = None  # make the sample corpus at this difficulty when data.train is absent
     on_bad: Literal["stop", "skip"] = "stop"  # what to do about a bad clip
     workers: int = 0  # processes that prepare batches beside the training loop
     # the sequence

@@ -21,10 +21,10 @@ does that one, or another. When S3 is done, the step to name may be S1, S2, S4, 
 have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
 
 **The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips begin mid-task; a person
-who does not do the step named does the next open one. `hard`: another look is nearer on one frame of sixteen, so that
-evidence must be gathered; every clip is a whole task, from the wish to the last step, two and a half times as long; a
-person who does not do the step named does any other open one. So what was completed minutes ago, long out of a short
-context, decides what is to be said now.
+who does not do the step named does the next open one. `long`: every clip is a whole task, from the wish to the last
+step, two and a half times as long; a person who does not do the step named does any other open one. So what was
+completed minutes ago, long out of a short context, decides what is to be said now. `hard`: the stories of `long`, word
+for word, and on one frame of sixteen another look is nearer, so that evidence must be gathered.
 
     frame   50          60               91               130             138             170
             |           |                |                |               |               |
@@ -68,6 +68,7 @@ class Difficulty:
 
 DIFFICULTIES = {
     "easy": Difficulty(noise=0.05, whole_tasks=False, obey=0.75, choices=2),
+    "long": Difficulty(noise=0.05, whole_tasks=True, obey=0.5, choices=NUM_STEPS),
     "hard": Difficulty(noise=0.25, whole_tasks=True, obey=0.5, choices=NUM_STEPS),
 }
 IDLE_SHARE = 0.3  # of the idle look, present in every frame of its task, like the room the person works in
@@ -399,7 +400,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
     """
     out = Path(out)
     if difficulty not in DIFFICULTIES:
-        raise ProspectError(f"unknown difficulty {difficulty!r}", where=str(out), remedy="easy or hard")
+        raise ProspectError(f"unknown difficulty {difficulty!r}", where=str(out), remedy="easy, long or hard")
     if seed < 0:
         raise ProspectError(f"the corpus seed {seed} is negative", where=str(out), remedy="0 or any whole number above")
     if clips < 1 or val_clips < 1:
@@ -431,6 +432,7 @@ def make_clips(split: str, count: int, seed: int, difficulty: str, clean: np.nda
     """Clips 0 .. count-1 of a split, one by one: (clip as in the JSON file, embeddings [F, D] float16)."""
     subspace, noise = world_subspace(), noise_scale(difficulty)
     for number in range(count):
+        # The noise is drawn last and in the same number at every difficulty: no story depends on it.
         rng = np.random.default_rng([CLIP_SEED, seed, SPLITS.index(split), number])
         story = act_out(rng, DIFFICULTIES[difficulty])
         clip = write_clip(story, f"sample-{difficulty}-seed{seed}-{split}-{number:05d}", rng)
@@ -441,7 +443,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m prospect.sample", description="Write the generated sample corpus.")
     parser.add_argument("--out", type=Path, required=True, help="new directory for the corpus")
     parser.add_argument("--seed", type=int, default=0, help="changes the clips, never the world (default 0)")
-    parser.add_argument("--difficulty", default="easy", help="easy or hard (default easy)")
+    parser.add_argument("--difficulty", default="easy", help="easy, long or hard (default easy)")
     parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
     arguments = parser.parse_args()
