@@ -36,12 +36,12 @@ from prospect import checkpoint as ckpt
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
 from prospect.data import LABEL_KEYS, Corpus, collate, epoch_batches, generator, ordered_batches, padding_share
+from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.distributed import (
     Ranks, StopRequest, all_sum, any_rank, gather_objects, leave_signals_to_parent, on_main, release, shard_like,
     share_model, start_ranks, stop_ranks, together, whole, without_sync,
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import decision_report, teacher_forced, traces
 from prospect.lora import checkpoint_names, parameter_groups, set_trainable
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_terms
 from prospect.setup import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory

@@ -41,8 +41,9 @@ sys.path.insert(0, str(ROOT))  # the repository itself, not installed
 
 from prospect.clips import Clip
 from prospect.data import Corpus, ordered_batches
+from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import decision_report, load_jobs, score_clip, summarise, teacher_forced, traces, write_json
+from prospect.evaluate import load_jobs, score_clip, summarise, write_json
 from prospect.metrics import match_events, ratio
 from prospect.sample import named_step, write_sample
 from prospect.setup import load_for_inference

@@ -27,8 +27,9 @@ from prospect.checkpoint import TrainState, read_state, write_state
 from prospect.clips import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
-from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import ClipTrace, decision_report, records_file, score_clip, score_task_state, summarise
+from prospect.decisions import ClipTrace, decision_report, teacher_forced, traces
+from prospect.errors import run_entry_point
+from prospect.evaluate import records_file, score_clip, score_task_state, summarise
 from prospect.metrics import THRESHOLDS, Counts
 from prospect.sample import write_sample
 from prospect.setup import load_for_inference
@@ -616,8 +617,8 @@ def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "step", "data.frames=turns")
     config, tokenizer, model = load_for_inference(checkpoint)
     corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
-    found = evaluate.teacher_forced(model, corpus, [[0]], torch.device("cpu"), "mean", "heads", torch.no_grad)
-    [trace] = evaluate.traces(corpus, found[2])
+    found = teacher_forced(model, corpus, [[0]], torch.device("cpu"), "mean", "heads", torch.no_grad)
+    [trace] = traces(corpus, found[2])
     assert np.flatnonzero(trace.probabilities["speaking"]).tolist() == [3, 4, 17, 18]
     assert trace.labels["speaking"].tolist() == [-100] * 3 + [1, 1] + [-100] * 12 + [1, 1, -100]
     assert trace.events == {"speaking": [4, 18], "dst": []}
