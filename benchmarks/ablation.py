@@ -3,8 +3,8 @@
     python benchmarks/ablation.py [--seeds 0 1 2] [--out runs/ablation] [--jobs 2]
 
 Everything runs on the hard sample corpus (prospect/sample.py): whole tasks, several times as long as the context, in
-which the step to name next depends on what was completed minutes ago. One table takes the long corpus instead, the same
-stories in clear pictures. Each variant is the default in all but the settings its row names, is trained with every seed
+which the step to name next depends on what was completed minutes ago. Three tables take the long corpus
+instead, the same stories in clear pictures. Each variant is the default in all but the settings its row names, is trained with every seed
 (of weights, data order and negatives) by train.py, and is streamed on clips of another corpus seed. The threshold of
 each head is the one with the best event F1 on the validation clips, found for every variant in the same way:
 teacher-forced, in the stream layout.
@@ -76,8 +76,8 @@ TRAINED = {
     "proassist": Variant((NO_DST, "data.silence_lm=true")),
     "default-clear": Variant(difficulty="long"),
     "no-dst-clear": Variant((NO_DST,), difficulty="long"),
-    "default-whole": Variant((WHOLE,)),
-    "no-dst-whole": Variant((NO_DST, WHOLE)),
+    "default-whole": Variant((WHOLE,), difficulty="long"),
+    "no-dst-whole": Variant((NO_DST, WHOLE), difficulty="long"),
     "turns": Variant(("data.layout=turns",)),
     "text": Variant(("data.binary_at=text",)),
     "last": Variant(("data.positive_frames=last",)),
@@ -112,22 +112,20 @@ SECTIONS = {
         Row("the same with `strategy: summarize_and_drop` (and its memory)", "proassist",
             ("infer.decision=lm", "infer.strategy=summarize_and_drop")),
     ),
-    "Task state, the whole task in the context (1,536 tokens, trained so)": (
-        Row("with task state", "default-whole"),
-        Row("`dst: false`", "no-dst-whole"),
-    ),
-    "Task state, the same stories in clear pictures (the long corpus)": (
+    "Task state, the same stories in clear pictures": (
         Row("with task state", "default-clear"),
         Row("`dst: false`", "no-dst-clear"),
+        Row("with task state, context of a whole task (1,536 tokens)", "default-whole"),
+        Row("`dst: false`, context of a whole task", "no-dst-whole"),
     ),
-    "Context strategies, with task state": (
-        Row("`slide` (default)", "default"),
-        Row("`summarize_with_dst`", "default", ("infer.strategy=summarize_with_dst",)),
-        *(Row(f"`{name}`", "default", (f"infer.strategy={name}",)) for name in STRATEGIES),
+    "Context strategies with task state, clear pictures": (
+        Row("`slide` (default)", "default-clear"),
+        Row("`summarize_with_dst`", "default-clear", ("infer.strategy=summarize_with_dst",)),
+        *(Row(f"`{name}`", "default-clear", (f"infer.strategy={name}",)) for name in STRATEGIES),
     ),
-    "Context strategies, without task state": (
-        Row("`slide`", "no-dst"),
-        *(Row(f"`{name}`", "no-dst", (f"infer.strategy={name}",)) for name in STRATEGIES),
+    "Context strategies without task state, clear pictures": (
+        Row("`slide`", "no-dst-clear"),
+        *(Row(f"`{name}`", "no-dst-clear", (f"infer.strategy={name}",)) for name in STRATEGIES),
     ),
     "Layout and labels": (
         DEFAULT,

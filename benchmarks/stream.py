@@ -33,6 +33,7 @@ from prospect.config import Config
 from prospect.data import clip_prompt, prompt_pieces
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import Prospect, init_weights
+from prospect.setup import store_wide_weights_by_column
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
@@ -115,6 +116,7 @@ def main() -> None:
     init_weights(model, 0)
     model = model.to(device, dtype)
     peer = transformers_model(model)
+    store_wide_weights_by_column(model)  # as load_for_inference does
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
     config.infer.speaking_threshold = config.infer.dst_threshold = NEVER

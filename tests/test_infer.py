@@ -11,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_stream import random_model
 from tiny import VISION_DIM, tiny_config, write_tiny_corpus
 
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
+from prospect.model import Prospect
+from prospect.setup import load_for_inference
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import save_model
@@ -84,6 +87,19 @@ def test_one_record_a_frame_with_the_thresholds_of_the_checkpoint(corpus, checkp
     )
     said = [(record["frame_idx"], record["user"]) for record in found if record["user"]]
     assert said == [(clip["start_frame_idx"] + 1, ["I want to build it."])]
+
+
+def test_weights_stored_by_column_are_the_same_weights(checkpoint):
+    _, _, model = load_for_inference(checkpoint)
+    untouched = Prospect.from_pretrained(checkpoint)
+    for name, tensor in untouched.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    block, tied = model.model.layers[0], model.lm_head.weight
+    for wide in (block.mlp.gate_proj, block.mlp.up_proj):
+        assert wide.weight.stride() == (1, wide.out_features)
+    assert tied is model.model.embed_tokens.weight and tied.is_contiguous() and block.mlp.down_proj.weight.is_contiguous()
+    ids = torch.arange(5)[None]
+    torch.testing.assert_close(model(ids), untouched(ids), atol=1e-5, rtol=1e-5)
 
 
 def test_overrides_and_lookahead_give_the_same_file(corpus, checkpoint, tmp_path, capsys):
