@@ -19,7 +19,7 @@ import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
 from prospect.model import Prospect
-from prospect.setup import load_for_inference
+from prospect.setup import load_for_inference, store_wide_weights_by_column
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import save_model
@@ -94,12 +94,16 @@ def test_weights_stored_by_column_are_the_same_weights(checkpoint):
     untouched = Prospect.from_pretrained(checkpoint)
     for name, tensor in untouched.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
-    block, tied = model.model.layers[0], model.lm_head.weight
-    for wide in (block.mlp.gate_proj, block.mlp.up_proj):
+    block = model.model.layers[0]
+    for wide in (block.mlp.gate_proj, block.mlp.up_proj, model.lm_head):
         assert wide.weight.stride() == (1, wide.out_features)
-    assert tied is model.model.embed_tokens.weight and tied.is_contiguous() and block.mlp.down_proj.weight.is_contiguous()
+    assert block.mlp.down_proj.weight.is_contiguous() and model.model.embed_tokens.weight.is_contiguous()
     ids = torch.arange(5)[None]
-    torch.testing.assert_close(model(ids), untouched(ids), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.lm_head(model(ids)), untouched.lm_head(untouched(ids)), atol=1e-5, rtol=1e-5)
+
+    tied = Prospect(replace(model.config, tie_word_embeddings=True, backbone=""))
+    store_wide_weights_by_column(tied)
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.lm_head.weight.is_contiguous()
 
 
 def test_overrides_and_lookahead_give_the_same_file(corpus, checkpoint, tmp_path, capsys):
