@@ -3,7 +3,7 @@
     python benchmarks/data.py [--clips 512] [--frames 220] [--passes 3]
 
 Made-up clips with a turn about every 20 frames and a tokenizer trained on them, so that nothing has to be downloaded.
-Reading the embedding files is part of `load` and of the last rows, and of no other. The stages are timed in seconds of
+`load` maps the embedding files into memory; `format, tokenize, label` is what reads them, from the page cache. The stages are timed in seconds of
 processor time, so that a busy machine does not change them, the whole in seconds on the wall.
 """
 
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 
 from prospect.config import DataConfig
 from prospect.data import Corpus, collate, epoch_batches, lay_out, make_sample
+from prospect.errors import run_entry_point
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
 VISION_DIM = 2048
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -23,6 +23,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
+from prospect.errors import run_entry_point
 from prospect.vision import VisionConfig, load_vision_encoder, prepare
 
 SHAPE = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, image_size=384, patch_size=14)
@@ -97,4 +98,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

@@ -26,7 +26,7 @@ from prospect.data import generator
 from prospect.errors import run_entry_point
 from prospect.evaluate import load_jobs, score_clip, summarise
 from prospect.metrics import match_events
-from prospect.sample import DIFFICULTIES, named_step, write_sample
+from prospect.sample import DIFFICULTIES, named_step, says_the_same, write_sample
 from prospect.setup import load_for_inference
 from prospect.stream import Job, stream_jobs
 from prospect.text_metrics import load_similarity
@@ -50,7 +50,7 @@ def replies_right(job: Job, records: list[dict]) -> tuple[int, int]:
     wanted = [(turn.end_frame, turn.text) for turn in job.clip.turns if turn.role == "assistant"]
     names = [step.name for step in job.clip.steps]
     pairs = match_events([frame for frame, _ in said], [frame for frame, _ in wanted], int(job.clip.fps))
-    return sum(named_step(said[p][1], names) == named_step(wanted[r][1], names) for p, r in pairs), len(said)
+    return sum(says_the_same(said[p][1], wanted[r][1], names) for p, r in pairs), len(said)
 
 
 def with_question(job: Job) -> tuple[Job, int, int | None]:

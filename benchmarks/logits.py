@@ -1,6 +1,6 @@
 """What the logits cost in memory, by the share of tokens that the LM head learns from: ours and the transformers way.
 
-    python benchmarks/logits.py [--shape small] [--device cpu] [--labelled 0 0.05 0.1 0.2 0.33 1]
+    python benchmarks/logits.py [--shape small] [--device cpu] [--labelled 0 0.05 0.1 0.2 0.33 0.66]
 
 Only the end of a training step: hidden states [B,T,H] are given, the LM head's two losses and their gradients are
 computed. Ours reads the labelled positions alone, and from LM_CHUNK of them on one chunk after another, each computed
@@ -32,9 +32,9 @@ def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    logits = model.lm_head(hidden)[:, :-1].float()  # [B, T-1, V]
-    targets = [batch[key][:, 1:].flatten().to(hidden.device) for key in GEN_KEYS]
-    return sum(F.cross_entropy(logits.flatten(0, 1), target, ignore_index=IGNORE, reduction="sum") for target in targets)
+    logits = model.lm_head(hidden).float().flatten(0, 1)  # [B*T, V]
+    targets = [F.pad(batch[key], (0, 1), value=IGNORE)[:, 1:].flatten().to(hidden.device) for key in GEN_KEYS]
+    return F.cross_entropy(logits, torch.maximum(*targets), ignore_index=IGNORE, reduction="sum")
 
 
 def status_mib(name: str) -> float:
@@ -85,7 +85,7 @@ def main() -> None:
             if done.returncode:
                 raise ProspectError(f"the run of {which} failed: {done.stderr[-300:]}")
             peaks.append(float(done.stdout.splitlines()[-1]))
-        print(f"| {share:.0%} | {learned} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
+        print(f"| {learned / tokens:.0%} | {learned} | {peaks[0]:.0f} | {peaks[1]:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Needs transformers (requirements-dev.txt). The loop is the usual one of streaming assistants: each frame's projected
 embedding goes through LlamaForCausalLM with a DynamicCache, which grows by concatenation, and the LM head is read at
-every frame. The engine reads its two heads instead, from a cache allocated once: frame by frame (K=1), with look-ahead,
+every frame; a second one reads two heads instead. The engine reads its two heads, from a cache allocated once: frame by frame (K=1), with look-ahead,
 and frame by frame for several streams at once.
 
 All stream the same frames behind the same prompt, one after the other within each round, so that whatever else the
@@ -57,8 +57,10 @@ def transformers_model(model: Prospect):
     return peer
 
 
-def transformers_loop(peer, model: Prospect, prompt: list[int], frames: torch.Tensor, device: str) -> tuple[list[float], torch.Tensor]:
-    """Seconds of each of frames [F,D] behind the prompt, and the last hidden state [H]."""
+def transformers_loop(
+    peer, model: Prospect, prompt: list[int], frames: torch.Tensor, device: str, read_lm_head: bool
+) -> tuple[list[float], float]:
+    """Seconds of each of frames [F,D] behind the prompt, and the last probability of speaking."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=peer.config)
@@ -69,9 +71,12 @@ def transformers_loop(peer, model: Prospect, prompt: list[int], frames: torch.Te
         started = time.perf_counter()
         embeds = model.mm_projector(row[None, None].to(device, peer.dtype))  # [1,1,H]
         hidden = peer.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
-        peer.lm_head(hidden[:, -1]).float().softmax(-1).max().item()
+        if read_lm_head:
+            peer.lm_head(hidden[:, -1]).float().softmax(-1).max().item()
+        else:
+            torch.cat((model.speaking_decision_head(hidden), model.dst_update_head(hidden))).float().sigmoid().tolist()
         times.append(time.perf_counter() - started)
-    return times, hidden[0, -1]
+    return times, float(model.speaking_decision_head(hidden[0, -1]).float().sigmoid())
 
 
 def engine(sessions: list[StreamSession], frames: torch.Tensor, lookahead: int) -> tuple[list[float], float]:
@@ -130,13 +135,14 @@ def main() -> None:
         cache = make_cache(model, config, count)
         return [StreamSession(model, tokenizer, clip, config, cache=cache, row=row) for row in range(count)]
 
-    modes = {"transformers, growing cache": 1, **{f"engine, K={k}": k for k in LOOKAHEAD}, f"engine, K=1, {STREAMS} streams": STREAMS}
+    modes = {"transformers, growing cache": 1, "the same, two heads in place of the LM head": 1, **{f"engine, K={k}": k for k in LOOKAHEAD}, f"engine, K=1, {STREAMS} streams": STREAMS}
     a_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds a frame, of each round
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
-        times, hidden = transformers_loop(peer, model, prompt, frames, device)
-        measured = [times]
-        speaking = float(model.speaking_decision_head(hidden).float().sigmoid())
+        measured = []
+        for read_lm_head in (True, False):
+            times, speaking = transformers_loop(peer, model, prompt, frames, device, read_lm_head)
+            measured.append(times)
         for count, lookahead in [(1, k) for k in LOOKAHEAD] + [(STREAMS, 1)]:
             times, found = engine(sessions(count), frames, lookahead)
             assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (lookahead, found, speaking)

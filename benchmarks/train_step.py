@@ -118,11 +118,13 @@ def their_step(directory: str, batch: dict, device: str, dtype: torch.dtype, che
         embeds = model.get_input_embeddings()(batch["input_ids"])
         embeds[batch["input_ids"] == 1] = projector(batch["image_embeds"].to(dtype))
         out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"].long(), output_hidden_states=True, use_cache=False)
-        logits = out.logits[:, :-1].float()  # [B, T-1, V]
+        logits = out.logits.float().flatten(0, 1)  # [B*T, V]
         loss = masked_bce(speaking_head(out.hidden_states[-1]), labels["speaking_labels"])
         loss = loss + masked_bce(dst_head(out.hidden_states[-1]), labels["dst_update_labels"])
-        for key in ("speaking_gen_labels", "dst_gen_labels"):
-            loss = loss + F.cross_entropy(logits.flatten(0, 1), labels[key][:, 1:].flatten(), ignore_index=IGNORE)
+        # One pass over the logits for both losses: no position is learned from by both.
+        targets = [F.pad(labels[key], (0, 1), value=IGNORE)[:, 1:].flatten() for key in ("speaking_gen_labels", "dst_gen_labels")]
+        tokens = F.cross_entropy(logits, torch.maximum(*targets), ignore_index=IGNORE, reduction="none")
+        loss = loss + sum(tokens[target != IGNORE].mean() for target in targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -147,7 +149,7 @@ def needed_flops(shape: str, batch: dict) -> float:
     lengths = batch["attention_mask"].sum(1).double()
     frames = int((batch["input_ids"] == c.image_token_id).sum())
     learned = sum(int((batch[key] != IGNORE).sum()) for key in ("speaking_gen_labels", "dst_gen_labels"))
-    projector = frames * (c.vision_dim * c.hidden_size + c.hidden_size**2)
+    projector = frames * (c.vision_dim * c.hidden_size * 2 / 3 + c.hidden_size**2)  # embeddings need no gradient
     # Attention: half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass.
     attention = 6 * c.num_hidden_layers * heads * float((lengths**2).sum())
     return 6 * (float(lengths.sum()) * c.num_hidden_layers * block + learned * c.hidden_size * c.vocab_size + projector) + attention

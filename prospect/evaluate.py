@@ -341,7 +341,8 @@ def main() -> int:
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
     if arguments.sweep:
         vision_dim, seed = config.model.vision_dim, config.run.seed
-        corpus = Corpus(arguments.data, config.data, tokenizer, vision_dim, rate=1.0, seed=seed)
+        as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
+        corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
         tell(corpus.warnings, corpus.skipped)
         sweep(arguments.checkpoint, corpus, model, config)
     else:
@@ -400,6 +401,8 @@ def settings(checkpoint: Path, config: Config, files: list[str], jobs: list[Job]
     for job in jobs:
         data.update(np.ascontiguousarray(job.embeddings))
     found = flatten(to_dict(config)) | {f"trained on {name}": digest for name, digest in state.data.items()}
+    for file in sorted(checkpoint.glob("*.safetensors")):  # a run trained again writes new files under the old names
+        found[f"{file.name} of"] = file.stat().st_mtime_ns
     del found["infer.lookahead"]  # changes no record
     return found | {"checkpoint": str(checkpoint.resolve()), "step": state.step, "the clips' digest": data.hexdigest()}
 

@@ -473,9 +473,9 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
         return flat.index_select(0, index.to(flat.device)), label.to(flat.device)  # [n,H], [n]
 
     def generation(keys: list[str]) -> list[Tensor]:
-        """All keys' labels go through the LM head together: its weight is read, and its gradient made, only once."""
+        """All keys' labels go through the LM head together: its weight is read once, and its gradient made once."""
         states, targets = zip(*[read(key, shift=True) for key in keys])
-        n = [len(part) for part in targets]
+        counts = [len(part) for part in targets]
         states, targets = torch.cat(states), torch.cat(targets)  # [n,H], [n]
         losses = []  # one part, even of no label
         for part, target in zip(states.split(LM_CHUNK), targets.split(LM_CHUNK)):
@@ -483,7 +483,7 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
                 losses.append(checkpoint(token_losses, model.lm_head, part, target, use_reentrant=False))
             else:
                 losses.append(token_losses(model.lm_head, part, target))
-        return [part.sum() for part in torch.cat(losses).split(n)]
+        return [part.sum() for part in torch.cat(losses).split(counts)]
 
     def decision(head: nn.Linear, key: str) -> tuple[Tensor, Tensor]:
         states, label = read(key, shift=False)

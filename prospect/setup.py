@@ -134,16 +134,19 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
 
 
 def store_wide_weights_by_column(model: Prospect) -> None:
-    """On a CPU, weights [out,in] with out > in get other strides: the same numbers, column after column in memory.
+    """On a CPU in fp32, weights [out,in] with out > in get other strides: the same numbers, column after column in memory.
 
     A silent frame multiplies every weight by a single row and so takes as long as reading them. A product with one row
-    reads a few long columns about twice as fast as many short rows. A tied LM head stays: its rows are looked up.
+    reads few long columns faster than many short rows, 1.7 times at 1408 x 512. A tied LM head stays: its rows are
+    looked up.
     """
     looked_up = model.model.embed_tokens.weight
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear) and layer.weight.device.type == "cpu" and layer.weight is not looked_up:
-            if layer.out_features > layer.in_features:
-                layer.weight.data = layer.weight.data.t().contiguous().t()
+        if not isinstance(layer, torch.nn.Linear) or layer.weight is looked_up:
+            continue
+        weight = layer.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.float32 and layer.out_features > layer.in_features:
+            weight.data = weight.data.t().contiguous().t()
 
 
 def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:

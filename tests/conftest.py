@@ -5,10 +5,12 @@ are simply its UTF-8 bytes, and tables of expected tokens can be written by hand
 """
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -28,6 +30,21 @@ def byte_letters() -> list[str]:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def _one_thread_and_usual_signals():
+    """The loop takes SIGTERM and SIGINT for itself: give them back. One thread: sums are then added in one order."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+one_thread_and_usual_signals = pytest.fixture(_one_thread_and_usual_signals)  # around each test that names it
+one_thread_in_module = pytest.fixture(_one_thread_and_usual_signals, scope="module")  # around a file's fixtures too
 
 
 @pytest.fixture(scope="session")

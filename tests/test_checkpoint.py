@@ -17,12 +17,7 @@ from prospect.errors import ProspectError
 from prospect.model import Prospect
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,12 @@ ones at the end are dialogues that ProAssist has published; they are not part of
 import copy
 import json
 import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import train
 from prospect.clips import parse_clip
@@ -214,17 +212,6 @@ def test_a_refused_file_is_one_line_and_leaves_nothing(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------- and can be learned
-
-
-@pytest.fixture
-def one_thread_and_usual_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def learn(folder: Path, clip: dict) -> list[dict]:

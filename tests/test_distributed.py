@@ -30,16 +30,7 @@ from prospect.setup import build_model, load_corpus, load_tokenizer
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_usual_signals():
-    """The loop takes SIGTERM and SIGINT for itself: give them back. One thread: sums are then added in one order."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
 def metrics(folder: Path, run: str = "tiny") -> list[dict]:

@@ -43,15 +43,7 @@ LEXICAL = load_similarity("lexical")
 SPEAKING, DST = 0.585, 0.645  # thresholds that the random model's probabilities reach now and then
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_and_usual_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import pytest
 
 from prospect import sample
 from prospect.errors import ProspectError
-from prospect.sample import named_step, write_sample
+from prospect.sample import named_step, says_the_same, write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,6 +262,16 @@ def test_named_step():
     assert named_step("Boil The Water now!", names) == 0
     assert named_step("All done.", names) is None
     assert named_step("grind the beans, then boil the water", names) is None
+
+
+def test_replies_that_say_the_same():
+    names = ["boil the water", "grind the beans"]
+    assert says_the_same("Now grind the beans.", "Well done. Next, grind the beans.", names)
+    assert not says_the_same("Next, boil the water.", "Next, grind the beans.", names)
+    assert not says_the_same("Grind the beans, then boil the water.", "Next, grind the beans.", names)
+    assert says_the_same("All done. Good job!", "All done. Well done!", names)
+    for empty in ("", "All good.", "boil the water, grind the beans"):  # none of them says that all is done
+        assert not says_the_same(empty, "All done. Well done!", names)
 
 
 def events_matched(predicted: list[int], reference: list[int], within: int) -> int:

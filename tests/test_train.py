@@ -23,15 +23,7 @@ from prospect.errors import ProspectError
 SCRIPT = Path(train.__file__)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_usual_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
 @pytest.fixture(scope="module")
