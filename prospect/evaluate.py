@@ -402,7 +402,7 @@ def settings(checkpoint: Path, config: Config, files: list[str], jobs: list[Job]
         data.update(np.ascontiguousarray(job.embeddings))
     found = flatten(to_dict(config)) | {f"trained on {name}": digest for name, digest in state.data.items()}
     for file in sorted(checkpoint.glob("*.safetensors")):  # a run trained again writes new files under the old names
-        found[f"{file.name} of"] = file.stat().st_mtime_ns
+        found[f"time of {file.name}"] = file.stat().st_mtime_ns
     del found["infer.lookahead"]  # changes no record
     return found | {"checkpoint": str(checkpoint.resolve()), "step": state.step, "the clips' digest": data.hexdigest()}
 

@@ -7,6 +7,7 @@ that every part of the scoring has something to count.
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -385,6 +386,13 @@ def test_other_settings_in_the_same_folder_are_refused(clips, checkpoint, tmp_pa
         assert err.count("\n") == 1 and told in err and "holds records made with other settings" in err
     assert {path: path.read_bytes() for path in out.rglob("*.json*")} == before
 
+    again = shutil.copytree(checkpoint, tmp_path / "again")
+    assert call(again, "--data", clips, "--out", tmp_path / "of_again") == 0
+    os.utime(again / "model.safetensors", ns=(1, 1))  # trained again, under the same name and step
+    capsys.readouterr()
+    assert call(again, "--data", clips, "--out", tmp_path / "of_again") == 2
+    assert "time of model.safetensors was" in capsys.readouterr().err
+
     for damage in (lambda path: path.write_text("{"), lambda path: path.write_text("[]"), Path.unlink):
         damage(out / "settings.json")
         capsys.readouterr()
@@ -600,6 +608,16 @@ def test_a_sweep_under_the_other_decision_does_not_touch_the_speaking_threshold(
     assert load_for_inference(checkpoint, ["infer.decision=lm"])[0].infer.speaking_threshold == 0.5
     own = ["infer.decision=lm", "infer.speaking_threshold=0.7"]
     assert load_for_inference(checkpoint, own)[0].infer.speaking_threshold == 0.7
+
+
+def test_a_sweep_shows_every_frame_whatever_the_model_was_trained_on(clips, tmp_path):
+    found = []
+    for name, layout in (("stream", []), ("turns", ["data.layout=turns"]), ("few", ["data.frames=turns"])):
+        (tmp_path / name).mkdir()
+        checkpoint = make_checkpoint(tmp_path / name, *layout, speaking=0.111, dst=0.222)
+        assert call(checkpoint, "--data", clips, "--sweep") == 0
+        found.append(read_state(checkpoint).thresholds)
+    assert found[0] == found[1] == found[2] and found[0]["speaking"] != 0.111
 
 
 def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):
