@@ -156,8 +156,9 @@ class StreamSession:
         needed = infer.max_reply_tokens + around["assistant"]
         if data.dst:
             needed += infer.max_update_tokens + around["DST_UPDATE"]
+        self.summary_tokens = len(self.summary_request) + infer.max_reply_tokens + around["assistant"]
         if infer.strategy.startswith("summarize"):
-            needed = max(needed, len(self.summary_request) + infer.max_reply_tokens + around["assistant"])
+            needed = max(needed, self.summary_tokens)
         if needed > infer.reserved:
             what = f"infer.reserved {infer.reserved} cannot hold what may be said at a frame, {needed} tokens"
             remedy = f"set infer.reserved={needed}, or lower infer.max_reply_tokens"
@@ -297,8 +298,13 @@ class StreamSession:
         return exchange + self.units[first:]
 
     def _summarize(self) -> str:
-        """Ask the model for a summary of the context, in the space that is kept free for what is said at a frame."""
+        """Ask the model for a summary of the context, in the space that is kept free for what is said at a frame.
+
+        Where the texts of the last frame already stand in that space, the summary is asked for in front of them.
+        """
         before = self.num_tokens
+        if before + self.summary_tokens > self.config.data.max_seq_len:
+            self.cache.lengths[self.row] -= len(self.units[-1].after_ids)
         self._run(self.summary_request, None)
         turn = generate([self], "assistant", self.config.infer.max_reply_tokens)[0]
         self.cache.lengths[self.row] = before

@@ -437,29 +437,44 @@ def test_strategies_without_task_state_and_recipe(plain, strategy):
     assert b"S1" not in bytes(id for id in tape.ids(session) if id < 256) and session.state == {}
 
 
-def test_summary_is_what_the_model_writes_to_the_request(plain):
-    """The event's summary equals greedy decoding behind the request, without a cache."""
+@pytest.mark.parametrize("talks", [False, True], ids=["silent", "says something at every frame"])
+def test_summary_is_what_the_model_writes_to_the_request(plain, talks):
+    """The event's summary equals greedy decoding behind the request, without a cache.
+
+    A model that talks has filled the reserved space when the context is full; then the request stands before its last
+    texts. In one of its refreshes at least there would not have been room behind them.
+    """
     model = random_model(plain, 4)
     clip = read(raw_clip([], 0, 999))
-    config = stream_config(strategy="summarize_with_dst", max_reply_tokens=12, data=dict(max_seq_len=330))
+    fires = dict(speaking_threshold=-1.0, dst_threshold=-1.0, max_update_tokens=30, reserved=100) if talks else {}
+    config = stream_config(strategy="summarize_with_dst", max_reply_tokens=12, data=dict(max_seq_len=330), **fires)
     tape, session = Tape(model), StreamSession(model, plain, clip, config)
-    held: list = []
+    request = [*b"User: Summarize what has been done so far.", END]
+    needed = len(request) + len(b"Assistant:") + 12 + 1
+    checked, no_room = 0, 0
     for i in range(1000):
         held = tape.rows[0][: session.num_tokens]
+        last = session.units[-1].after_ids if session.units else []
         record = session.feed(np.full(VISION, np.sin(i), np.float32))
-        if record.context_event:
+        if not record.context_event:
+            continue
+        assert record.context_event.tokens_before == len(held)
+        if len(held) + needed > 330:
+            held, no_room = held[: len(held) - len(last)], no_room + 1
+        ids = [id for id, _ in held] + request + [*b"Assistant:"]
+        images, written = torch.stack([row for _, row in held if row is not None]), []
+        while len(written) < 12:
+            with torch.inference_mode():
+                logits = model.lm_head(model(torch.tensor([ids + written]), images)[0, -1])
+                logits[[256, *range(258, 265)]] = -torch.inf
+            if int(logits.argmax()) == END:
+                break
+            written.append(int(logits.argmax()))
+        assert record.context_event.summary == bytes(written).decode(errors="replace").strip()
+        checked += 1
+        if checked == (4 if talks else 1):
             break
-    ids = [id for id, _ in held] + [*b"User: Summarize what has been done so far.", END, *b"Assistant:"]
-    images, written = torch.stack([row for _, row in held if row is not None]), []
-    while len(written) < 12:
-        with torch.inference_mode():
-            logits = model.lm_head(model(torch.tensor([ids + written]), images)[0, -1])
-            logits[[256, *range(258, 265)]] = -torch.inf
-        if int(logits.argmax()) == END:
-            break
-        written.append(int(logits.argmax()))
-    assert record.context_event.summary == bytes(written).decode(errors="replace").strip()
-    assert record.context_event.tokens_before == len(held)
+    assert (no_room > 0) == talks
 
 
 def test_strategy_none_is_an_error_and_slide_makes_room_for_a_long_text(plain):
