@@ -20,11 +20,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
-from benchmarks.train_step import SHAPES, make_batch, model_config
+from benchmarks.train_step import GEN_KEYS, SHAPES, make_batch, model_config
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, LM_CHUNK, Prospect, loss_sums
-
-GEN_KEYS = ("speaking_gen_labels", "dst_gen_labels")
 
 
 def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -32,6 +30,7 @@ def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
+    """Both losses in one pass over the logits, which is the best that can be done with all of them."""
     logits = model.lm_head(hidden).float().flatten(0, 1)  # [B*T, V]
     targets = [F.pad(batch[key], (0, 1), value=IGNORE)[:, 1:].flatten().to(hidden.device) for key in GEN_KEYS]
     return F.cross_entropy(logits, torch.maximum(*targets), ignore_index=IGNORE, reduction="sum")
