@@ -18,7 +18,7 @@ import yaml
 
 from prospect.clips import parse_clip
 from prospect.metrics import Counts, match_events
-from prospect.sample import FPS, Story, act_out, seen_looks, write_clip
+from prospect.sample import DIFFICULTIES, FPS, Story, act_out, seen_looks, write_clip
 
 av = pytest.importorskip("av")
 Image = pytest.importorskip("PIL.Image")
@@ -36,7 +36,7 @@ def stories(count: int) -> list[Story]:
     """Short stories of the first task, each from the video's first frame on."""
     rng, found = np.random.default_rng(0), []
     while len(found) < count:
-        story = act_out(rng)
+        story = act_out(rng, DIFFICULTIES["easy"])
         if story.task == 0 and story.num_rows <= LONGEST:
             found.append(replace(story, start_frame=0))
     return found
