@@ -174,7 +174,9 @@ def main() -> int:
     source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
     parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     parser.add_argument("--out", metavar="FILE.jsonl", help="one record a frame")
-    parser.add_argument("--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been")
+    parser.add_argument(
+        "--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been"
+    )
     parser.add_argument("--live", action="store_true", help="read frames and user text from stdin")
     of_video = parser.add_argument_group("with --video")
     of_video.add_argument("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")

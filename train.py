@@ -38,10 +38,24 @@ from prospect.config import Config, TrainConfig, load_config, to_dict
 from prospect.data import LABEL_KEYS, Corpus, collate, epoch_batches, generator, ordered_batches, padding_share
 from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.distributed import (
-    Ranks, StopRequest, all_sum, any_rank, gather_objects, leave_signals_to_parent, on_main, release, shard_like,
-    share_model, start_ranks, stop_ranks, together, whole, without_sync,
+    Ranks,
+    StopRequest,
+    all_sum,
+    any_rank,
+    gather_objects,
+    leave_signals_to_parent,
+    on_main,
+    release,
+    shard_like,
+    share_model,
+    start_ranks,
+    stop_ranks,
+    together,
+    whole,
+    without_sync,
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import read_lines, written_whole
 from prospect.lora import checkpoint_names, parameter_groups, set_trainable
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_terms
 from prospect.setup import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
@@ -149,7 +163,7 @@ class MicroBatches(Dataset):
 
 def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:
     """The batch with T a multiple of this: more padding on the right, which no real token sees."""
-    fill = {"input_ids": pad_id, "attention_mask": False} | {key: IGNORE for key in LABEL_KEYS}
+    fill = {"input_ids": pad_id, "attention_mask": False} | dict.fromkeys(LABEL_KEYS, IGNORE)
     extra = -batch["input_ids"].shape[1] % multiple
     return batch | {key: F.pad(batch[key], (0, extra), value=value) for key, value in fill.items()} if extra else batch
 
@@ -254,30 +268,22 @@ class MetricsLog:
     def __init__(self, path: Path, state: TrainState):
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(path):
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half-written
                     numbers = json.loads(line)
                     if numbers["step"] <= (state.evaluated_step if "evaluation" in numbers else state.step):
                         kept.append(line + "\n")
-        with self.disk_errors(path):
-            beside = path.with_suffix(".writing")
-            beside.write_text("".join(kept), encoding="utf-8")
-            os.replace(beside, path)
-            self.file = open(path, "a", encoding="utf-8")
+        with written_whole(path) as file:
+            file.write("".join(kept).encode())
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, numbers: dict) -> None:
-        with self.disk_errors(Path(self.file.name)):
+        try:
             self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
-
-    @staticmethod
-    @contextlib.contextmanager
-    def disk_errors(path: Path) -> Iterator[None]:
-        try:
-            yield
         except OSError as error:
-            remedy = "make room and start again"
-            raise ProspectError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error
+            what, remedy = f"cannot be written: {error.strerror}", "make room and start again"
+            raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
 # ------------------------------------------------------------------------------------------------------ saving
@@ -396,7 +402,9 @@ def resumed_lines(source: Path, state: TrainState, changed: list[str], ranks: Ra
 
 def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     if dry_run and config.model.backbone and not (Path(config.model.backbone) / "config.json").exists():
-        print("\n".join(describe_memory(config)))  # a published backbone that is not on this machine: sizes all the same
+        print(
+            "\n".join(describe_memory(config))
+        )  # a published backbone that is not on this machine: sizes all the same
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
 

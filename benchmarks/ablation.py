@@ -188,10 +188,15 @@ def train(trained: str, seed: int, out: Path) -> None:
 def check_settings(trained: str, seed: int, out: Path) -> None:
     """Raise ProspectError when the finished run was made with other settings than would be used now."""
     run = out / run_name(trained, seed)
-    wanted, found = flatten(to_dict(load_config("config.yaml", settings(trained, seed, out)))), flatten(to_dict(read_config(run / "best")))
+    wanted, found = (
+        flatten(to_dict(load_config("config.yaml", settings(trained, seed, out)))),
+        flatten(to_dict(read_config(run / "best"))),
+    )
     differ = [name for name in wanted if wanted[name] != found.get(name)]
     if differ:
-        raise ProspectError(f"was trained with other settings ({', '.join(differ)})", where=str(run), remedy="remove this run")
+        raise ProspectError(
+            f"was trained with other settings ({', '.join(differ)})", where=str(run), remedy="remove this run"
+        )
 
 
 def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
@@ -202,8 +207,12 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     as_streamed = replace(config.data, layout="stream")
     val = Corpus([str(corpus / "val.json")], as_streamed, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
     batches = ordered_batches(val.lengths(), config.data.batch_tokens)
-    _, _, probabilities = teacher_forced(model, val, batches, device, config.loss.bce, config.infer.decision, contextlib.nullcontext)
-    _, thresholds = decision_report(traces(val, probabilities), ("speaking", "dst") if config.data.dst else ("speaking",))
+    _, _, probabilities = teacher_forced(
+        model, val, batches, device, config.loss.bce, config.infer.decision, contextlib.nullcontext
+    )
+    _, thresholds = decision_report(
+        traces(val, probabilities), ("speaking", "dst") if config.data.dst else ("speaking",)
+    )
     config.infer.speaking_threshold = thresholds["speaking"]
     config.infer.dst_threshold = thresholds.get("dst", 0.5)
 
@@ -258,7 +267,10 @@ def next_step_floor(trained: str, out: Path) -> float:
 
     for goal, step, following in completions(corpus / "train.json"):
         follows.setdefault((goal, step), Counter())[following] += 1
-    right = [follows[goal, step].most_common(1)[0][0] == following for goal, step, following in completions(held_out / "val.json")]
+    right = [
+        follows[goal, step].most_common(1)[0][0] == following
+        for goal, step, following in completions(held_out / "val.json")
+    ]
     return statistics.mean(right)
 
 
@@ -305,7 +317,9 @@ def main() -> None:
             if not path.exists():
                 write_sample(path, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(
+        arguments.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         work = [pool.submit(run_variant, trained, seed, out) for seed in arguments.seeds for trained in TRAINED]
         try:
             for number, done in enumerate(as_completed(work), 1):

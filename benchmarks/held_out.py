@@ -41,7 +41,10 @@ def shuffled(job: Job) -> Job:
 
 def swapped(jobs: list[Job]) -> list[Job]:
     """Each clip with the frames of the next one, repeated or cut to its own length."""
-    return [Job(job.clip, np.resize(other.embeddings, job.embeddings.shape)) for job, other in zip(jobs, jobs[1:] + jobs[:1])]
+    return [
+        Job(job.clip, np.resize(other.embeddings, job.embeddings.shape))
+        for job, other in zip(jobs, jobs[1:] + jobs[:1])
+    ]
 
 
 def replies_right(job: Job, records: list[dict]) -> tuple[int, int]:
@@ -57,7 +60,9 @@ def with_question(job: Job) -> tuple[Job, int, int | None]:
     """The clip with a question at a frame 5 s or more from every turn; that frame, and the step a right answer names."""
     draw, clip = generator(CORPUS_SEED, "question", job.clip.id), job.clip
     taken = [turn.end_frame for turn in clip.turns if turn.role != "system"]
-    quiet = [f for f in range(clip.start_frame + 10, clip.end_frame - 10) if all(abs(f - t) >= 5 * clip.fps for t in taken)]
+    quiet = [
+        f for f in range(clip.start_frame + 10, clip.end_frame - 10) if all(abs(f - t) >= 5 * clip.fps for t in taken)
+    ]
     frame = int(draw.choice(quiet))
     state = list(clip.state_before(frame).values())
     under_way = [i for i, now in enumerate(state) if now == "in_progress"]
@@ -80,14 +85,23 @@ def main() -> None:
         corpus = Path(folder) / "held_out"
         write_sample(corpus, seed=CORPUS_SEED, difficulty=arguments.difficulty, clips=1, val_clips=arguments.clips)
         jobs = load_jobs([str(corpus / "val.json")], config)
-        for name, shown in (("held-out clips", jobs), ("frames shuffled", [shuffled(job) for job in jobs]), ("frames of another clip", swapped(jobs))):
+        for name, shown in (
+            ("held-out clips", jobs),
+            ("frames shuffled", [shuffled(job) for job in jobs]),
+            ("frames of another clip", swapped(jobs)),
+        ):
             collected: dict[int, list[dict]] = {id(job): [] for job in shown}
             for job, records in stream_jobs(model, tokenizer, shown, config, streams=8):
                 collected[id(job)] += [record.to_dict() for record in records]
-            numbers = summarise([score_clip(job.clip, collected[id(job)], similarity, config.data.dst) for job in shown])
+            numbers = summarise(
+                [score_clip(job.clip, collected[id(job)], similarity, config.data.dst) for job in shown]
+            )
             right, said = np.sum([replies_right(job, collected[id(job)]) for job in shown], axis=0)
-            print(f"| {name} | {numbers['speaking_event_f1']:.3f} | {numbers['dst_event_f1']:.3f} | {numbers['joint_goal_accuracy']:.3f} "
-                  f"| {right}/{said} = {right / max(said, 1):.3f} |", flush=True)
+            print(
+                f"| {name} | {numbers['speaking_event_f1']:.3f} | {numbers['dst_event_f1']:.3f} | {numbers['joint_goal_accuracy']:.3f} "
+                f"| {right}/{said} = {right / max(said, 1):.3f} |",
+                flush=True,
+            )
 
         answered, named = 0, 0
         asked = {id(job): (job, frame, right) for job, frame, right in map(with_question, jobs)}
@@ -97,7 +111,9 @@ def main() -> None:
                 if record.frame_idx == frame and record.text is not None:
                     answered += 1
                     named += named_step(record.text, [step.name for step in job.clip.steps]) == right
-        print(f"\nasked at an unplanned moment: {answered} of {len(asked)} questions answered at once, {named} with the right step")
+        print(
+            f"\nasked at an unplanned moment: {answered} of {len(asked)} questions answered at once, {named} with the right step"
+        )
 
 
 if __name__ == "__main__":

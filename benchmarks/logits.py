@@ -70,14 +70,27 @@ def main() -> None:
         print(peak_above(arguments.of, arguments.shape, arguments.labelled[0], arguments.device))
         return
     tokens = int(make_batch(arguments.shape, 0, "cpu")["attention_mask"].sum())
-    print(f"{arguments.shape} on {arguments.device}: {tokens} tokens, vocabulary {SHAPES[arguments.shape][5]:,}, chunks of {LM_CHUNK}")
+    print(
+        f"{arguments.shape} on {arguments.device}: {tokens} tokens, vocabulary {SHAPES[arguments.shape][5]:,}, chunks of {LM_CHUNK}"
+    )
     print("| learned | tokens learned | ours, MiB | transformers, MiB |\n|---:|---:|---:|---:|")
     for share in arguments.labelled:
         batch = make_batch(arguments.shape, share, "cpu")
         learned = sum(int((batch[key] != IGNORE).sum()) for key in GEN_KEYS)
         peaks = []
         for which in ("ours", "theirs"):
-            command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device, "--labelled", str(share), "--of", which]
+            command = [
+                sys.executable,
+                __file__,
+                "--shape",
+                arguments.shape,
+                "--device",
+                arguments.device,
+                "--labelled",
+                str(share),
+                "--of",
+                which,
+            ]
             # One arena and no thresholds that grow: what is freed goes back to the system at once, and the peak is that of live tensors.
             environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -31,7 +31,15 @@ def seconds_until(happened, process: subprocess.Popen, started: float) -> float:
 
 def time_run(config: str, overrides: list[str], out: Path) -> float:
     """One run up to its first step, which is then stopped."""
-    command = [sys.executable, "train.py", config, *overrides, f"run.out={out}", "run.name=startup", "train.log_every=1"]
+    command = [
+        sys.executable,
+        "train.py",
+        config,
+        *overrides,
+        f"run.out={out}",
+        "run.name=startup",
+        "train.log_every=1",
+    ]
     log = out / "startup" / "metrics.jsonl"
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -53,7 +53,9 @@ def transformers_model(model: Prospect):
                          num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
                          num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
     peer = LlamaForCausalLM(config).to(weight.device, weight.dtype).eval()
-    peer.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.", "lm_head."))})
+    peer.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.", "lm_head."))}
+    )
     return peer
 
 
@@ -125,7 +127,12 @@ def main() -> None:
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
     config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
-    raw = {"start_frame_idx": 0, "end_frame_idx": arguments.frames - 1, "conversation": [], "inferred_goal": "Go on " * 30}
+    raw = {
+        "start_frame_idx": 0,
+        "end_frame_idx": arguments.frames - 1,
+        "conversation": [],
+        "inferred_goal": "Go on " * 30,
+    }
     clip, _ = parse_clip(raw, "bench", 0)
     prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
     frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
@@ -135,7 +142,12 @@ def main() -> None:
         cache = make_cache(model, config, count)
         return [StreamSession(model, tokenizer, clip, config, cache=cache, row=row) for row in range(count)]
 
-    modes = {"transformers, growing cache": 1, "the same, two heads in place of the LM head": 1, **{f"engine, K={k}": k for k in LOOKAHEAD}, f"engine, K=1, {STREAMS} streams": STREAMS}
+    modes = {
+        "transformers, growing cache": 1,
+        "the same, two heads in place of the LM head": 1,
+        **{f"engine, K={k}": k for k in LOOKAHEAD},
+        f"engine, K=1, {STREAMS} streams": STREAMS,
+    }
     a_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds a frame, of each round
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
@@ -154,15 +166,23 @@ def main() -> None:
                 steps[name] += [1e3 * t for t in times]
 
     need = frame_bytes(model, len(prompt) + len(frames) // 2)
-    print(f"{arguments.shape} on {device}, {arguments.precision}: {len(frames)} silent frames behind {len(prompt)} tokens, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}; a frame reads {need / 1e6:.0f} MB, memory gives {bandwidth / 1e9:.1f} GB/s")
-    print("| | ms a frame | p95 of a step, ms | frames/s | against transformers (lowest..highest round) | of the bandwidth |")
+    print(
+        f"{arguments.shape} on {device}, {arguments.precision}: {len(frames)} silent frames behind {len(prompt)} tokens, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; a frame reads {need / 1e6:.0f} MB, memory gives {bandwidth / 1e9:.1f} GB/s"
+    )
+    print(
+        "| | ms a frame | p95 of a step, ms | frames/s | against transformers (lowest..highest round) | of the bandwidth |"
+    )
     print("|---|---:|---:|---:|---:|---:|")
     for name, values in a_frame.items():
         ratios = [theirs / ours for theirs, ours in zip(a_frame["transformers, growing cache"], values)]
         median, p95 = statistics.median(values), float(np.percentile(steps[name], 95))
-        share = f"{need / (median / 1e3) / bandwidth:.0%}" if name == "engine, K=1" else ""  # the others read a weight once for many
-        print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f}) | {share} |")
+        share = (
+            f"{need / (median / 1e3) / bandwidth:.0%}" if name == "engine, K=1" else ""
+        )  # the others read a weight once for many
+        print(
+            f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f}) | {share} |"
+        )
 
 
 if __name__ == "__main__":

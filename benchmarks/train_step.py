@@ -122,12 +122,19 @@ def their_step(
     def step() -> float:
         embeds = model.get_input_embeddings()(batch["input_ids"])
         embeds[batch["input_ids"] == 1] = projector(batch["image_embeds"].to(dtype))
-        out = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"].long(), output_hidden_states=True, use_cache=False)
+        out = model(
+            inputs_embeds=embeds,
+            attention_mask=batch["attention_mask"].long(),
+            output_hidden_states=True,
+            use_cache=False,
+        )
         loss = masked_bce(speaking_head(out.hidden_states[-1]), labels["speaking_labels"])
         loss = loss + masked_bce(dst_head(out.hidden_states[-1]), labels["dst_update_labels"])
         if one_pass:  # no position is learned from by both
             targets = [F.pad(labels[key], (0, 1), value=IGNORE)[:, 1:].flatten() for key in GEN_KEYS]
-            tokens = F.cross_entropy(out.logits.float().flatten(0, 1), torch.maximum(*targets), ignore_index=IGNORE, reduction="none")
+            tokens = F.cross_entropy(
+                out.logits.float().flatten(0, 1), torch.maximum(*targets), ignore_index=IGNORE, reduction="none"
+            )
             loss = loss + sum(tokens[target != IGNORE].mean() for target in targets)
         else:
             loss = loss + sum(model.loss_function(out.logits, labels[key], model.config.vocab_size) for key in GEN_KEYS)
@@ -158,7 +165,10 @@ def needed_flops(shape: str, batch: dict) -> float:
     projector = frames * (c.vision_dim * c.hidden_size * 2 / 3 + c.hidden_size**2)  # embeddings need no gradient
     # Attention: half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass.
     attention = 6 * c.num_hidden_layers * heads * float((lengths**2).sum())
-    return 6 * (float(lengths.sum()) * c.num_hidden_layers * block + learned * c.hidden_size * c.vocab_size + projector) + attention
+    return (
+        6 * (float(lengths.sum()) * c.num_hidden_layers * block + learned * c.hidden_size * c.vocab_size + projector)
+        + attention
+    )
 
 
 def peak_memory(which: str, arguments: argparse.Namespace, directory: str) -> float:
@@ -205,7 +215,10 @@ def main() -> int:
         init_weights(model, 0)
         save_model(model.to(dtype), Path(directory))
         del model
-        steps = {name: make(directory, batch, arguments.device, dtype, arguments.checkpointing) for name, make in makers.items()}
+        steps = {
+            name: make(directory, batch, arguments.device, dtype, arguments.checkpointing)
+            for name, make in makers.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, float] = {}
         for repeat in range(arguments.repeats + 1):  # the first is warm-up
@@ -220,15 +233,19 @@ def main() -> int:
     tokens = int(batch["attention_mask"].sum())
     median = {name: statistics.median(values) for name, values in times.items()}
     gen = sum(int((batch[key] != IGNORE).sum()) for key in GEN_KEYS)
-    print(f"{arguments.shape} on {arguments.device}, {arguments.precision}: {tokens} tokens, {gen} of them learned by the LM head ({gen / tokens:.0%}); "
-          f"first losses {', '.join(f'{loss:.4f}' for loss in losses.values())}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        f"{arguments.shape} on {arguments.device}, {arguments.precision}: {tokens} tokens, {gen} of them learned by the LM head ({gen / tokens:.0%}); "
+        f"first losses {', '.join(f'{loss:.4f}' for loss in losses.values())}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
     needed, rate = needed_flops(arguments.shape, batch), matmul_flops(arguments.device, dtype)
     columns: dict[str, Callable[[str], str]] = {
         f"step, s (median of {arguments.repeats})": lambda name: f"{median[name]:.3f}",
         "tokens/s": lambda name: f"{tokens / median[name]:.0f}",
         "ours is as fast, times": lambda name: f"{median[name] / median['ours']:.2f}",
         f"TFLOP/s, of {needed / 1e12:.2f} TFLOP a step": lambda name: f"{needed / median[name] / 1e12:.3f}",
-        f"of the {rate / 1e12:.3f} TFLOP/s of a large matrix product": lambda name: f"{needed / median[name] / rate:.0%}",
+        f"of the {rate / 1e12:.3f} TFLOP/s of a large matrix product": lambda name: (
+            f"{needed / median[name] / rate:.0%}"
+        ),
         "peak memory, GiB": lambda name: f"{memory[name]:.2f}",
         "ours takes of it": lambda name: f"{memory['ours'] / memory[name]:.2f}",
     }

@@ -285,7 +285,9 @@ def _is_a(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is not dict:
         return isinstance(value, hint)
     _, item = typing.get_args(hint)
-    return isinstance(value, dict) and all(isinstance(v, int | float if item is float else item) for v in value.values())
+    return isinstance(value, dict) and all(
+        isinstance(v, int | float if item is float else item) for v in value.values()
+    )
 
 
 def read_config(directory: Path) -> Config:

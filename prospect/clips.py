@@ -85,6 +85,23 @@ class Clip:
                 state = apply_update(state, turn.transitions)
         return state
 
+    def states_after(self) -> list[State]:
+        """The state after each frame, [F]: updates that stand at the frame are applied."""
+        states, state, updates = [], self.initial_state, self.updates()
+        for frame in range(self.start_frame, self.end_frame + 1):
+            while updates and updates[0].end_frame <= frame:
+                state = apply_update(state, updates.pop(0).transitions)
+            states.append(state)
+        return states
+
+    def replies(self) -> dict[int, str]:
+        """What the assistant says, by frame, in order; several replies at one frame are one text, as in training."""
+        found: dict[int, list[str]] = {}
+        for turn in sorted(self.turns, key=lambda turn: turn.end_frame):
+            if turn.role == "assistant":
+                found.setdefault(turn.end_frame, []).append(turn.text)
+        return {frame: " ".join(texts) for frame, texts in found.items()}
+
 
 @dataclass(frozen=True)
 class Problem:

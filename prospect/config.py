@@ -57,7 +57,9 @@ class DataConfig:
     val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
     embeddings: str | None = None  # folder of embedding files; default: `embeddings/` beside each clip file
     embeddings_outside: bool = False  # allow a clip's `embeddings` field to point outside that folder
-    sample: Literal["easy", "long", "hard"] | None = None  # make the sample corpus at this difficulty when data.train is absent
+    sample: Literal["easy", "long", "hard"] | None = (
+        None  # make the sample corpus at this difficulty when data.train is absent
+    )
     on_bad: Literal["stop", "skip"] = "stop"  # what to do about a bad clip
     workers: int = 0  # processes that prepare batches beside the training loop
     # the sequence
@@ -120,7 +122,9 @@ class TrainConfig:
     heads_learning_rate: float | None = None
     activation_checkpointing: bool = False
     compile: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # with several ranks: each holds the whole model, or a share of every weight
+    parallel: Literal["ddp", "fsdp"] = (
+        "ddp"  # with several ranks: each holds the whole model, or a share of every weight
+    )
     nonfinite: Literal["stop", "skip"] = "stop"  # what to do about a loss or gradient that is not finite
     max_skips: int = 20  # steps skipped one after another before the run stops all the same
     device: str = "auto"  # auto: cuda when there is one, else cpu
@@ -128,7 +132,9 @@ class TrainConfig:
     eval_every: int = 200  # steps; and always after the last
     save_every: int = 200  # steps; and always after the last
     keep: int = 2  # newest checkpoints kept, besides the best
-    sharded_checkpoints: bool = False  # every rank writes its share; `python -m prospect.checkpoint` makes a full one of it
+    sharded_checkpoints: bool = (
+        False  # every rank writes its share; `python -m prospect.checkpoint` makes a full one of it
+    )
     resume: str = "auto"  # auto: go on from the run's last checkpoint; never; or a checkpoint directory
 
 
@@ -292,17 +298,23 @@ def _cross_checks(config: Config) -> list[str]:
     problems = []
     m, d = config.model, config.data
     if d.max_seq_len > d.batch_tokens:
-        problems.append(f"data.batch_tokens {d.batch_tokens} cannot hold one sequence of data.max_seq_len {d.max_seq_len}")
+        problems.append(
+            f"data.batch_tokens {d.batch_tokens} cannot hold one sequence of data.max_seq_len {d.max_seq_len}"
+        )
     if config.infer.reserved >= d.max_seq_len:
         problems.append(f"infer.reserved {config.infer.reserved} leaves nothing of data.max_seq_len {d.max_seq_len}")
     if m.backbone is None and m.hidden_size % m.num_attention_heads:
-        problems.append(f"model.hidden_size {m.hidden_size} is not a multiple of model.num_attention_heads {m.num_attention_heads}")
+        problems.append(
+            f"model.hidden_size {m.hidden_size} is not a multiple of model.num_attention_heads {m.num_attention_heads}"
+        )
     elif m.backbone is None and (m.hidden_size // m.num_attention_heads) % 2:
         problems.append("model.hidden_size / model.num_attention_heads must be even (RoPE turns pairs)")
     if m.backbone is None and m.num_attention_heads % m.num_key_value_heads:
         problems.append("model.num_attention_heads is not a multiple of model.num_key_value_heads")
     if m.backbone is None and config.train.tune != "full":
-        problems.append(f"train.tune={config.train.tune} needs a pretrained model.backbone; from scratch everything is trained")
+        problems.append(
+            f"train.tune={config.train.tune} needs a pretrained model.backbone; from scratch everything is trained"
+        )
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
     if m.dst_state_head and not d.dst:

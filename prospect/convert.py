@@ -31,13 +31,13 @@ What a dialogue has and we have not is carried along untouched (`metadata`, `pro
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prospect.clips import ClipFile
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import written_whole
 
 ADDED_TO_CLIP = ("id", "embeddings", "inferred_goal", "inferred_knowledge", "dst", "unanswered")
 ADDED_TO_TURN = ("start_frame", "end_frame")
@@ -71,16 +71,21 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         elif entry["role"] in ("user", "assistant"):
             position = (upcoming, 0) if entry["role"] == "user" else (upcoming - 1, 1)
             if position[0] < start:
-                raise ProspectError("an assistant's text before the first frame", where=here,
-                                    remedy="some frame has to decide it")
+                raise ProspectError(
+                    "an assistant's text before the first frame", where=here, remedy="some frame has to decide it"
+                )
             if position < latest or unanswered:
-                raise ProspectError("an answer without a frame between it and the user's text", where=here,
-                                    remedy="a frame after the user's text has to decide the answer")
+                raise ProspectError(
+                    "an answer without a frame between it and the user's text",
+                    where=here,
+                    remedy="a frame after the user's text has to decide the answer",
+                )
             latest = position
             conversation.append({**entry, "start_frame": position[0], "end_frame": position[0]})
         else:
-            raise ProspectError(f"unknown role {entry['role']!r:.40}", where=here,
-                                remedy="system, frames, user, assistant")
+            raise ProspectError(
+                f"unknown role {entry['role']!r:.40}", where=here, remedy="system, frames, user, assistant"
+            )
 
     user = metadata.get("user_id")
     clip = {**sample, "end_frame_idx": end - 1, "conversation": conversation}
@@ -94,8 +99,11 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         clip["unanswered"] = unanswered
 
     if to_prepared(clip, where) != sample:
-        raise ProspectError("its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts",
-                            where=where, remedy="no clip of ours can express that; leave the dialogue out")
+        raise ProspectError(
+            "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts",
+            where=where,
+            remedy="no clip of ours can express that; leave the dialogue out",
+        )
     return clip
 
 
@@ -114,8 +122,11 @@ def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:
     for i, turn in enumerate(_entries(clip, where)):
         here = f"{where}, turn {i}"
         if turn["role"] not in ("system", "user", "assistant"):
-            raise ProspectError(f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue", where=here,
-                                remedy="only clips that this converter made can go back")
+            raise ProspectError(
+                f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue",
+                where=here,
+                remedy="only clips that this converter made can go back",
+            )
         if turn["role"] != "system":
             show_until(_frame(turn, "end_frame", here) + (turn["role"] == "assistant"))
         conversation.append({field: value for field, value in turn.items() if field not in ADDED_TO_TURN})
@@ -167,24 +178,16 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def write_objects(objects: Iterator[dict[str, Any]], path: Path) -> int:
     """Write JSONL where `path` ends with .jsonl, else a JSON list; returns how many.
 
-    One object is held at a time. Written aside and renamed: a refused dialogue leaves nothing behind.
+    One object is held at a time. A refused dialogue leaves nothing behind.
     """
     before, between, after = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     count = 0
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(before)
-            for item in objects:
-                file.write((between if count else "") + json.dumps(item, ensure_ascii=False))
-                count += 1
-            file.write(after)
-        os.replace(aside, path)
-    except OSError as error:
-        raise ProspectError(f"cannot be written: {error.strerror}", where=str(path),
-                            remedy="check the directory and the free space") from error
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path) as file:
+        file.write(before.encode())
+        for item in objects:
+            file.write(((between if count else "") + json.dumps(item, ensure_ascii=False)).encode())
+            count += 1
+        file.write(after.encode())
     return count
 
 

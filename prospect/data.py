@@ -634,14 +634,7 @@ class Corpus:
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        config: DataConfig,
-        tokenizer: Tokenizer,
-        vision_dim: int,
-        *,
-        rate: float,
-        seed: int,
+        self, paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, vision_dim: int, *, rate: float, seed: int
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
         sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]

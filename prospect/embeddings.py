@@ -33,9 +33,9 @@ Sources: the opcodes are documented in the ``pickletools`` module of Python's st
 
 import argparse
 import enum
-import io
 import math
 import os
+import pickle
 import pickletools
 import stat
 import sys
@@ -50,6 +50,7 @@ import safetensors.numpy
 from tqdm import tqdm
 
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import written_whole
 
 ENDINGS = (".pkl", ".npy", ".safetensors")  # in the order in which they are looked for
 SAFETENSORS_DTYPES = ("F16", "BF16", "F32", "F64")
@@ -368,10 +369,10 @@ def _allowed_name(name: str, path: Path) -> Name:
 def _array_of(tree: object, path: Path) -> np.ndarray:
     """The array that the tree of `_replay` stands for, when it has one of numpy's two forms; else ProspectError.
 
-        form 1, protocols 0 to 5              form 2, protocol 5, contiguous arrays
-        _reconstruct(ndarray, (0,), b"b")     _frombuffer(data, dtype, shape, "C" or "F")
-        with state                            _frombuffer(data, dtype, shape, "K", axes)
-        (1, shape, dtype, is_fortran, data)   K: stored as a C array of that shape whose axes are then permuted
+    form 1, protocols 0 to 5              form 2, protocol 5, contiguous arrays
+    _reconstruct(ndarray, (0,), b"b")     _frombuffer(data, dtype, shape, "C" or "F")
+    with state                            _frombuffer(data, dtype, shape, "K", axes)
+    (1, shape, dtype, is_fortran, data)   K: stored as a C array of that shape whose axes are then permuted
     """
     axes = None
     match tree:
@@ -425,7 +426,24 @@ def _bytes_of(data: object) -> bytes | bytearray | None:
     return None
 
 
-# ---- Converting a directory once
+# ---- Writing, and converting a directory once
+
+
+def write_embeddings(rows: np.ndarray, path: Path) -> None:
+    """`rows` as .npy, .pkl or .safetensors, after the ending of `path`, whole or not at all; folders are made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remedy = "name another directory"
+        raise ProspectError(f"cannot be made: {error.strerror}", where=str(path.parent), remedy=remedy) from None
+    with written_whole(path) as file:
+        if path.suffix == ".npy":
+            np.save(file, rows, allow_pickle=False)
+        elif path.suffix == ".safetensors":
+            file.write(safetensors.numpy.save({"embeddings": np.ascontiguousarray(rows)}))
+        else:
+            # As plain array: the memory map's class is no business of whoever reads the pickle.
+            pickle.dump(np.array(rows), file)
 
 
 def convert(directory: Path, out: Path, file_format: str) -> int:
@@ -451,34 +469,9 @@ def convert(directory: Path, out: Path, file_format: str) -> int:
             broken += 1
             tqdm.write(f"broken: {error}", file=sys.stderr)
             continue
-        if file_format == "npy":
-            stream = io.BytesIO()
-            np.save(stream, array, allow_pickle=False)
-            data = stream.getvalue()
-        else:
-            data = safetensors.numpy.save({"embeddings": array})
-        _write_whole(out / f"{path.stem}.{file_format}", data)
+        write_embeddings(array, out / f"{path.stem}.{file_format}")
     print(f"converted {len(paths) - broken} of {len(paths)} files to {out}; {broken} broken")
     return 2 if broken else 0
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write aside, then rename: a reader sees the old file, or none, or the whole new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(aside, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-    except OSError as error:
-        raise ProspectError(
-            f"cannot be written: {error.strerror}", where=str(path), remedy="check the directory and the free space"
-        ) from None
 
 
 def main() -> int:

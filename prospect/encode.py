@@ -22,7 +22,6 @@ import argparse
 import hashlib
 import json
 import os
-import pickle
 import queue
 import sys
 import threading
@@ -35,12 +34,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.numpy import save as safetensors_bytes
 from torch import Tensor
 from tqdm import tqdm
 
 from prospect.clips import ClipFile, clip_id
+from prospect.embeddings import write_embeddings
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import written_whole
 from prospect.frames import count_frames, frames_at
 from prospect.vision import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
@@ -170,30 +170,9 @@ def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
 
     Each file is written aside and renamed. The JSON comes first: where the embeddings are, it is, too.
     """
-    _write_whole(path.with_suffix(".json"), lambda file: file.write(json.dumps(facts, indent=1).encode() + b"\n"))
-    if path.suffix == ".npy":
-        _write_whole(path, lambda file: np.save(file, rows, allow_pickle=False))
-    elif path.suffix == ".safetensors":
-        _write_whole(path, lambda file: file.write(safetensors_bytes({"embeddings": np.ascontiguousarray(rows)})))
-    else:
-        # As plain array: the memory map's class is no business of whoever reads the pickle.
-        _write_whole(path, lambda file: pickle.dump(np.array(rows), file))
-
-
-def _write_whole(path: Path, write) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise ProspectError(
-            f"cannot be written: {error.strerror}", where=str(path), remedy="check the free space"
-        ) from None
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_whole(path.with_suffix(".json")) as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    write_embeddings(rows, path)
 
 
 @dataclass(frozen=True)
@@ -359,12 +338,12 @@ def main(argv: list[str] | None = None) -> int:
 
     # Every rank opens every source for its length (milliseconds), so that all agree on the dealing without a word.
     failures: list[str] = []
-    todo, lengths = [], []
+    missing, lengths = [], []
     for source, of_source in cuts.items():
         if not all([is_done(cut, source, settings) for cut in of_source]):
             try:
                 lengths.append(count_frames(source, arguments.fps, arguments.source_fps))
-                todo.append(source)
+                missing.append(source)
             except ProspectError as error:
                 if rank == 0:
                     failures.append(str(error))
@@ -372,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     mine = deal(lengths, n_ranks)[rank]
     if rank == 0:
         print(
-            f"{len(cuts)} sources: {len(cuts) - len(todo) - len(failures)} done, {len(todo)} to encode "
+            f"{len(cuts)} sources: {len(cuts) - len(missing) - len(failures)} done, {len(missing)} to encode "
             f"({sum(lengths)} frames) on {n_ranks} x {device.type} in {settings.precision}, "
             f"{settings.vectors_per_frame} x {settings.width} numbers a frame"
         )
@@ -383,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     hidden = True if rank else None  # None: shown on a terminal only
     with tqdm(total=sum(lengths[i] for i in mine), unit="frame", desc="encode", disable=hidden) as bar:
         for i in mine:
-            source = todo[i]
+            source = missing[i]
             try:
                 encode_and_write(encoder, source, cuts[source], settings, out, arguments.batch_size, bar)
             except ProspectError as error:

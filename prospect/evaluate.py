@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 import shlex
 import sys
 import time
@@ -37,8 +36,9 @@ from prospect.clips import Clip
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import HEADS, decision_report, teacher_forced, traces
-from prospect.dst import UpdateError, apply_update, parse_update
+from prospect.dst import UpdateError, parse_update
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import read_lines, written_whole
 from prospect.metrics import (
     THRESHOLDS,
     Counts,
@@ -86,12 +86,8 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
     """
     first, F = clip.start_frame, len(records)
     said = {record["frame_idx"] - first: record["text"] for record in records if record["text"] is not None}
-    wanted: dict[int, str] = {}
-    for turn in clip.turns:
-        if turn.role == "assistant":  # several at one frame are one text, as in training
-            row = turn.end_frame - first
-            wanted[row] = f"{wanted[row]} {turn.text}" if row in wanted else turn.text
-    said_rows, wanted_rows = sorted(said), sorted(wanted)
+    wanted = {frame - first: text for frame, text in clip.replies().items()}
+    said_rows, wanted_rows = list(said), list(wanted)
     alike = similarity.between([said[row] for row in said_rows], [wanted[row] for row in wanted_rows])  # [P, R]
     window = window_of(clip.dataset)
     dialogue = match_dialogue(said_rows, wanted_rows, alike, num_frames=F, fps=clip.fps, window_seconds=window)
@@ -109,18 +105,13 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
 
 def score_task_state(clip: Clip, records: list[dict], window: tuple[float, float]) -> TaskStateCounts:
     """The predicted state at every frame, and every applied transition, against the reference's."""
-    first, F = clip.start_frame, len(records)
-    reference_states, state, updates = [], clip.initial_state, clip.updates()
-    for frame in range(first, first + F):  # the state after the updates that stand at the frame
-        while updates and updates[0].end_frame <= frame:
-            state = apply_update(state, updates.pop(0).transitions)
-        reference_states.append(state)
+    first = clip.start_frame
     written = [record for record in records if record["dst_update"] is not None]
     applied = [record for record in written if record["invalid_update"] is None]
     ids = [step.id for step in clip.steps]
     return task_state_metrics(
         state_matrix([record["dst_state"] for record in records], ids),
-        state_matrix(reference_states, ids),
+        state_matrix(clip.states_after(), ids),
         [(record["frame_idx"] - first, t) for record in applied for t in read_update(record["dst_update"])],
         [(turn.end_frame - first, t) for turn in clip.updates() for t in turn.transitions],
         num_generated=len(written),
@@ -201,7 +192,7 @@ def records_file(records_dir: Path, clip_id: str) -> Path:
 def read_records(path: Path, job: Job) -> list[dict] | None:
     """The records of a finished clip; None where there is no file, or not one with a whole record for every frame."""
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        records = [json.loads(line) for line in read_lines(path)]
     except (FileNotFoundError, ValueError, RecursionError):  # ValueError: broken off, or not UTF-8
         return None
     except OSError as error:
@@ -266,10 +257,7 @@ def footing(
     thresholds = f"speaking {infer.speaking_threshold:.4f}"
     thresholds += f", updates {infer.dst_threshold:.4f}" if config.data.dst else ""
     used = f"thresholds: {thresholds}; strategy: {infer.strategy}; decision: {infer.decision}"
-    lines = [
-        f"command: `{command}`",
-        f"checkpoint: {checkpoint}, step {step}; {used}; similarity: {similarity.name}",
-    ]
+    lines = [f"command: `{command}`", f"checkpoint: {checkpoint}, step {step}; {used}; similarity: {similarity.name}"]
     if absent := not_computed(results):
         lines.append(f"not computed: {absent}")
     return "  \n".join(lines)
@@ -301,13 +289,17 @@ def sweep(checkpoint: Path, corpus: Corpus, model: Prospect, config: Config) -> 
         print("| threshold | P | R | F1 |\n|---:|---:|---:|---:|")
         for threshold, counts in list(zip(THRESHOLDS, curve))[::10]:
             print(f"| {threshold:.4f} | {counts.precision:.3f} | {counts.recall:.3f} | {counts.f1:.3f} |")
-        print(f"chosen: {thresholds[head]:.4f}, event F1 {numbers[f'{head}_event_f1']:.3f}; "
-              f"average precision {numbers[f'{head}_average_precision']:.3f}, AUROC {numbers[f'{head}_auroc']:.3f}")
+        print(
+            f"chosen: {thresholds[head]:.4f}, event F1 {numbers[f'{head}_event_f1']:.3f}; "
+            f"average precision {numbers[f'{head}_average_precision']:.3f}, AUROC {numbers[f'{head}_auroc']:.3f}"
+        )
     own = read_config(checkpoint).infer.decision
     if decision != own:
         found = thresholds.pop("speaking")
-        print(f"\nthe speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
-              f"use infer.decision={decision} infer.speaking_threshold={found:.6f}")
+        print(
+            f"\nthe speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
+            f"use infer.decision={decision} infer.speaking_threshold={found:.6f}"
+        )
     state = read_state(checkpoint)
     state.thresholds |= thresholds
     write_json(checkpoint / "state.json", dataclasses.asdict(state))
@@ -436,14 +428,8 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written aside and renamed: never half there."""
-    aside = path.with_name(f"{path.name}.writing")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        remedy = "make room and start again: what is finished stays"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from error
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 if __name__ == "__main__":

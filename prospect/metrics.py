@@ -37,6 +37,7 @@ THRESHOLDS = 1 / (1 + np.exp(-np.linspace(-6, 6, 121)))
 
 # ---------------------------------------------------------------- counts
 
+
 def ratio(numerator: float, denominator: float) -> float:
     """numerator / denominator, and 0.0 where the denominator is 0."""
     return float(numerator / denominator) if denominator else 0.0
@@ -51,9 +52,7 @@ class Counts:
     reference: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.matched + other.matched, self.predicted + other.predicted, self.reference + other.reference
-        )
+        return Counts(self.matched + other.matched, self.predicted + other.predicted, self.reference + other.reference)
 
     @property
     def precision(self) -> float:
@@ -69,6 +68,7 @@ class Counts:
 
 
 # ---------------------------------------------------------------- the assignment behind both other parts
+
 
 def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
     """Give every row of `cost` [n, m], n <= m, a column of its own at the least total cost; np.inf forbids a pair.
@@ -86,7 +86,7 @@ def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
     row_of = np.full(m, -1)
     for new_row in range(n):
         length = np.full(m, np.inf)  # of the cheapest chain known to each column
-        came_from = np.full(m, -1)   # the row that takes this column in that chain
+        came_from = np.full(m, -1)  # the row that takes this column in that chain
         settled = np.zeros(m, bool)
         row, reached = new_row, 0.0
         while True:
@@ -117,18 +117,17 @@ def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------- decisions: the two heads, frame by frame
 
+
 @dataclass(frozen=True)
 class DecisionCounts:
     """One head over one or many clips: exact frames, and events. Counts add up."""
 
     frames: Counts = Counts()  # over labelled frames: matched = true positives
-    negatives: int = 0         # labelled frames that are 0
+    negatives: int = 0  # labelled frames that are 0
     events: Counts = Counts()  # one reference event a turn, one predicted event a run of firing frames
 
     def __add__(self, other: "DecisionCounts") -> "DecisionCounts":
-        return DecisionCounts(
-            self.frames + other.frames, self.negatives + other.negatives, self.events + other.events
-        )
+        return DecisionCounts(self.frames + other.frames, self.negatives + other.negatives, self.events + other.events)
 
     @property
     def balanced_accuracy(self) -> float:
@@ -189,7 +188,7 @@ def match_events(predicted: Sequence[int], reference: Sequence[int], tolerance: 
     P, R = len(p_frames), len(r_frames)
 
     distance = np.abs(p_frames[:, None] - r_frames[None, :])  # [P, R]
-    one_pair = 1 + tolerance * min(P, R)                      # more than all the distances of any matching
+    one_pair = 1 + tolerance * min(P, R)  # more than all the distances of any matching
     gain = np.where(distance <= tolerance, one_pair - distance, -1)
     best = np.zeros((P + 1, R + 1), np.int64)
     for p in range(P):
@@ -314,7 +313,13 @@ WINDOWS = {
 OTHER_WINDOW = (-2.5, 2.5)
 
 _DIALOGUE_SUMS = (
-    "num_matched", "num_mismatched", "num_missed", "num_redundant", "time_diff_sum", "semantic_sum", "semantic_count"
+    "num_matched",
+    "num_mismatched",
+    "num_missed",
+    "num_redundant",
+    "time_diff_sum",
+    "semantic_sum",
+    "semantic_count",
 )
 
 
@@ -406,15 +411,17 @@ def match_dialogue(
     scores = [float(similarity[pair]) for pair in pairs]
     correct = [pair for pair, score in zip(pairs, scores) if score > threshold]
     semantic = [score for score in scores if score >= threshold]
-    result = _dialogue_rates({
-        "num_matched": len(correct),
-        "num_mismatched": len(pairs) - len(correct),
-        "num_missed": R - len(pairs),
-        "num_redundant": P - len(pairs),
-        "time_diff_sum": float(sum(abs(predicted[p] - reference[r]) for p, r in correct) / fps),
-        "semantic_sum": float(sum(semantic)),
-        "semantic_count": len(semantic),
-    })
+    result = _dialogue_rates(
+        {
+            "num_matched": len(correct),
+            "num_mismatched": len(pairs) - len(correct),
+            "num_missed": R - len(pairs),
+            "num_redundant": P - len(pairs),
+            "time_diff_sum": float(sum(abs(predicted[p] - reference[r]) for p, r in correct) / fps),
+            "semantic_sum": float(sum(semantic)),
+            "semantic_count": len(semantic),
+        }
+    )
     return {**result, "pairs": pairs, "correct_pairs": correct}
 
 
@@ -441,20 +448,21 @@ def _dialogue_rates(sums: dict[str, Any]) -> dict[str, Any]:
 
 # ---------------------------------------------------------------- task state
 
+
 @dataclass(frozen=True, eq=False)  # an array has no single answer to ==
 class TaskStateCounts:
     """Task state over one or many clips. Counts add up."""
 
-    frames: int = 0        # of clips that have steps
+    frames: int = 0  # of clips that have steps
     frames_right: int = 0  # on which every step's state is right
     states: np.ndarray = field(default_factory=lambda: np.zeros((3, 3), np.int64))  # [reference, predicted]
     transitions: Counts = Counts()  # the same step, the same transition, within the window
     time_errors: tuple[float, ...] = ()  # seconds, one per matched transition, >= 0
-    timed: int = 0         # updates paired by time alone,
-    timed_step: int = 0        # of these with the right step,
+    timed: int = 0  # updates paired by time alone,
+    timed_step: int = 0  # of these with the right step,
     timed_transition: int = 0  # and with the right transition
-    generated: int = 0     # update texts written
-    valid: int = 0         # of these that parse, name known steps and are legal
+    generated: int = 0  # update texts written
+    valid: int = 0  # of these that parse, name known steps and are legal
 
     def __add__(self, other: "TaskStateCounts") -> "TaskStateCounts":
         return TaskStateCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
@@ -557,6 +565,7 @@ def pair_updates(
 
 
 # ---------------------------------------------------------------- reporting
+
 
 def by_dataset(
     clips: Sequence[tuple[str, Result]], summarise: Callable[[list[Result]], dict[str, Any]]

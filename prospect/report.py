@@ -29,11 +29,11 @@ from typing import Any
 
 from prospect.clips import Clip, ClipFile
 from prospect.data import LABEL_KEYS, Sample
-from prospect.dst import STATES, State, apply_update, write_update
+from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError, run_entry_point
 from prospect.evaluate import TABLE, ClipScore, read_update, score_clip, summarise
-from prospect.metrics import pair_updates as pair_updates
-from prospect.metrics import window_of
+from prospect.files import read_lines, written_whole
+from prospect.metrics import pair_updates, window_of
 from prospect.model import IGNORE
 from prospect.text_metrics import load_similarity
 from prospect.tokenizer import Tokenizer
@@ -58,16 +58,10 @@ def write_page(path: str | Path, kind: str, title: str, data: Any) -> None:
     parts["script"] = part("common.js") + part(f"{kind}.js")
     skeleton = part("page.html").split("{{")
     page = skeleton[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in skeleton[1:]))
-    path = Path(path)
-    beside = path.with_name(path.name + ".writing")
-    try:
-        # Half of a surrogate pair can stand in a JSON string, and in no file.
-        beside.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(beside, path)
-    except OSError as error:
-        raise ProspectError(
-            f"cannot be written: {error.strerror}", where=str(path), remedy="name another file"
-        ) from error
+    with written_whole(Path(path)) as file:
+        file.write(
+            page.encode("utf-8", "replace")
+        )  # half of a surrogate pair can stand in a JSON string, and in no file
 
 
 def part(name: str) -> str:
@@ -137,7 +131,7 @@ def read_records(path: str | Path) -> dict[str, list[dict]]:
     """Records by clip id, in the order of the file. Raises ProspectError, naming the line, where there is no record."""
     clips: dict[str, list[dict]] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_lines(Path(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ProspectError(
             f"cannot be read: {error}", where=str(path), remedy="python infer.py --out makes it"
@@ -262,11 +256,7 @@ def dialogue_events(records: list[dict], clip: Clip | None, score: ClipScore | N
             event.note = f"cut off: {cut}"
     if clip is None or score is None:
         return said
-    texts: dict[int, list[str]] = {}
-    for turn in clip.turns:
-        if turn.role == "assistant":  # several at one frame are one text, as in training
-            texts.setdefault(turn.end_frame - clip.start_frame, []).append(turn.text)
-    wanted = [Event(row, "wanted", " ".join(texts[row]), "missed") for row in sorted(texts)]
+    wanted = [Event(frame - clip.start_frame, "wanted", text, "missed") for frame, text in clip.replies().items()]
     for event in said:
         event.status = "redundant"
     correct = set(score.dialogue["correct_pairs"])
@@ -324,13 +314,7 @@ def update_events(records: list[dict], clip: Clip | None) -> list[Event]:
 def step_lanes(records: list[dict], clip: Clip | None, reference: Clip | None) -> list[StepLane]:
     """Each step's state after every frame, predicted, and where there is a reference as it should be."""
     predicted: list[State] = [record["dst_state"] for record in records]
-    due: list[State] | None = None
-    if reference is not None:
-        due, state, updates = [], reference.initial_state, reference.updates()
-        for frame in range(reference.start_frame, reference.start_frame + len(records)):
-            while updates and updates[0].end_frame <= frame:
-                state = apply_update(state, updates.pop(0).transitions)
-            due.append(state)
+    due = None if reference is None else reference.states_after()
     names = {step.id: step.name for step in clip.steps} if clip else dict.fromkeys(predicted[0], "")
     return [
         StepLane(id, name, state_runs(predicted, id), None if due is None else state_runs(due, id))

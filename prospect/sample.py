@@ -60,7 +60,9 @@ SPLITS = ("train", "val")
 @dataclass(frozen=True)
 class Difficulty:
     noise: float  # in each of the R directions, for looks of length 1: what counts for telling two looks apart
-    whole_tasks: bool  # every clip from the wish to the last step; else of a drawn length, half of them from mid-task on
+    whole_tasks: (
+        bool  # every clip from the wish to the last step; else of a drawn length, half of them from mid-task on
+    )
     obey: float  # probability that the person begins the step just named
     choices: int  # of how many open steps, in the recipe's order, the person chooses; all alike but for the one named
 
@@ -93,15 +95,42 @@ class Task:
 
 
 TASKS = (
-    Task("Assembling a Toy Truck", "assemble a toy truck",
-         ("screw the chassis together", "attach the wheels to the chassis", "mount the cabin at the front",
-          "clip in the window", "hook on the trailer", "stick on the lights")),
-    Task("Making a Pot of Coffee", "make a pot of coffee",
-         ("boil the water", "grind the beans", "warm the pot",
-          "fold the filter paper", "measure the milk", "set out the cups")),
-    Task("Repotting a Plant", "repot a plant",
-         ("trim the dead leaves", "loosen the roots", "put stones in the new pot",
-          "mix the soil", "wipe the saucer", "cut a stick for the stem")),
+    Task(
+        "Assembling a Toy Truck",
+        "assemble a toy truck",
+        (
+            "screw the chassis together",
+            "attach the wheels to the chassis",
+            "mount the cabin at the front",
+            "clip in the window",
+            "hook on the trailer",
+            "stick on the lights",
+        ),
+    ),
+    Task(
+        "Making a Pot of Coffee",
+        "make a pot of coffee",
+        (
+            "boil the water",
+            "grind the beans",
+            "warm the pot",
+            "fold the filter paper",
+            "measure the milk",
+            "set out the cups",
+        ),
+    ),
+    Task(
+        "Repotting a Plant",
+        "repot a plant",
+        (
+            "trim the dead leaves",
+            "loosen the roots",
+            "put stones in the new pot",
+            "mix the soil",
+            "wipe the saucer",
+            "cut a stick for the stem",
+        ),
+    ),
 )
 
 SYSTEM_PROMPT = "You are a helpful assistant. You watch the user work and help in time."
@@ -153,7 +182,9 @@ def world_looks() -> np.ndarray:
     """The looks of all tasks, [tasks, L, D] float32 of unit length, L = 1 + 3 * NUM_STEPS; see `look_index`."""
     rng = np.random.default_rng([WORLD_SEED, 0])
     trouble = _unit(rng.standard_normal(R, dtype=np.float32))  # [R]
-    idle, under_way, done = (_unit(rng.standard_normal((len(TASKS), n, R), dtype=np.float32)) for n in (1, NUM_STEPS, NUM_STEPS))
+    idle, under_way, done = (
+        _unit(rng.standard_normal((len(TASKS), n, R), dtype=np.float32)) for n in (1, NUM_STEPS, NUM_STEPS)
+    )
     wrong = _unit(under_way + trouble)
     return np.concatenate([idle, under_way, done, wrong], axis=1) @ world_subspace()
 
@@ -277,24 +308,29 @@ def conversation(story: Story, rng: np.random.Generator) -> list[dict]:
         state[story.under_way_before] = "in_progress"
 
     # Prompt text; like in real files its frames mean nothing and lie outside the clip.
-    turns = [{"role": "system", "content": SYSTEM_PROMPT, "start_frame": 0, "end_frame": 1,
-              "labels": "system|generic"}]
+    turns = [{"role": "system", "content": SYSTEM_PROMPT, "start_frame": 0, "end_frame": 1, "labels": "system|generic"}]
 
     def add(row: int, role: str, content: str | list[dict], labels: str) -> None:
         time = (story.start_frame + row) / FPS
-        turns.append({
-            "role": role,
-            "content": content,
-            "time": time,
-            "start_frame": int((time - 0.5) * FPS),
-            "end_frame": int((time + 0.5) * FPS),
-            "dst_state": {f"S{number}": value for number, value in enumerate(state, 1)},
-            "labels": labels,
-        })
+        turns.append(
+            {
+                "role": role,
+                "content": content,
+                "time": time,
+                "start_frame": int((time - 0.5) * FPS),
+                "end_frame": int((time + 0.5) * FPS),
+                "dst_state": {f"S{number}": value for number, value in enumerate(state, 1)},
+                "labels": labels,
+            }
+        )
 
     def update(row: int, step: int, transition: str, state_after: str) -> None:
-        add(row, "DST_UPDATE", [{"id": f"S{step + 1}", "transition": transition}],
-            f"initiative|dst_update,dst_{transition},steps_1")
+        add(
+            row,
+            "DST_UPDATE",
+            [{"id": f"S{step + 1}", "transition": transition}],
+            f"initiative|dst_update,dst_{transition},steps_1",
+        )
         state[step] = state_after
 
     def user(row: int, text: str) -> None:
@@ -381,7 +417,7 @@ def seen_looks(story: Story) -> np.ndarray:
     seen = np.full(story.num_rows, look)  # [F]
     for event in story.events:
         if event.kind in shows:  # words (open, question) change nothing in the picture
-            seen[event.row:] = look_index(shows[event.kind], event.step)
+            seen[event.row :] = look_index(shows[event.kind], event.step)
     return seen
 
 
@@ -409,13 +445,19 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
     if seed < 0:
         raise ProspectError(f"the corpus seed {seed} is negative", where=str(out), remedy="0 or any whole number above")
     if clips < 1 or val_clips < 1:
-        raise ProspectError(f"{clips} training and {val_clips} validation clips asked for", where=str(out),
-                            remedy="ask for at least one of each")
+        raise ProspectError(
+            f"{clips} training and {val_clips} validation clips asked for",
+            where=str(out),
+            remedy="ask for at least one of each",
+        )
     clean = clean_frames(world_looks(), difficulty)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ProspectError("there is something here already, and it is not overwritten", where=str(out),
-                                remedy="remove it or name another directory")
+            raise ProspectError(
+                "there is something here already, and it is not overwritten",
+                where=str(out),
+                remedy="remove it or name another directory",
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
             aside = Path(beside) / out.name
@@ -429,11 +471,16 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
                 (aside / f"{split}.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
             aside.rename(out)
     except OSError as error:
-        raise ProspectError(f"the corpus cannot be written: {error.strerror}", where=str(out),
-                            remedy="a full corpus takes 0.7 GB, a long or hard one 1.8 GB, in a directory that may be written to")
+        raise ProspectError(
+            f"the corpus cannot be written: {error.strerror}",
+            where=str(out),
+            remedy="a full corpus takes 0.7 GB, a long or hard one 1.8 GB, in a directory that may be written to",
+        )
 
 
-def make_clips(split: str, count: int, seed: int, difficulty: str, clean: np.ndarray) -> Iterator[tuple[dict, np.ndarray]]:
+def make_clips(
+    split: str, count: int, seed: int, difficulty: str, clean: np.ndarray
+) -> Iterator[tuple[dict, np.ndarray]]:
     """Clips 0 .. count-1 of a split, one by one: (clip as in the JSON file, embeddings [F, D] float16)."""
     subspace, noise = world_subspace(), noise_scale(difficulty)
     for number in range(count):
@@ -452,10 +499,17 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
     arguments = parser.parse_args()
-    write_sample(arguments.out, seed=arguments.seed, difficulty=arguments.difficulty, clips=arguments.clips,
-                 val_clips=arguments.val_clips)
-    print(f"{arguments.out}: {arguments.clips} training and {arguments.val_clips} validation clips, "
-          f"{arguments.difficulty}, seed {arguments.seed}")
+    write_sample(
+        arguments.out,
+        seed=arguments.seed,
+        difficulty=arguments.difficulty,
+        clips=arguments.clips,
+        val_clips=arguments.val_clips,
+    )
+    print(
+        f"{arguments.out}: {arguments.clips} training and {arguments.val_clips} validation clips, "
+        f"{arguments.difficulty}, seed {arguments.seed}"
+    )
 
 
 if __name__ == "__main__":

@@ -49,7 +49,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
     directory = run_directory(config) / "tokenizer"
     if not (directory / "tokenizer_config.json").exists():
         # Bad clips are told of, or left out, before anything is learned from them and written.
-        sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in config.data.train]
+        sources = [
+            open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in config.data.train
+        ]
         usable = usable_clips(sources, config.data, config.model.vision_dim)
         clips = (sources[number].file.clip(index) for number, index in usable.clips)
         train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)

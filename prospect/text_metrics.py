@@ -35,6 +35,7 @@ def words(text: str) -> list[str]:
 
 # ---------------------------------------------------------------- similarity
 
+
 @dataclass(frozen=True)
 class Similarity:
     """A named measure: `between(P texts, R texts)` is [P, R], 1.0 for the same text (a model: up to rounding)."""
@@ -46,9 +47,10 @@ class Similarity:
 def lexical_similarity(predicted: Sequence[str], reference: Sequence[str]) -> np.ndarray:
     """[P, R] cosine of the counts of words and of pairs of neighbouring words; texts of the same words are exactly 1.0.
 
-        "screw the wheel"    screw, the, wheel, screw the, the wheel    5 counts
-        "screw the roof"     screw, the, roof,  screw the, the roof     3 in common: 3 / sqrt(5 * 5) = 0.6
+    "screw the wheel"    screw, the, wheel, screw the, the wheel    5 counts
+    "screw the roof"     screw, the, roof,  screw the, the roof     3 in common: 3 / sqrt(5 * 5) = 0.6
     """
+
     def features(text: str) -> Counter:
         tokens = words(text) or [text]  # "?!" has no words: it is like itself alone
         return Counter(tokens) + Counter(zip(tokens, tokens[1:]))
@@ -75,13 +77,17 @@ def sentence_similarity(model_dir: str | Path) -> Similarity:
     """
     model_dir = Path(model_dir)
     if not (model_dir / "modules.json").is_file():
-        raise ProspectError("not a sentence-transformers model directory", where=str(model_dir),
-                            remedy='name the local directory of the model (it holds modules.json), or "lexical"')
+        raise ProspectError(
+            "not a sentence-transformers model directory",
+            where=str(model_dir),
+            remedy='name the local directory of the model (it holds modules.json), or "lexical"',
+        )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ProspectError("sentence similarity needs the package sentence-transformers", where=str(model_dir),
-                            remedy=INSTALL) from error
+        raise ProspectError(
+            "sentence similarity needs the package sentence-transformers", where=str(model_dir), remedy=INSTALL
+        ) from error
     try:
         model = SentenceTransformer(str(model_dir), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -105,6 +111,7 @@ def load_similarity(which: str) -> Similarity:
 
 
 # ---------------------------------------------------------------- BLEU, METEOR, CIDEr
+
 
 @dataclass(frozen=True)
 class TextScores:

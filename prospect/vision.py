@@ -549,7 +549,7 @@ def _read_tensors(directory: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
                 where=str(directory / name),
                 remedy="download the safetensors of the checkpoint again",
             ) from None
-        opened |= {tensor_name: file for tensor_name in file.keys()}
+        opened |= dict.fromkeys(file.keys(), file)
 
     # The tower is called vision_model.X in SigLIP, model.vision_model.X in SmolVLM, or X alone when saved by itself.
     probe = "embeddings.patch_embedding.weight"

@@ -500,7 +500,10 @@ def test_evaluation_of_bad_clips_writes_nothing(checkpoint, monkeypatch, capsys)
     (folder / "clips.json").write_text(json.dumps(brief))
     (folder / "embeddings").mkdir()
     np.save(folder / "embeddings" / "brief.npy", with_value(np.nan))
-    for data, said in (("clips.json", "1 NaN and 0 infinite values in 1 of 8 rows, first in row 3"), ("none.json", "no such clip file")):
+    for data, said in (
+        ("clips.json", "1 NaN and 0 infinite values in 1 of 8 rows, first in row 3"),
+        ("none.json", "no such clip file"),
+    ):
         line = refused(
             evaluate.main, monkeypatch, capsys,
             "--checkpoint", checkpoint, "--data", folder / data, "--out", folder / "scores",

@@ -51,11 +51,15 @@ def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monk
             run.mkdir()
             rows = {row.key for rows in ablation.SECTIONS.values() for row in rows if row.trained == trained}
             numbers = {"speaking_event_f1": 0.5 + 0.2 * seed, "next_step": n / 100, "replies_right": 0.25}
-            (run / "measured.json").write_text(json.dumps({key: numbers for key in rows}))
+            (run / "measured.json").write_text(json.dumps(dict.fromkeys(rows, numbers)))
     page = ablation.page([0, 1], tmp_path, "the command", 0.25)
     # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2).
     assert "| `dst: false` | 0.600 ± 0.141 |  |  | 0.010 ± 0.000 | 0.250 ± 0.000 |" in page
-    assert page.startswith("`the command`") and "in 0.250 of cases" in page and page.count("\n### ") == len(ablation.SECTIONS)
+    assert (
+        page.startswith("`the command`")
+        and "in 0.250 of cases" in page
+        and page.count("\n### ") == len(ablation.SECTIONS)
+    )
 
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
     ablation.PAGE.write_text(f"# By hand\n\nWords.\n\n{ablation.BELOW}\n\nan old table\n")

@@ -16,7 +16,6 @@ from prospect import checkpoint as ckpt
 from prospect.errors import ProspectError
 from prospect.model import Prospect
 
-
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
@@ -48,7 +47,9 @@ def write(final: Path, text: str = "weights") -> None:
 def test_every_file_is_on_the_disk_before_the_directory_gets_its_name(tmp_path, monkeypatch):
     """A power cut after the rename must find the files' bytes there: fsync of each file and folder comes first."""
     done: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+    )
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (done.append(f"rename {Path(b).name}"), rename(a, b)))
     write(tmp_path / "step-000001")
@@ -173,7 +174,16 @@ def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(copy, capsys)
 def test_a_sharded_checkpoint_becomes_a_full_one(copy, tmp_path):
     shards = ["train.max_steps=5", "train.sharded_checkpoints=true", "train.eval_every=9"]
     assert train_here(copy, *shards) == 0
-    assert train_here(copy, "train.max_steps=5", "train.eval_every=9", f"train.resume={copy / 'runs/tiny/step-000004'}", "run.name=full") == 0
+    assert (
+        train_here(
+            copy,
+            "train.max_steps=5",
+            "train.eval_every=9",
+            f"train.resume={copy / 'runs/tiny/step-000004'}",
+            "run.name=full",
+        )
+        == 0
+    )
     ckpt.make_full(copy / "runs/tiny/step-000005", copy / "out")
     for name in ("model.safetensors", "prospect.safetensors", "optimizer.safetensors"):
         mine, theirs = load_file(copy / "out" / name), load_file(copy / "runs/full/step-000005" / name)

@@ -12,7 +12,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def keys(values: dict, prefix: str = "") -> set[str]:
-    return {k for key, value in values.items() for k in (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})}
+    return {
+        k
+        for key, value in values.items()
+        for k in (keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key})
+    }
 
 
 def test_config_yaml_holds_every_field_and_no_other():
@@ -26,7 +30,14 @@ def test_the_shipped_configurations_load():
 
 def test_overrides(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {train: a.json}\n")
-    overrides = ["train.learning_rate=1e-4", "data.hybrid.random_share=0.5", "train.max_steps=7", "run.name=3", "data.dst=false", "train.max_steps=null"]
+    overrides = [
+        "train.learning_rate=1e-4",
+        "data.hybrid.random_share=0.5",
+        "train.max_steps=7",
+        "run.name=3",
+        "data.dst=false",
+        "train.max_steps=null",
+    ]
     config = load_config(tmp_path / "c.yaml", overrides)
     assert config.data.train == ["a.json"]
     assert (config.train.learning_rate, config.data.hybrid.random_share, config.run.name) == (1e-4, 0.5, "3")
@@ -61,4 +72,3 @@ def test_all_problems_are_told_at_once(tmp_path):
     with pytest.raises(ProspectError) as caught:
         load_config(tmp_path / "c.yaml")
     assert all(part in str(caught.value) for part in ("max_step", "train.compile", "mean, balanced, focal"))
-

@@ -35,26 +35,49 @@ def says(role, content, **fields):
 
 
 PLAIN = {
-    "dataset": "assembly101", "video_uid": "truck", "clip_idx": 0, "frames_file": "frames/truck.arrow", "seq_len": 855,
-    "num_tokens_per_img": 1, "start_frame_idx": 11, "end_frame_idx": 24,
+    "dataset": "assembly101",
+    "video_uid": "truck",
+    "clip_idx": 0,
+    "frames_file": "frames/truck.arrow",
+    "seq_len": 855,
+    "num_tokens_per_img": 1,
+    "start_frame_idx": 11,
+    "end_frame_idx": 24,
     "conversation": [
         says("system", "You help."),
-        frames(11, 15), says("user", "I want to take it apart.", time=7.8, labels=""),
-        frames(15, 16), says("assistant", "Great, é wheels.", time=7.9, labels="a|b", progress="Elapsed: 7.9 s."),
-        frames(16, 21), says("assistant", "Now the second wheel.", time=10.5, labels="c", progress="Elapsed: 10.5 s."),
+        frames(11, 15),
+        says("user", "I want to take it apart.", time=7.8, labels=""),
+        frames(15, 16),
+        says("assistant", "Great, é wheels.", time=7.9, labels="a|b", progress="Elapsed: 7.9 s."),
+        frames(16, 21),
+        says("assistant", "Now the second wheel.", time=10.5, labels="c", progress="Elapsed: 10.5 s."),
         frames(21, 24),
     ],
     "fps": 2,
-    "metadata": {"user_type": "talk_some", "user_id": "talk_some_1", "task_goal": "Take a truck apart",
-                 "knowledge": "1. Wheels", "progress": None, "quality": 8.5},
+    "metadata": {
+        "user_type": "talk_some",
+        "user_id": "talk_some_1",
+        "task_goal": "Take a truck apart",
+        "knowledge": "1. Wheels",
+        "progress": None,
+        "quality": 8.5,
+    },
 }
 RARE = {
-    **PLAIN, "start_frame_idx": 0, "end_frame_idx": 6,
+    **PLAIN,
+    "start_frame_idx": 0,
+    "end_frame_idx": 6,
     "conversation": [
         says("user", "Hello?"),
-        frames(0, 1), says("assistant", "Hi."), says("user", "What now?"), says("user", "And how?"),
-        frames(1, 4), says("assistant", "Lift it."), says("assistant", "Slowly."),
-        frames(4, 6), says("user", "Bye.", time=3.0),
+        frames(0, 1),
+        says("assistant", "Hi."),
+        says("user", "What now?"),
+        says("user", "And how?"),
+        frames(1, 4),
+        says("assistant", "Lift it."),
+        says("assistant", "Slowly."),
+        frames(4, 6),
+        says("user", "Bye.", time=3.0),
     ],
     "metadata": None,
 }
@@ -88,8 +111,15 @@ def test_a_dialogue_becomes_a_clip_by_hand():
     placed = [(turn["role"], turn.get("start_frame"), turn.get("end_frame")) for turn in clip["conversation"]]
     # The user speaks before frame 15; the answer follows it; the next text follows 20, the last of 16..20.
     assert placed == [("system", None, None), ("user", 15, 15), ("assistant", 15, 15), ("assistant", 20, 20)]
-    assert clip["conversation"][3] == says("assistant", "Now the second wheel.", time=10.5, labels="c",
-                                           progress="Elapsed: 10.5 s.", start_frame=20, end_frame=20)
+    assert clip["conversation"][3] == says(
+        "assistant",
+        "Now the second wheel.",
+        time=10.5,
+        labels="c",
+        progress="Elapsed: 10.5 s.",
+        start_frame=20,
+        end_frame=20,
+    )
     assert clip["id"] == "truck_0_talk_some_1" and clip["embeddings"] == "truck_frames_11_23.npy"
     assert (clip["inferred_goal"], clip["inferred_knowledge"]) == ("Take a truck apart", "1. Wheels")
     assert clip["dst"] == [] and clip["metadata"] == PLAIN["metadata"] and clip["seq_len"] == 855
@@ -98,7 +128,13 @@ def test_a_dialogue_becomes_a_clip_by_hand():
 def test_rare_places_by_hand():
     clip = to_clip(RARE, "here")
     assert [(turn["content"], turn["end_frame"]) for turn in clip["conversation"]] == [
-        ("Hello?", 0), ("Hi.", 0), ("What now?", 1), ("And how?", 1), ("Lift it.", 3), ("Slowly.", 3)]
+        ("Hello?", 0),
+        ("Hi.", 0),
+        ("What now?", 1),
+        ("And how?", 1),
+        ("Lift it.", 3),
+        ("Slowly.", 3),
+    ]
     assert clip["unanswered"] == [says("user", "Bye.", time=3.0)]
     assert clip["id"] == "truck_0" and "inferred_goal" not in clip
 
@@ -144,23 +180,29 @@ def broken(**changes):
     return {**copy.deepcopy(PLAIN), **changes}
 
 
-@pytest.mark.parametrize("sample, word", [
-    (broken(conversation=[frames(11, 15), frames(15, 24)]), "unbroken run"),
-    (broken(conversation=[frames(11, 15), says("assistant", "a"), frames(16, 24)]), "unbroken run"),
-    (broken(conversation=[frames(12, 24)]), "unbroken run"),
-    (broken(conversation=[frames(11, 23)]), "unbroken run"),
-    (broken(conversation=[{**frames(11, 24), "note": "x"}]), "unbroken run"),
-    (broken(conversation=[frames(11, 15), says("user", "q"), says("assistant", "a"), frames(15, 24)]), "without a fr"),
-    (broken(conversation=[frames(11, 24), says("user", "q"), says("assistant", "a")]), "without a frame"),
-    (broken(conversation=[says("assistant", "a"), frames(11, 24)]), "before the first frame"),
-    (broken(conversation=[frames(11, 24), says("system", "s")]), "inside the dialogue"),
-    (broken(conversation=[frames(11, 24), says("DST_UPDATE", "S1->start")]), "unknown role"),
-    (broken(conversation=["frames"]), "list of objects"),
-    (broken(conversation=[{"role": "frames", "start": 11}]), "frame number"),
-    (broken(start_frame_idx="11"), "frame number"),
-    (broken(video_uid=None), "video_uid"),
-    (to_clip(PLAIN, "here"), "converted already"),
-])
+@pytest.mark.parametrize(
+    "sample, word",
+    [
+        (broken(conversation=[frames(11, 15), frames(15, 24)]), "unbroken run"),
+        (broken(conversation=[frames(11, 15), says("assistant", "a"), frames(16, 24)]), "unbroken run"),
+        (broken(conversation=[frames(12, 24)]), "unbroken run"),
+        (broken(conversation=[frames(11, 23)]), "unbroken run"),
+        (broken(conversation=[{**frames(11, 24), "note": "x"}]), "unbroken run"),
+        (
+            broken(conversation=[frames(11, 15), says("user", "q"), says("assistant", "a"), frames(15, 24)]),
+            "without a fr",
+        ),
+        (broken(conversation=[frames(11, 24), says("user", "q"), says("assistant", "a")]), "without a frame"),
+        (broken(conversation=[says("assistant", "a"), frames(11, 24)]), "before the first frame"),
+        (broken(conversation=[frames(11, 24), says("system", "s")]), "inside the dialogue"),
+        (broken(conversation=[frames(11, 24), says("DST_UPDATE", "S1->start")]), "unknown role"),
+        (broken(conversation=["frames"]), "list of objects"),
+        (broken(conversation=[{"role": "frames", "start": 11}]), "frame number"),
+        (broken(start_frame_idx="11"), "frame number"),
+        (broken(video_uid=None), "video_uid"),
+        (to_clip(PLAIN, "here"), "converted already"),
+    ],
+)
 def test_what_a_clip_cannot_hold_exactly_is_refused(sample, word):
     with pytest.raises(ProspectError, match=word) as caught:
         to_clip(sample, "file, dialogue 3")

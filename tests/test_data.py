@@ -292,13 +292,7 @@ def test_turns_at_one_frame(plain):
 
 def test_a_reply_at_one_frame_and_a_user_at_the_next(plain):
     turns = [("user", "A?", 11, 11), ("assistant", "B.", 10, 10)]
-    table = [
-        ("user", PROMPT),
-        ("frame", 1, 0),
-        ("speech", "Assistant: B."),
-        ("user", "User: A?"),
-        ("frame", NO, NO),
-    ]
+    table = [("user", PROMPT), ("frame", 1, 0), ("speech", "Assistant: B."), ("user", "User: A?"), ("frame", NO, NO)]
     check(sample_of(read(raw_clip(turns, 10, 11)), plain), table)
 
 
@@ -307,10 +301,7 @@ def test_json_updates(plain):
     table = [
         ("user", PROMPT),
         ("frame", 0, 1),
-        (
-            "update",
-            '[DST_UPDATE] [{"id": "S1", "transition": "start"}, {"id": "S2", "transition": "start"}]',
-        ),
+        ("update", '[DST_UPDATE] [{"id": "S1", "transition": "start"}, {"id": "S2", "transition": "start"}]'),
     ]
     check(sample_of(read(raw_clip(turns, 10, 10)), plain, dst_format="json"), table)
 
@@ -697,10 +688,7 @@ def test_a_repeated_text_is_shown_and_not_learned(plain):
     clip = read(raw_clip(turns, 100, 103, steps=0))
     prompt = f"System: {SYSTEM}"
     first, second = samples_of(clip, plain, max_seq_len=len(prompt) + 1 + 16, overlap=0.9)
-    check(
-        first,
-        [("user", prompt), ("frame", NO, NO), ("frame", 1, 0), ("speech", "Assistant: A"), ("frame", NO, NO)],
-    )
+    check(first, [("user", prompt), ("frame", NO, NO), ("frame", 1, 0), ("speech", "Assistant: A"), ("frame", NO, NO)])
     check(second, [("user", prompt), ("frame", NO, NO), ("frame", 1, 0), ("speech", "Assistant: B")])
     _, second = samples_of(clip, plain, max_seq_len=len(prompt) + 1 + 29, overlap=0.95)
     check(

@@ -3,8 +3,8 @@
 Two ranks are two processes that talk through gloo, as `torchrun` would start them.
 """
 
-import functools
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -93,7 +93,9 @@ def plain_autograd(folder: Path, *overrides: str) -> tuple[dict[str, float], lis
         decisions = batch["speaking_labels" if head == "speaking" else "dst_update_labels"]
         decided = decisions != -100
         terms[f"{head}_gen"] = F.cross_entropy(logits, tokens, ignore_index=-100)
-        terms[f"{head}_binary"] = F.binary_cross_entropy_with_logits(layer(hidden)[decided][:, 0], decisions[decided].float())
+        terms[f"{head}_binary"] = F.binary_cross_entropy_with_logits(
+            layer(hidden)[decided][:, 0], decisions[decided].float()
+        )
     sum(terms.values()).backward()
     return {name: value.item() for name, value in terms.items()}, [p.grad for p in model.parameters()]
 
@@ -142,7 +144,9 @@ def test_a_step_is_the_same_however_it_is_cut(uneven, tmp_path, cut):
         one_step(big, "data.batch_tokens=4096", "loss.bce=balanced")
         step = metrics(big)[0]
         terms = {name: step[name] for name in terms}
-        gradient = [value for _, value in sorted(load_file(big / "gradient.safetensors").items(), key=lambda item: int(item[0]))]
+        gradient = [
+            value for _, value in sorted(load_file(big / "gradient.safetensors").items(), key=lambda item: int(item[0]))
+        ]
 
     logged = metrics(tmp_path)[0]
     assert logged["counts"]["speaking_gen"] > 300 and logged["counts"]["speaking_pos"] > 20
@@ -184,8 +188,15 @@ SLOW_FSDP = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
 def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     """Three validation batches on two ranks: one rank has nothing left to do in the second round."""
     write_tiny_corpus(tmp_path)
-    one = [line for line in metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2") if "evaluation" in line]
-    assert run_training(tmp_path, "run.name=two", f"train.parallel={parallel}", "data.batch_tokens=512", world=2) == [0, 0]
+    one = [
+        line
+        for line in metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2")
+        if "evaluation" in line
+    ]
+    assert run_training(tmp_path, "run.name=two", f"train.parallel={parallel}", "data.batch_tokens=512", world=2) == [
+        0,
+        0,
+    ]
     two = [line for line in metrics(tmp_path, "two") if "evaluation" in line]
     assert [line["step"] for line in one] == [line["step"] for line in two] == [3, 6]
     for a, b in zip(one, two):
@@ -264,7 +275,9 @@ def straight(backbone) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize(
-    ("world", "save_every", "killed_at"), [(1, 13, 17), (1, 9, 9), (2, 13, 20)], ids=["mid-epoch", "at an epoch's end", "two ranks"]
+    ("world", "save_every", "killed_at"),
+    [(1, 13, 17), (1, 9, 9), (2, 13, 20)],
+    ids=["mid-epoch", "at an epoch's end", "two ranks"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(backbone, straight, world, save_every, killed_at):
     """9 micro-batches are an epoch; with LoRA dropout, every step draws from torch's random state on each rank."""
@@ -272,7 +285,9 @@ def test_a_killed_run_goes_on_bit_for_bit(backbone, straight, world, save_every,
     overrides = [*lora(backbone), f"train.save_every={save_every}", f"run.name={name}"]
     target = launch(killed, backbone, killed_at, None, *overrides, world=world, log=backbone / "log")
     assert finish(target) == [-signal.SIGKILL] * world
-    assert [path.name for path in checkpoints(backbone / "runs" / name)][-1] == f"step-{max(save_every, killed_at // 10 * 10):06d}"
+    assert [path.name for path in checkpoints(backbone / "runs" / name)][
+        -1
+    ] == f"step-{max(save_every, killed_at // 10 * 10):06d}"
     assert run_training(backbone, *overrides, world=world) == [0] * world
     assert "going on from" in (backbone / "log").read_text()
     assert metrics(backbone, name) == metrics(backbone, f"straight{world}")
@@ -298,7 +313,13 @@ def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("sharded", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, sharded):
     write_tiny_corpus(tmp_path)
-    fsdp = ["train.parallel=fsdp", f"train.sharded_checkpoints={sharded}", "train.save_every=2", "train.eval_every=9", "train.keep=9"]
+    fsdp = [
+        "train.parallel=fsdp",
+        f"train.sharded_checkpoints={sharded}",
+        "train.save_every=2",
+        "train.eval_every=9",
+        "train.keep=9",
+    ]
     assert run_training(tmp_path, *fsdp, "run.name=whole", world=2) == [0, 0]
     assert finish(launch(killed, tmp_path, 3, None, *fsdp, "run.name=parts", world=2)) == [-signal.SIGKILL] * 2
     assert run_training(tmp_path, *fsdp, "run.name=parts", world=2) == [0, 0]
@@ -312,7 +333,12 @@ def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, shard
 
     # On one rank with twice the micro-batches, from step 4 on: the same steps, told as another number of ranks.
     shutil.copytree(tmp_path / "runs/whole/step-000004", tmp_path / "four")
-    alone = ["train.gradient_accumulation_steps=2", "train.eval_every=9", f"train.resume={tmp_path / 'four'}", "run.name=alone"]
+    alone = [
+        "train.gradient_accumulation_steps=2",
+        "train.eval_every=9",
+        f"train.resume={tmp_path / 'four'}",
+        "run.name=alone",
+    ]
     log = tmp_path / "alone.log"
     assert finish(launch(train_here, tmp_path, *alone, log=log)) == [0]
     assert "2 rank(s) then, 1 now" in log.read_text()
@@ -326,7 +352,11 @@ def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, shard
 
 def signalled(folder: Path, moment: str, rank: str, *overrides: str) -> int:
     """Train, and send SIGTERM to this very process on one rank: in step 4, in its first evaluation or its first save."""
-    name, owner = {"step": ("tally", train), "evaluation": ("teacher_forced", train), "save": ("write_rng", train.ckpt)}[moment]
+    name, owner = {
+        "step": ("tally", train),
+        "evaluation": ("teacher_forced", train),
+        "save": ("write_rng", train.ckpt),
+    }[moment]
     real, calls = getattr(owner, name), []
 
     def wrapped(*arguments):
@@ -371,7 +401,9 @@ def test_sigterm_saves_and_leaves(unbroken, tmp_path, moment, rank, step, parall
 def test_a_signal_to_the_whole_group_spares_the_workers_until_the_step_is_done(tmp_path):
     """As a scheduler or Ctrl-C sends it; a data worker killed in the middle would take the run down before it saves."""
     write_tiny_corpus(tmp_path)
-    [process] = launch(in_a_group_of_its_own, tmp_path, "train.max_steps=100000", "data.workers=2", log=tmp_path / "log")
+    [process] = launch(
+        in_a_group_of_its_own, tmp_path, "train.max_steps=100000", "data.workers=2", log=tmp_path / "log"
+    )
     log = tmp_path / "runs/tiny/metrics.jsonl"
     until = time.monotonic() + 40
     while not (log.exists() and len(log.read_text().splitlines()) > 5) and time.monotonic() < until:

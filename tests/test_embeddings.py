@@ -121,8 +121,7 @@ def test_npy_of_other_widths_and_byte_orders_is_converted(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(
-    "dtype, wanted",
-    [(torch.float16, "f2"), (torch.bfloat16, "f4"), (torch.float32, "f4"), (torch.float64, "f4")],
+    "dtype, wanted", [(torch.float16, "f2"), (torch.bfloat16, "f4"), (torch.float32, "f4"), (torch.float64, "f4")]
 )
 def test_safetensors_dtypes(tmp_path, dtype, wanted):
     path = tmp_path / "a.safetensors"
@@ -212,9 +211,7 @@ def attacks(marker: Path) -> dict[str, object]:
         "as the shape": Reduces(reconstruct, BLANK, (1, bomb, FLOAT32, False, b"\0\0\0\0")),
         "as the dtype": Reduces(reconstruct, BLANK, (1, (1, 1), bomb, False, b"\0\0\0\0")),
         "in the metadata of a dtype": Reduces(
-            reconstruct,
-            BLANK,
-            (1, (1, 1), Reduces(np.dtype, ("f4", False, True), ({"x": bomb},)), False, b"\0\0\0\0"),
+            reconstruct, BLANK, (1, (1, 1), Reduces(np.dtype, ("f4", False, True), ({"x": bomb},)), False, b"\0\0\0\0")
         ),
         "as the subtype of _reconstruct": Reduces(
             reconstruct, (bomb, (0,), b"b"), (1, (1, 1), FLOAT32, False, b"\0\0\0\0")

@@ -50,6 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_in_module")
 @pytest.fixture(autouse=True)
 def no_other_programs(monkeypatch):
     """METEOR and CIDEr as on a machine that has neither, whatever this one has."""
+
     def absent(references, hypotheses):
         raise text_metrics._Absent("needs what is not here")
 
@@ -85,8 +86,11 @@ def make_checkpoint(directory: Path, *overrides: str, speaking: float = 0.5, dst
     tokenizer = Tokenizer(directory, "plain")
     infer = ["infer.max_reply_tokens=6", "infer.max_update_tokens=30", "infer.constrain_dst=true", "infer.device=cpu"]
     config = tiny_config(directory, *infer, *overrides)
-    save_model(random_model(tokenizer, seed, vision_dim=VISION_DIM, dst=config.data.dst), directory,
-               eos_token_id=tokenizer.end_id)
+    save_model(
+        random_model(tokenizer, seed, vision_dim=VISION_DIM, dst=config.data.dst),
+        directory,
+        eos_token_id=tokenizer.end_id,
+    )
     tokenizer.save(directory)
     thresholds = {"speaking": speaking, "dst": dst} if config.data.dst else {"speaking": speaking}
     write_state(directory, TrainState(step=3, best_step=2, thresholds=thresholds, data={"file": "ab"}), config)

@@ -12,9 +12,23 @@ from prospect import text_metrics
 from prospect.dst import Transition
 from prospect.errors import ProspectError
 from prospect.metrics import (
-    Counts, DecisionCounts, TaskStateCounts, auroc, average_precision, best_threshold, by_dataset, decision_metrics,
-    match_dialogue, match_events, minimum_cost_assignment, runs_to_events, state_matrix, sum_dialogue,
-    task_state_metrics, threshold_curve, window_of,
+    Counts,
+    DecisionCounts,
+    TaskStateCounts,
+    auroc,
+    average_precision,
+    best_threshold,
+    by_dataset,
+    decision_metrics,
+    match_dialogue,
+    match_events,
+    minimum_cost_assignment,
+    runs_to_events,
+    state_matrix,
+    sum_dialogue,
+    task_state_metrics,
+    threshold_curve,
+    window_of,
 )
 from prospect.text_metrics import bleu, lexical_similarity, load_similarity, weighted_by_jaccard
 
@@ -22,6 +36,7 @@ RATES = ("precision", "recall", "f1", "jaccard_index", "missing_rate", "redundan
 
 
 # ---------------------------------------------------------------- decisions
+
 
 def test_a_run_of_firing_frames_is_one_event_at_its_first_frame():
     assert runs_to_events(np.array([0, 1, 1, 0, 1, 0, 1, 1], bool)) == [1, 4, 6]
@@ -145,6 +160,7 @@ def test_each_clip_has_a_second_of_its_own():
 
 # ---------------------------------------------------------------- the assignment
 
+
 def test_assignment_by_hand():
     # Row 0 wants column 0 (1), row 1 wants it more (1 against 9): 0-1, 1-0 costs 3, the greedy choice 10.
     assert minimum_cost_assignment(np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [1, 0]
@@ -180,6 +196,7 @@ def test_assignment_costs_as_little_as_scipys():
 
 
 # ---------------------------------------------------------------- dialogue
+
 
 def dialogue(predicted, reference, similarity, **changes):
     settings = {"num_frames": 60, "fps": 2, "window_seconds": (-2.0, 4.0), **changes}
@@ -366,10 +383,12 @@ def task_state(predicted, reference, predicted_states=None, reference_states=Non
     return task_state_metrics(
         nothing if predicted_states is None else np.array(predicted_states),
         nothing if reference_states is None else np.array(reference_states),
-        predicted, reference,
+        predicted,
+        reference,
         num_generated=len(predicted) if generated is None else generated,
         num_valid=len(predicted) if valid is None else valid,
-        fps=2, window_seconds=(-2.0, 4.0),
+        fps=2,
+        window_seconds=(-2.0, 4.0),
     )
 
 
@@ -454,6 +473,7 @@ def test_the_table_is_one_row_a_dataset_and_their_plain_mean():
 
 # ---------------------------------------------------------------- texts
 
+
 def test_lexical_similarity_by_hand():
     # screw the wheel: 3 words and 2 pairs; screw the roof: the same but roof and the-roof. 3 / sqrt(5 * 5).
     found = lexical_similarity(["Screw the wheel.", "attach"], ["screw the WHEEL", "screw the roof", ""])
@@ -505,8 +525,10 @@ def test_missing_extras_are_reported_as_absent(monkeypatch):
 
 def test_cider_of_the_same_texts_is_its_highest():
     pytest.importorskip("pycocoevalcap.cider.cider")
-    same = [text_metrics._cider({i: [t] for i, t in enumerate(texts)}, {i: [t] for i, t in enumerate(texts)})
-            for texts in (REFERENCES[:2], REFERENCES[:1])]
+    same = [
+        text_metrics._cider({i: [t] for i, t in enumerate(texts)}, {i: [t] for i, t in enumerate(texts)})
+        for texts in (REFERENCES[:2], REFERENCES[:1])
+    ]
     assert text_metrics._cider({}, {}) == 0.0
     assert same == pytest.approx([10.0, 0.0])  # of a single pair every word is in every reference: weight log 1 = 0
 

@@ -354,7 +354,9 @@ def test_lm_head_sees_only_labelled_positions():
 def test_chunked_generation_loss_equals_unchunked(monkeypatch):
     model, labels = make_model(), no_labels(2, 12)
     drawn = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(3))
-    labels["speaking_gen_labels"][:, :8] = drawn[:, :8]  # 14 learned positions, and 8 of updates: a chunk of 5 holds both
+    labels["speaking_gen_labels"][:, :8] = drawn[
+        :, :8
+    ]  # 14 learned positions, and 8 of updates: a chunk of 5 holds both
     labels["dst_gen_labels"][:, 8:] = drawn[:, 8:]
     hidden = torch.randn(2, 12, 24, requires_grad=True)
     found = []
@@ -366,7 +368,10 @@ def test_chunked_generation_loss_equals_unchunked(monkeypatch):
         (sums[0] + 2 * sums[3]).backward()
         found.append((sums.detach(), hidden.grad, model.lm_head.weight.grad.clone()))
     logits = model.lm_head(hidden).log_softmax(-1).detach()
-    by_hand = [-sum(float(logits[b, t - 1, drawn[b, t]]) for b in range(2) for t in turn) for turn in (range(1, 8), range(8, 12))]
+    by_hand = [
+        -sum(float(logits[b, t - 1, drawn[b, t]]) for b in range(2) for t in turn)
+        for turn in (range(1, 8), range(8, 12))
+    ]
     torch.testing.assert_close(found[0][0][[0, 3]], torch.tensor(by_hand), atol=1e-4, rtol=1e-5)
     for whole, cut in zip(*found):
         torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)

@@ -23,11 +23,25 @@ WIDTH = 64
 EMBEDDINGS = "stand_in.npy"
 
 # Written by hand from the file: the decision frame (end_frame) of each turn, and what stands there.
-UPDATES = {195: "S1->start", 214: "S1->complete, S2->start", 305: "S2->complete, S3->start", 371: "S3->complete, S4->start",
-           396: "S4->complete, S5->start", 425: "S5->complete, S6->start", 451: "S6->complete"}
-REPLIES = {195: "Great! Let's get started.", 214: "Now, let's screw the chassis together.", 226: "Next, attach the wheels",
-           262: "Great job on the first wheel!", 305: "Now, let's attach the roller to the arm.", 371: "Great progress!",
-           396: "Now, let's attach the cabin window", 425: "Almost done!"}
+UPDATES = {
+    195: "S1->start",
+    214: "S1->complete, S2->start",
+    305: "S2->complete, S3->start",
+    371: "S3->complete, S4->start",
+    396: "S4->complete, S5->start",
+    425: "S5->complete, S6->start",
+    451: "S6->complete",
+}
+REPLIES = {
+    195: "Great! Let's get started.",
+    214: "Now, let's screw the chassis together.",
+    226: "Next, attach the wheels",
+    262: "Great job on the first wheel!",
+    305: "Now, let's attach the roller to the arm.",
+    371: "Great progress!",
+    396: "Now, let's attach the cabin window",
+    425: "Almost done!",
+}
 
 
 def stand_in_embeddings() -> np.ndarray:
@@ -70,13 +84,28 @@ def test_the_real_clip_learned_by_heart_is_streamed_back(tmp_path):
     train = [sys.executable, "train.py", "config.yaml", *settings]
     subprocess.run(train, cwd=ROOT, check=True, capture_output=True, timeout=300)
     records = tmp_path / "records.jsonl"
-    infer = [sys.executable, "infer.py", "--clip", str(tmp_path / "clip.json"), "--checkpoint", str(tmp_path / "real" / "last"), "--out", str(records)]
+    infer = [
+        sys.executable,
+        "infer.py",
+        "--clip",
+        str(tmp_path / "clip.json"),
+        "--checkpoint",
+        str(tmp_path / "real" / "last"),
+        "--out",
+        str(records),
+    ]
     subprocess.run(infer, cwd=ROOT, check=True, capture_output=True, timeout=120)
     records = [json.loads(line) for line in records.read_text().splitlines()]
 
     assert [record["frame_idx"] for record in records] == list(range(193, 452))
-    check_events({r["frame_idx"]: r["dst_update"] for r in records if r["dst_update"]}, UPDATES, lambda said, wanted: said == wanted)
-    check_events({r["frame_idx"]: r["text"] for r in records if r["text"]}, REPLIES, lambda said, wanted: said.startswith(wanted))
+    check_events(
+        {r["frame_idx"]: r["dst_update"] for r in records if r["dst_update"]},
+        UPDATES,
+        lambda said, wanted: said == wanted,
+    )
+    check_events(
+        {r["frame_idx"]: r["text"] for r in records if r["text"]}, REPLIES, lambda said, wanted: said.startswith(wanted)
+    )
     assert not any(record["invalid_update"] for record in records)
     assert records[-1]["dst_state"] == {f"S{n}": "completed" for n in range(1, 7)}
 

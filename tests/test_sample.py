@@ -23,11 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The nineteen looks of a task, as numbers: idle 0, then six under way, six done, six going wrong.
 IDLE, UNDER_WAY, DONE, WRONG = 0, 1, 7, 13
 
-TASK_OF_GOAL = {
-    "Assembling a Toy Truck": 0,
-    "Making a Pot of Coffee": 1,
-    "Repotting a Plant": 2,
-}
+TASK_OF_GOAL = {"Assembling a Toy Truck": 0, "Making a Pot of Coffee": 1, "Repotting a Plant": 2}
 
 
 @dataclass
@@ -162,7 +158,7 @@ def replay(clip: dict, seen: np.ndarray, facts: Facts, whole: bool = False) -> N
         elif roles == ["assistant"]:
             kind, wrong = "mistake", state.index("in_progress")
             assert reply.startswith("Careful, ") and named_step(reply, names) == wrong
-            shown = seen[row: following - first]
+            shown = seen[row : following - first]
             wrong_rows = int((shown == WRONG + wrong).argmin()) or len(shown)
             assert 4 <= wrong_rows <= 8 or wrong_rows == len(shown) < 8
             assert (shown[:wrong_rows] == WRONG + wrong).all()
@@ -190,7 +186,7 @@ def replay(clip: dict, seen: np.ndarray, facts: Facts, whole: bool = False) -> N
                     facts.suggestions.append((step, named_step(reply, names)))
         facts.kinds.append(kind)
         # The look is the old one up to the frame before, and the new one from the very frame on.
-        assert (seen[row + wrong_rows: following - first] == look).all()
+        assert (seen[row + wrong_rows : following - first] == look).all()
     assert state == ["completed"] * 6 or not whole
     for step, word in zip(clip["dst"], state):
         assert (step["start_ts"] > last / 2) == (word == "not_started")
@@ -241,8 +237,9 @@ def test_some_frames_of_the_hard_world_mislead(long, hard):
 
 
 def test_replies_are_short_and_of_few_words(easy):
-    replies = [turn["content"] for clip in easy.clips("train") for turn in clip["conversation"]
-               if turn["role"] == "assistant"]
+    replies = [
+        turn["content"] for clip in easy.clips("train") for turn in clip["conversation"] if turn["role"] == "assistant"
+    ]
     assert np.mean([len(reply.split()) for reply in replies]) < 12
     assert len({word for reply in replies for word in reply.split()}) < 150
 
@@ -309,8 +306,12 @@ def test_same_seed_same_bytes_other_seed_other_clips(easy, other_seed, tmp_path)
         write_sample(tmp_path / name, seed=3, difficulty="easy", clips=3, val_clips=1)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "one")) == 2 + 4
-    stories = [json.dumps(clip["conversation"]) for corpus in (easy, other_seed) for split in ("train", "val")
-               for clip in corpus.clips(split)]
+    stories = [
+        json.dumps(clip["conversation"])
+        for corpus in (easy, other_seed)
+        for split in ("train", "val")
+        for clip in corpus.clips(split)
+    ]
     assert len(set(stories)) == len(stories) == 86  # neither seeds nor splits share a clip
 
 
@@ -355,12 +356,28 @@ def test_what_a_user_can_get_wrong(tmp_path):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "prospect.sample", "--out", str(tmp_path / "c"), "--seed", "2",
-               "--difficulty", "hard", "--clips", "2", "--val-clips", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "prospect.sample",
+        "--out",
+        str(tmp_path / "c"),
+        "--seed",
+        "2",
+        "--difficulty",
+        "hard",
+        "--clips",
+        "2",
+        "--val-clips",
+        "1",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = ["sample-hard-seed2-train-00000", "sample-hard-seed2-train-00001", "sample-hard-seed2-val-00000"]
-    assert sorted(contents(tmp_path / "c")) == [*(f"embeddings/{n}_0_embeddings.pkl" for n in names),
-                                                "train.json", "val.json"]
+    assert sorted(contents(tmp_path / "c")) == [
+        *(f"embeddings/{n}_0_embeddings.pkl" for n in names),
+        "train.json",
+        "val.json",
+    ]
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1 and "not overwritten" in again.stderr

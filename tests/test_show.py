@@ -46,7 +46,9 @@ def test_the_table_of_a_clip_written_by_hand(folder, monkeypatch, capsys):
     # position, token, frame, then speaking, dst_update and dst_state where they are labelled
     assert [line[2:] for line in lines] == [["f7", "0", "0", "0"], ["f8", "0", "0", "0"], ["f9", "1", "0", "0"]]
     answered = next(i for i, line in enumerate(printed.splitlines()) if " f9 " in line)
-    assert printed.splitlines()[answered + 1].split()[1] == printed.splitlines()[answered + 1].split()[2]  # learned as it stands
+    assert (
+        printed.splitlines()[answered + 1].split()[1] == printed.splitlines()[answered + 1].split()[2]
+    )  # learned as it stands
 
 
 def test_counts_are_those_that_training_logs(folder, monkeypatch, capsys):
@@ -61,7 +63,9 @@ def test_counts_are_those_that_training_logs(folder, monkeypatch, capsys):
     steps = len(epoch_batches(corpus.lengths(), config.data.batch_tokens, config.run.seed, 0))
     command = [sys.executable, "train.py", str(config_file), f"train.max_steps={steps}", "train.log_every=1"]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    log = [json.loads(line) for line in (Path(config.run.out) / config.run.name / "metrics.jsonl").read_text().splitlines()]
+    log = [
+        json.loads(line) for line in (Path(config.run.out) / config.run.name / "metrics.jsonl").read_text().splitlines()
+    ]
     logged = {name: sum(line["counts"][name] for line in log if "counts" in line) for name in LOSS_CLASSES}
     assert shown == logged
     assert shown["speaking_pos"] > 0 and shown["dst_gen"] > 0

@@ -22,16 +22,7 @@ from prospect.data import Window, lay_out, make_sample, plan_windows, turn_piece
 from prospect.dst import apply_update
 from prospect.errors import ProspectError
 from prospect.model import ModelConfig, Prospect
-from prospect.stream import (
-    Frame,
-    FrameRecord,
-    Job,
-    StreamSession,
-    advance,
-    generate,
-    make_cache,
-    stream_jobs,
-)
+from prospect.stream import Frame, FrameRecord, Job, StreamSession, advance, generate, make_cache, stream_jobs
 from prospect.tokenizer import Piece, Tokenizer, train_tokenizer
 
 VISION = 8

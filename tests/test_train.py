@@ -56,16 +56,22 @@ def test_the_schedule_by_hand(schedule, expected):
     assert [train.learning_rate(step, 10, config, 1.0) for step in steps] == pytest.approx(expected)
     assert train.learning_rate(1, 10, config, 3.0) == 3.0
     quarter = train.learning_rate(4, 10, config, 1.0)
-    assert quarter == pytest.approx({"cosine": 0.1 + 0.9 * 0.853553, "linear": 0.775, "constant": 1.0}[schedule], rel=1e-5)
+    assert quarter == pytest.approx(
+        {"cosine": 0.1 + 0.9 * 0.853553, "linear": 0.775, "constant": 1.0}[schedule], rel=1e-5
+    )
 
 
 # Ten sequences of 10, 20, ... 100 tokens and 100 tokens a micro-batch.
 ORDER = train.DataOrder(np.arange(10, 101, 10), batch_tokens=100, seed=0)
 
 
-def taken(world: int, accumulate: int, steps: int, place: tuple[int, int] = (0, 0)) -> list[list[list[list[tuple[int, int]]]]]:
+def taken(
+    world: int, accumulate: int, steps: int, place: tuple[int, int] = (0, 0)
+) -> list[list[list[list[tuple[int, int]]]]]:
     """Steps x ranks x micro-batches x keys."""
-    samplers = [iter(train.StepSampler(ORDER, *place, Ranks(r, world, torch.device("cpu")), accumulate)) for r in range(world)]
+    samplers = [
+        iter(train.StepSampler(ORDER, *place, Ranks(r, world, torch.device("cpu")), accumulate)) for r in range(world)
+    ]
     return [[[next(sampler) for _ in range(accumulate)] for sampler in samplers] for _ in range(steps)]
 
 
@@ -118,10 +124,16 @@ def test_work_is_dealt_out_by_tokens():
 
 
 def test_padding_to_a_multiple_adds_nothing_to_learn():
-    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[True, True, False]]), "clip_ids": ["a"]}
+    batch = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "attention_mask": torch.tensor([[True, True, False]]),
+        "clip_ids": ["a"],
+    }
     batch |= {key: torch.tensor([[1, 0, -100]]) for key in train.LABEL_KEYS}
     padded = train.pad_to_multiple(batch, 4, pad_id=9)
-    assert padded["input_ids"].tolist() == [[5, 6, 7, 9]] and padded["attention_mask"].tolist() == [[True, True, False, False]]
+    assert padded["input_ids"].tolist() == [[5, 6, 7, 9]] and padded["attention_mask"].tolist() == [
+        [True, True, False, False]
+    ]
     assert all(padded[key].tolist() == [[1, 0, -100, -100]] for key in train.LABEL_KEYS)
     assert train.pad_to_multiple(batch, 3, pad_id=9) is batch
     # labels (four kinds x one label, of the decisions one positive and one negative), tokens, tokens with padding
@@ -156,7 +168,9 @@ def test_a_bad_clip_found_by_a_worker_is_one_error(tmp_path, monkeypatch):
 def test_half_precision_follows_full(corpus):
     """To 1 % of the loss over six steps: 8 bits of each product, sums in fp32."""
     full = [line["loss"] for line in losses(corpus, "full", "train.eval_every=99") if "lr" in line]
-    half = [line["loss"] for line in losses(corpus, "bf16", "train.precision=bf16", "train.eval_every=99") if "lr" in line]
+    half = [
+        line["loss"] for line in losses(corpus, "bf16", "train.precision=bf16", "train.eval_every=99") if "lr" in line
+    ]
     assert half == pytest.approx(full, rel=0.01) and half != full
 
 
@@ -216,7 +230,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_or_is_skipped_wit
 
 def test_a_run_as_long_as_its_epochs(corpus):
     """Two epochs of nine micro-batches."""
-    assert losses(corpus, "epochs", "train.max_steps=null", "train.num_epochs=2", "train.eval_every=99")[-1]["step"] == 18
+    assert (
+        losses(corpus, "epochs", "train.max_steps=null", "train.num_epochs=2", "train.eval_every=99")[-1]["step"] == 18
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the script itself
@@ -248,7 +264,10 @@ def test_mistakes_end_with_one_line_and_status_2(tmp_path):
     write_tiny_corpus(tmp_path)
     config = str(write_tiny_config(tmp_path))
     for arguments, expected in (
-        ((config, "train.learning_rat=1", "train.paralel=ddp"), "unknown key train.learning_rat (did you mean train.learning_rate?)"),
+        (
+            (config, "train.learning_rat=1", "train.paralel=ddp"),
+            "unknown key train.learning_rat (did you mean train.learning_rate?)",
+        ),
         ((config, f"data.train={tmp_path / 'no.json'}"), "no such clip file"),
     ):
         running = script(*arguments)

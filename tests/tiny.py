@@ -27,17 +27,23 @@ VISION_DIM = 16
 WORDS = "take the red block and put it on top of small wheel then turn bolt left until tight".split()
 
 
-def tiny_clip(draw: np.random.Generator, name: str, frames: int, replies: int, words: int, wish: str = "I want to build it.") -> dict:
+def tiny_clip(
+    draw: np.random.Generator, name: str, frames: int, replies: int, words: int, wish: str = "I want to build it."
+) -> dict:
     """A clip of `frames` frames with `replies` assistant turns of `words` words, and two steps done on the way."""
     start = int(draw.integers(0, 50))
     turns = [{"role": "user", "content": wish, "start_frame": start + 1, "end_frame": start + 1}]
     places = np.linspace(2, frames - 2, max(replies, 1)).astype(int).tolist()
     for number, place in enumerate(places[:replies]):
         text = " ".join(draw.choice(WORDS, size=words).tolist())
-        turns.append({"role": "assistant", "content": text, "start_frame": start + place - 1, "end_frame": start + place})
+        turns.append(
+            {"role": "assistant", "content": text, "start_frame": start + place - 1, "end_frame": start + place}
+        )
         if number < 4:
             update = [{"id": f"S{number // 2 + 1}", "transition": ("start", "complete")[number % 2]}]
-            turns.append({"role": "DST_UPDATE", "content": update, "start_frame": start + place, "end_frame": start + place})
+            turns.append(
+                {"role": "DST_UPDATE", "content": update, "start_frame": start + place, "end_frame": start + place}
+            )
     steps = [{"id": "S1", "name": "take the block"}, {"id": "S2", "name": "turn the bolt"}]
     return {
         "id": name, "video_uid": name, "clip_idx": 0, "dataset": "tiny", "fps": 2, "start_frame_idx": start,
@@ -62,7 +68,10 @@ def write_tiny_corpus(folder: Path, *, clips: int = 12, seed: int = 0) -> None:
         (folder / f"{name}.json").write_text(json.dumps(list_of_clips), encoding="utf-8")
         for clip in list_of_clips:
             rows = clip["end_frame_idx"] - clip["start_frame_idx"] + 1
-            np.save(folder / "embeddings" / f"{clip['id']}_embeddings.npy", draw.normal(size=(rows, VISION_DIM)).astype(np.float32))
+            np.save(
+                folder / "embeddings" / f"{clip['id']}_embeddings.npy",
+                draw.normal(size=(rows, VISION_DIM)).astype(np.float32),
+            )
 
 
 def tiny_config(folder: Path, *overrides: str) -> Config:
