@@ -13,7 +13,7 @@ With --live the clip gives only the header (goal, steps, state at its start). Fr
 cannot be used is answered by {"error": ...}; it counts as no frame, and the stream goes on.
 
 With --video the frames come from a video file (or a directory of pictures, or an Arrow file) through a vision tower,
-and goal, steps and what the user says from a YAML file: see prospect/video.py.
+and goal, steps and what the user says from a YAML file: see prospect/vision/video.py.
 """
 
 import argparse
@@ -28,14 +28,14 @@ import numpy as np
 
 from prospect.clips import Clip, ClipFile
 from prospect.config import Config
-from prospect.encode import parse_fps
 from prospect.errors import ProspectError, run_entry_point
+from prospect.load import load_for_inference, load_job
 from prospect.model import Prospect
 from prospect.report import timeline, write_timelines
-from prospect.setup import load_for_inference, load_job
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
-from prospect.video import Report, load_encoder, read_task, unheard, watch
+from prospect.vision.encode import parse_fps
+from prospect.vision.video import Report, load_encoder, read_task, unheard, watch
 
 DEFAULT_CHECKPOINT = "runs/sample/best"
 
@@ -50,7 +50,7 @@ def named_clips(name: str) -> list[tuple[ClipFile, int]]:
     return [(file, file.find(name[cut + 1 :]))]
 
 
-# ---------------------------------------------------------------------------------------------- the transcript
+# ---- the transcript ------------------------------------------------------------------------------
 
 
 def header(clip: Clip) -> str:
@@ -92,7 +92,7 @@ def write_line(out: TextIO, value: dict) -> None:
     out.flush()
 
 
-# --------------------------------------------------------------------------------------------------- live input
+# ---- live input ----------------------------------------------------------------------------------
 
 
 def read_live_line(line: bytes) -> np.ndarray | str:
@@ -132,7 +132,7 @@ def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
             write_line(out, {"error": f"line {number}: {error}"})
 
 
-# -------------------------------------------------------------------------------------------------------- videos
+# ---- videos --------------------------------------------------------------------------------------
 
 
 def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
@@ -154,7 +154,7 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
         print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ---- main ----------------------------------------------------------------------------------------
 
 
 def open_output(path: str, inputs: list[Path]) -> TextIO:

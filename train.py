@@ -15,27 +15,35 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
-import functools
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import yaml
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
+from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
-from prospect.data import LABEL_KEYS, Corpus, collate, epoch_batches, generator, ordered_batches, padding_share
+from prospect.data import (
+    Corpus,
+    DataOrder,
+    MicroBatches,
+    StepSampler,
+    counts_line,
+    label_counts,
+    ordered_batches,
+    padding_share,
+    received,
+)
 from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.distributed import (
     Ranks,
@@ -46,7 +54,6 @@ from prospect.distributed import (
     leave_signals_to_parent,
     on_main,
     release,
-    shard_like,
     share_model,
     start_ranks,
     stop_ranks,
@@ -56,19 +63,16 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_lines, written_whole
-from prospect.lora import checkpoint_names, parameter_groups, set_trainable
-from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_terms
-from prospect.setup import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
-from prospect.show import counts_line, label_counts
-from prospect.tokenizer import Tokenizer
-from prospect.weights import describe_memory, hf_config, load_state, save_state, write_json
+from prospect.lora import parameter_groups, set_trainable
+from prospect.model import LOSS_CLASSES, Prospect, count_labels, loss_terms
+from prospect.weights import describe_memory, load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to go on
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
 SHOWN_LOSSES = {"say": "speaking_gen", "speak?": "speaking_binary", "upd": "dst_gen", "upd?": "dst_binary"}
 
 
-# ---------------------------------------------------------------------------------------- pure functions of the step
+# ---- pure functions of the step ------------------------------------------------------------------
 
 
 def learning_rate(step: int, max_steps: int, config: TrainConfig, peak: float) -> float:
@@ -92,90 +96,10 @@ def total_loss(terms: dict[str, Tensor], config: Config) -> Tensor:
     )
 
 
-# ------------------------------------------------------------------------------------------------ the order of the data
+# ---- the order of the data -----------------------------------------------------------------------
 
 
-class DataOrder:
-    """The endless stream of micro-batches, one epoch after another, each epoch in an order of its own.
-
-    A place in it is (epoch, position): micro-batches of that epoch already taken, by all ranks together. No number of
-    ranks is part of it, so a run can go on with another.
-    """
-
-    def __init__(self, lengths, batch_tokens: int, seed: int):
-        self.lengths = lengths  # [number of sequences] tokens of each
-        self.batches = functools.lru_cache(maxsize=2)(lambda epoch: epoch_batches(lengths, batch_tokens, seed, epoch))
-
-    def stream(self, epoch: int, position: int) -> Iterator[tuple[int, list[int]]]:
-        """(epoch, sequence numbers) of each micro-batch from a place on."""
-        while True:
-            for batch in self.batches(epoch)[position:]:
-                yield epoch, batch
-            epoch, position = epoch + 1, 0
-
-    def advance(self, epoch: int, position: int, taken: int) -> tuple[int, int]:
-        """The place after `taken` more micro-batches."""
-        position += taken
-        while position >= len(self.batches(epoch)):
-            epoch, position = epoch + 1, position - len(self.batches(epoch))
-        return epoch, position
-
-    def left(self, epoch: int, position: int, num_epochs: int) -> int:
-        """Micro-batches from a place to the end of `num_epochs` epochs."""
-        return max(0, sum(len(self.batches(e)) for e in range(epoch, num_epochs)) - position)
-
-
-class StepSampler:
-    """For this rank, step after step, the keys of its micro-batches: lists of (epoch, sequence number).
-
-    All ranks take the same stretch of the stream for a step and deal it out by tokens, largest first, back and forth
-    (0 1 1 0 0 1 ...), each getting the same number of micro-batches.
-    """
-
-    def __init__(self, order: DataOrder, epoch: int, position: int, ranks: Ranks, per_rank: int):
-        self.order, self.start, self.ranks, self.per_rank = order, (epoch, position), ranks, per_rank
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        lengths, world = self.order.lengths, self.ranks.world
-        stream = self.order.stream(*self.start)
-        while True:
-            group = [next(stream) for _ in range(world * self.per_rank)]
-            group.sort(key=lambda item: -int(lengths[item[1]].max()) * len(item[1]))  # stable: equal ones stay in order
-            for number in range(self.per_rank):
-                dealt = group[number * world : (number + 1) * world]
-                epoch, batch = dealt[self.ranks.rank if number % 2 == 0 else world - 1 - self.ranks.rank]
-                yield [(epoch, index) for index in batch]
-
-
-class MicroBatches(Dataset):
-    """Keys of sequences to a collated batch, here or in a worker process."""
-
-    def __init__(self, corpus: Corpus, multiple: int):
-        self.corpus, self.multiple = corpus, multiple
-
-    def __getitem__(self, keys: list[tuple[int, int]]) -> dict | ProspectError:
-        try:
-            batch = collate([self.corpus[key] for key in keys], self.corpus.tokenizer.pad_id)
-        except ProspectError as error:  # raised by the receiver: a worker would wrap it into its own traceback
-            return error
-        return pad_to_multiple(batch, self.multiple, self.corpus.tokenizer.pad_id)
-
-
-def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:
-    """The batch with T a multiple of this: more padding on the right, which no real token sees."""
-    fill = {"input_ids": pad_id, "attention_mask": False} | dict.fromkeys(LABEL_KEYS, IGNORE)
-    extra = -batch["input_ids"].shape[1] % multiple
-    return batch | {key: F.pad(batch[key], (0, extra), value=value) for key, value in fill.items()} if extra else batch
-
-
-def received(loader: DataLoader) -> Iterator[dict]:
-    for batch in loader:
-        if isinstance(batch, ProspectError):
-            raise batch
-        yield batch
-
-
-# ---------------------------------------------------------------------------------------------- pieces of the loop
+# ---- pieces of the loop --------------------------------------------------------------------------
 
 
 def make_autocast(config: TrainConfig, device: torch.device):
@@ -286,118 +210,10 @@ class MetricsLog:
             raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
-# ------------------------------------------------------------------------------------------------------ saving
+# ---- saving --------------------------------------------------------------------------------------
 
 
-def adam_moments(model: Prospect, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` of every trained parameter."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {f"{name}.{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
-
-
-def trained_weights(model: Prospect, config: TrainConfig) -> dict[str, Tensor]:
-    """What a checkpoint holds of the model: all, or what `tune` trains beside a backbone that stays where it is."""
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]  # the embeddings under another name
-    names = checkpoint_names(model, config)
-    return {name: weights[name] for name in weights if names is None or name in names}
-
-
-def named_shards(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Both in one dict, for a sharded checkpoint."""
-    named = {ckpt.WEIGHTS + name: tensor for name, tensor in weights.items()}
-    return named | {ckpt.MOMENTS + name: tensor for name, tensor in moments.items()}
-
-
-def gathered(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """The tensors in full and on the host, on rank 0; one by one, so that a GPU never holds two whole."""
-    full = {}
-    for name, tensor in tensors.items():
-        tensor = whole(tensor)
-        if ranks.main:
-            full[name] = tensor.cpu()
-    return full
-
-
-def save(
-    run: Path,
-    model: Prospect,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    state: TrainState,
-    config: Config,
-    ranks: Ranks,
-) -> None:
-    """Everything the loop needs to go on, as one checkpoint directory. Ranks give what they hold, rank 0 writes it."""
-    final = ckpt.step_directory(run, state.step)
-    weights, moments = trained_weights(model, config.train), adam_moments(model, optimizer)
-    random_states = gather_objects(ckpt.rng_state(ranks.device), ranks)
-    on_main(lambda: ckpt.begin_checkpoint(final), ranks)
-    if config.train.sharded_checkpoints:
-        together(lambda: ckpt.write_shards(final, named_shards(weights, moments)), ranks)
-    else:
-        weights, moments = gathered(weights, ranks), gathered(moments, ranks)
-
-    def write() -> None:
-        directory = ckpt.aside(final)
-        with ckpt.disk_errors(final):
-            if config.train.sharded_checkpoints:
-                write_json(hf_config(model.config, tokenizer.end_id), directory / "config.json")
-            else:
-                save_state(weights, model.config, directory, eos_token_id=tokenizer.end_id)
-                ckpt.write_optimizer(directory, moments)
-            tokenizer.save(directory)
-            ckpt.write_rng(directory, random_states)
-            ckpt.write_state(directory, state, config)
-        ckpt.finish_checkpoint(final)
-        if state.best_step == state.step:
-            ckpt.point(run / "best", final.name)
-        ckpt.prune(run, config.train.keep, state.best_step)
-
-    on_main(write, ranks)
-
-
-@torch.no_grad()
-def restore(
-    source: Path, model: Prospect, optimizer: torch.optim.Optimizer, state: TrainState, config: Config, ranks: Ranks
-) -> None:
-    """Fill the optimizer, and from a sharded checkpoint the model, and set this rank's random state."""
-    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        zeros = torch.zeros_like(parameter)
-        step = torch.zeros((), device=parameter.device)
-        optimizer.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
-    moments = adam_moments(model, optimizer)
-    if (source / ckpt.SHARDS).is_dir():
-        ckpt.read_shards(source, named_shards(trained_weights(model, config.train), moments))
-    else:
-        stored = ckpt.read_optimizer(source)
-        if stored.keys() != moments.keys():
-            what = "optimizer.safetensors is of another model"
-            raise ProspectError(what, where=str(source), remedy="use another checkpoint")
-        for name, moment in moments.items():
-            moment.copy_(shard_like(stored[name], moment))
-    if state.world == ranks.world:
-        ckpt.set_rng_state(source, ranks.rank, ranks.device)
-    else:
-        torch.manual_seed(int(generator(config.run.seed, "resumed", state.step, ranks.rank).integers(2**62)))
-
-
-def resumed_lines(source: Path, state: TrainState, changed: list[str], ranks: Ranks, per_step: int) -> list[str]:
-    """What a resumed run says about itself."""
-    lines = [f"going on from {source}, step {state.step}"]
-    if changed:
-        lines.append(f"changed since then: {', '.join(changed)}")
-    if state.world != ranks.world:
-        now = f"{state.world} rank(s) then, {ranks.world} now"
-        lines.append(f"{now}: the data goes on at the same place; dropout is drawn anew")
-    if state.micro_batches != per_step:
-        now = f"a step was {state.micro_batches} micro-batches and is now {per_step}"
-        lines.append(f"{now} (see train.gradient_accumulation_steps)")
-    return lines
-
-
-# ----------------------------------------------------------------------------------------------------- the loop
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
@@ -440,7 +256,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
         if not (source / ckpt.SHARDS).is_dir():
             together(lambda: load_state(model, source), ranks)
         if ranks.main:
-            print("\n".join(resumed_lines(source, state, changed, ranks, per_step)), flush=True)
+            print("\n".join(ckpt.resumed_lines(source, state, changed, ranks, per_step)), flush=True)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
 
@@ -456,14 +272,14 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     autocast = make_autocast(config.train, ranks.device)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.train.precision == "fp16")
     if source:
-        together(lambda: restore(source, model, optimizer, state, config, ranks), ranks)
+        together(lambda: ckpt.restore(source, model, optimizer, state, config, ranks), ranks)
         if state.scaler:  # a run that goes over to fp16 here has none yet
             scaler.load_state_dict(state.scaler)
     state.world, state.micro_batches, state.data, state.made_with = ranks.world, per_step, data, ckpt.versions()
 
     batches = received(DataLoader(
         MicroBatches(train_corpus, COMPILED_LENGTHS if config.train.compile else 1),
-        sampler=StepSampler(order, state.epoch, state.position, ranks, accumulate),
+        sampler=StepSampler(order, state.epoch, state.position, ranks.rank, ranks.world, accumulate),
         batch_size=None,  # the sampler's keys are a whole batch
         num_workers=config.data.workers,
         worker_init_fn=leave_signals_to_parent,
@@ -497,7 +313,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             due = finished or stopping or state.step == state.best_step or state.step % config.train.save_every == 0
             if unsaved and due:
                 state.scaler = scaler.state_dict()
-                save(run, model, optimizer, tokenizer, state, config, ranks)
+                ckpt.save(run, model, optimizer, tokenizer, state, config, ranks)
                 unsaved = False
                 stopping = any_rank(stop.requested, ranks)  # asked for while saving
             if finished or stopping:

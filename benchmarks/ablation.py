@@ -47,10 +47,11 @@ from prospect.config import load_config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import load_jobs, score_clip, summarise, write_json
+from prospect.evaluate import load_jobs, write_json
+from prospect.load import load_for_inference
 from prospect.metrics import match_events, ratio
 from prospect.sample import named_step, says_the_same, write_sample
-from prospect.setup import load_for_inference
+from prospect.score import score_clip, summarise
 from prospect.stream import stream_jobs
 from prospect.text_metrics import load_similarity
 

@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.config import DataConfig
-from prospect.data import Corpus, collate, epoch_batches, lay_out, make_sample
+from prospect.data import Corpus, collate, epoch_batches
 from prospect.errors import run_entry_point
+from prospect.sequence import lay_out, make_sample
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
 VISION_DIM = 2048

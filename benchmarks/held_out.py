@@ -22,12 +22,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.clips import Turn
-from prospect.data import generator
 from prospect.errors import run_entry_point
-from prospect.evaluate import load_jobs, score_clip, summarise
+from prospect.evaluate import load_jobs
+from prospect.load import load_for_inference
 from prospect.metrics import match_events
 from prospect.sample import DIFFICULTIES, named_step, says_the_same, write_sample
-from prospect.setup import load_for_inference
+from prospect.score import score_clip, summarise
+from prospect.sequence import generator
 from prospect.stream import Job, stream_jobs
 from prospect.text_metrics import load_similarity
 

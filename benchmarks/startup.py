@@ -16,9 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
+from prospect.build import make_sample_corpus
 from prospect.config import load_config
 from prospect.errors import ProspectError, run_entry_point
-from prospect.setup import make_sample_corpus
 
 
 def seconds_until(happened, process: subprocess.Popen, started: float) -> float:

@@ -30,10 +30,10 @@ from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import DTYPES, SHAPES, model_config
 from prospect.clips import parse_clip
 from prospect.config import Config
-from prospect.data import clip_prompt, prompt_pieces
 from prospect.errors import ProspectError, run_entry_point
+from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect, init_weights
-from prospect.setup import store_wide_weights_by_column
+from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
 

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from prospect.config import load_config
 from prospect.errors import ProspectError, run_entry_point
 from prospect.evaluate import load_jobs
+from prospect.load import load_for_inference
 from prospect.report import read_run, timeline, write_runs, write_settings, write_timelines
-from prospect.setup import load_for_inference
 from prospect.show import setting
 from prospect.stream import stream_jobs
 

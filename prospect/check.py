@@ -65,7 +65,7 @@ def open_source(path: str | Path, embeddings: str | Path | None, allow_outside: 
     return Source(ClipFile(path), Path(embeddings) if embeddings else Path(path).parent / "embeddings", allow_outside)
 
 
-# ------------------------------------------------------------------------------------------------------- one clip
+# ---- one clip ------------------------------------------------------------------------------------
 
 
 def check_clip(source: Source, number: int, index: int, vision_dim: int | None) -> Checked:
@@ -123,7 +123,7 @@ def told(kind: str, error: ProspectError) -> Problem:
     return Problem(kind, error.where, "", error.what, error.remedy)
 
 
-# ------------------------------------------------------------------------------------------------------- all clips
+# ---- all clips -----------------------------------------------------------------------------------
 
 
 def check_all(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
@@ -187,7 +187,7 @@ def _check_chunk(chunk: tuple[int, int, int]) -> list[Checked]:
     return [check_clip(sources[number], number, index, vision_dim) for index in range(begin, end)]
 
 
-# ------------------------------------------------------------------------------------------------ before training
+# ---- before training -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -242,7 +242,7 @@ def check_command(sources: Sequence[Source], config: DataConfig, vision_dim: int
     return " ".join(words)
 
 
-# ------------------------------------------------------------------------------------------------------- main
+# ---- main ----------------------------------------------------------------------------------------
 
 
 def width_problem(widths: Counter[int]) -> Problem | None:

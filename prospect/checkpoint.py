@@ -43,11 +43,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from prospect.config import Config, make_config, to_dict
+from prospect.config import Config, TrainConfig, make_config, to_dict
 from prospect.data import Corpus
+from prospect.distributed import Ranks, gather_objects, on_main, shard_like, together, whole
 from prospect.embeddings import find_embeddings
 from prospect.errors import ProspectError, run_entry_point
-from prospect.weights import parse_config, read_json, save_state
+from prospect.lora import checkpoint_names
+from prospect.model import Prospect
+from prospect.sequence import generator
+from prospect.tokenizer import Tokenizer
+from prospect.weights import hf_config, parse_config, read_json, save_state, write_json
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
@@ -73,7 +78,7 @@ class TrainState:
     made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
 
 
-# --------------------------------------------------------------------------------- directories that are whole or absent
+# ---- directories that are whole or absent --------------------------------------------------------
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -167,7 +172,7 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# ------------------------------------------------------------------------------------------------- where to go on from
+# ---- where to go on from -------------------------------------------------------------------------
 
 
 def find_resume(wanted: str, run: Path) -> Path | None:
@@ -255,7 +260,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-# --------------------------------------------------------------------------------------------------------- the files
+# ---- the files -----------------------------------------------------------------------------------
 
 
 def write_state(directory: Path, state: TrainState, config: Config) -> None:
@@ -340,7 +345,7 @@ def set_rng_state(directory: Path, rank: int, device: torch.device) -> None:
         torch.cuda.set_rng_state(states[f"{rank}.cuda"], device)
 
 
-# ------------------------------------------------------------------------------------------------ sharded checkpoints
+# ---- sharded checkpoints -------------------------------------------------------------------------
 
 
 def write_shards(final: Path, tensors: dict[str, Tensor]) -> None:
@@ -380,6 +385,117 @@ def make_full(directory: Path, out: Path) -> None:
 
 def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# ---- saving and restoring a run ------------------------------------------------------------------
+
+
+def adam_moments(model: Prospect, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step` of every trained parameter."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {f"{name}.{key}": value for name, p in trained.items() for key, value in optimizer.state[p].items()}
+
+
+def trained_weights(model: Prospect, config: TrainConfig) -> dict[str, Tensor]:
+    """What a checkpoint holds of the model: all, or what `tune` trains beside a backbone that stays where it is."""
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]  # the embeddings under another name
+    names = checkpoint_names(model, config)
+    return {name: weights[name] for name in weights if names is None or name in names}
+
+
+def named_shards(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Both in one dict, for a sharded checkpoint."""
+    named = {WEIGHTS + name: tensor for name, tensor in weights.items()}
+    return named | {MOMENTS + name: tensor for name, tensor in moments.items()}
+
+
+def gathered(tensors: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """The tensors in full and on the host, on rank 0; one by one, so that a GPU never holds two whole."""
+    full = {}
+    for name, tensor in tensors.items():
+        tensor = whole(tensor)
+        if ranks.main:
+            full[name] = tensor.cpu()
+    return full
+
+
+def save(
+    run: Path,
+    model: Prospect,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    config: Config,
+    ranks: Ranks,
+) -> None:
+    """Everything the loop needs to go on, as one checkpoint directory. Ranks give what they hold, rank 0 writes it."""
+    final = step_directory(run, state.step)
+    weights, moments = trained_weights(model, config.train), adam_moments(model, optimizer)
+    random_states = gather_objects(rng_state(ranks.device), ranks)
+    on_main(lambda: begin_checkpoint(final), ranks)
+    if config.train.sharded_checkpoints:
+        together(lambda: write_shards(final, named_shards(weights, moments)), ranks)
+    else:
+        weights, moments = gathered(weights, ranks), gathered(moments, ranks)
+
+    def write() -> None:
+        directory = aside(final)
+        with disk_errors(final):
+            if config.train.sharded_checkpoints:
+                write_json(hf_config(model.config, tokenizer.end_id), directory / "config.json")
+            else:
+                save_state(weights, model.config, directory, eos_token_id=tokenizer.end_id)
+                write_optimizer(directory, moments)
+            tokenizer.save(directory)
+            write_rng(directory, random_states)
+            write_state(directory, state, config)
+        finish_checkpoint(final)
+        if state.best_step == state.step:
+            point(run / "best", final.name)
+        prune(run, config.train.keep, state.best_step)
+
+    on_main(write, ranks)
+
+
+@torch.no_grad()
+def restore(
+    source: Path, model: Prospect, optimizer: torch.optim.Optimizer, state: TrainState, config: Config, ranks: Ranks
+) -> None:
+    """Fill the optimizer, and from a sharded checkpoint the model, and set this rank's random state."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        zeros = torch.zeros_like(parameter)
+        step = torch.zeros((), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+    moments = adam_moments(model, optimizer)
+    if (source / SHARDS).is_dir():
+        read_shards(source, named_shards(trained_weights(model, config.train), moments))
+    else:
+        stored = read_optimizer(source)
+        if stored.keys() != moments.keys():
+            what = "optimizer.safetensors is of another model"
+            raise ProspectError(what, where=str(source), remedy="use another checkpoint")
+        for name, moment in moments.items():
+            moment.copy_(shard_like(stored[name], moment))
+    if state.world == ranks.world:
+        set_rng_state(source, ranks.rank, ranks.device)
+    else:
+        torch.manual_seed(int(generator(config.run.seed, "resumed", state.step, ranks.rank).integers(2**62)))
+
+
+def resumed_lines(source: Path, state: TrainState, changed: list[str], ranks: Ranks, per_step: int) -> list[str]:
+    """What a resumed run says about itself."""
+    lines = [f"going on from {source}, step {state.step}"]
+    if changed:
+        lines.append(f"changed since then: {', '.join(changed)}")
+    if state.world != ranks.world:
+        now = f"{state.world} rank(s) then, {ranks.world} now"
+        lines.append(f"{now}: the data goes on at the same place; dropout is drawn anew")
+    if state.micro_batches != per_step:
+        now = f"a step was {state.micro_batches} micro-batches and is now {per_step}"
+        lines.append(f"{now} (see train.gradient_accumulation_steps)")
+    return lines
 
 
 def main() -> int:

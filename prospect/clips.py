@@ -119,7 +119,7 @@ class Problem:
         return ProspectError(self.what, where=where, remedy=self.remedy)
 
 
-# --------------------------------------------------------------------------------------------------- clip files
+# ---- clip files ----------------------------------------------------------------------------------
 
 
 class ClipFile:
@@ -243,7 +243,7 @@ def _is_object(line: str) -> bool:
         return False
 
 
-# ---------------------------------------------------------------------------------------------- one clip's fields
+# ---- one clip's fields ---------------------------------------------------------------------------
 
 
 def clip_id(raw: dict[str, Any], index: int) -> str:
@@ -596,7 +596,7 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-# ----------------------------------------------------------------------------------------------------- embeddings
+# ---- embeddings ----------------------------------------------------------------------------------
 
 
 def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:

@@ -18,9 +18,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from prospect.data import Corpus, Sample, collate, frame_labels
+from prospect.data import Corpus, collate
 from prospect.metrics import DecisionCounts, auroc, average_precision, best_threshold, decision_metrics
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_sums
+from prospect.sequence import Sample, frame_labels
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
 FRAMES_AT_ONCE = 256  # whose LM logits are held at the same time, with infer.decision=lm

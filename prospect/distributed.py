@@ -83,7 +83,7 @@ def stop_ranks(ranks: Ranks) -> None:
         dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------ talking to each other
+# ---- talking to each other -----------------------------------------------------------------------
 
 
 def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
@@ -131,7 +131,7 @@ def on_main(action: Callable[[], T], ranks: Ranks) -> T | None:
     return together(lambda: action() if ranks.main else None, ranks)
 
 
-# ---------------------------------------------------------------------------------------------------- sharing the work
+# ---- sharing the work ----------------------------------------------------------------------------
 
 
 def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module:
@@ -184,7 +184,7 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------------ being stopped
+# ---- being stopped -------------------------------------------------------------------------------
 
 
 class StopRequest:

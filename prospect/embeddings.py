@@ -89,7 +89,7 @@ class Call:
     state: tuple | None = None
 
 
-# ---- Finding a clip's file
+# ---- Finding a clip's file -----------------------------------------------------------------------
 
 
 def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outside: bool = False) -> Path:
@@ -140,7 +140,7 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
     return found
 
 
-# ---- Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def read_embeddings(path: Path) -> np.ndarray:
@@ -268,7 +268,7 @@ def _checked_header(file: safetensors.safe_open, path: Path) -> tuple[str, str, 
     return name, dtype, shape
 
 
-# ---- Pickles
+# ---- Pickles -------------------------------------------------------------------------------------
 
 
 def _read_pickle(path: Path) -> np.ndarray:
@@ -426,7 +426,7 @@ def _bytes_of(data: object) -> bytes | bytearray | None:
     return None
 
 
-# ---- Writing, and converting a directory once
+# ---- Writing, and converting a directory once ----------------------------------------------------
 
 
 def write_embeddings(rows: np.ndarray, path: Path) -> None:

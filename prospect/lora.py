@@ -49,7 +49,7 @@ def part_of(name: str) -> str:
     return "adapters" if is_adapter(name) else "backbone"
 
 
-# ------------------------------------------------------------------------------------------------------- adapters
+# ---- adapters ------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
@@ -152,7 +152,7 @@ def peft_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ what is trained
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 def storage_dtype(config: TrainConfig) -> torch.dtype:

@@ -35,7 +35,7 @@ EVENT_TOLERANCE = 1.0  # seconds: an event counts as found if it is predicted at
 THRESHOLDS = 1 / (1 + np.exp(-np.linspace(-6, 6, 121)))
 
 
-# ---------------------------------------------------------------- counts
+# ---- counts --------------------------------------------------------------------------------------
 
 
 def ratio(numerator: float, denominator: float) -> float:
@@ -67,7 +67,7 @@ class Counts:
         return ratio(2 * self.matched, self.predicted + self.reference)
 
 
-# ---------------------------------------------------------------- the assignment behind both other parts
+# ---- the assignment behind both other parts ------------------------------------------------------
 
 
 def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
@@ -115,7 +115,7 @@ def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
     return column_of
 
 
-# ---------------------------------------------------------------- decisions: the two heads, frame by frame
+# ---- decisions: the two heads, frame by frame ----------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def auroc(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return ratio((positives * (lower_negatives + negatives / 2)).sum(), pairs)
 
 
-# ---------------------------------------------------------------- dialogue: what is said, and when
+# ---- dialogue: what is said, and when ------------------------------------------------------------
 
 # Seconds (l, r) by dataset: a prediction at frame i may stand for a reference at frame j where l <= j - i <= r. So r is
 # how far a prediction may come *before* its reference, and -l how far after. The first name found in the dataset's own
@@ -446,7 +446,7 @@ def _dialogue_rates(sums: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------- task state
+# ---- task state ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)  # an array has no single answer to ==
@@ -564,7 +564,7 @@ def pair_updates(
     return [(predicted[p], reference[r]) for p, r in enumerate(taken) if r < R]
 
 
-# ---------------------------------------------------------------- reporting
+# ---- reporting -----------------------------------------------------------------------------------
 
 
 def by_dataset(

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 IGNORE = -100  # the label of a position where nothing is learned
 
 
-# --------------------------------------------------------------------------------------------------- config
+# ---- config --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -82,7 +82,7 @@ class ModelConfig:
     backbone_mark: str = ""  # and their fingerprint
 
 
-# ------------------------------------------------------------------------------------------------- KV cache
+# ---- KV cache ------------------------------------------------------------------------------------
 
 
 class KVCache:
@@ -145,7 +145,7 @@ class KVCache:
         return keys[self.rows, :, : self.end], values[self.rows, :, : self.end]
 
 
-# ------------------------------------------------------------------------------------------ the transformer
+# ---- the transformer -----------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -273,7 +273,7 @@ class Llama(nn.Module):
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------- the model
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class Prospect(nn.Module):
@@ -432,7 +432,7 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
         parameter.data.copy_(drawn)
 
 
-# -------------------------------------------------------------------------------------------- the four losses
+# ---- the four losses -----------------------------------------------------------------------------
 
 # Labels are counted, and losses summed, in seven classes; the four losses are quotients of these. Keeping sums and
 # counts apart until the whole optimizer step is known is what makes a step the same however it is cut into

@@ -169,7 +169,7 @@ class Story:
     events: tuple[Event, ...]
 
 
-# ---- the world -------------------------------------------------------------------------------------------------------
+# ---- the world -----------------------------------------------------------------------------------
 
 
 def world_subspace() -> np.ndarray:
@@ -217,7 +217,7 @@ def _entry_std(difficulty: str) -> float:
     return math.sqrt((1 + IDLE_SHARE**2 + R * DIFFICULTIES[difficulty].noise ** 2) / D)
 
 
-# ---- what happens in a clip ------------------------------------------------------------------------------------------
+# ---- what happens in a clip ----------------------------------------------------------------------
 
 
 def act_out(rng: np.random.Generator, rules: Difficulty) -> Story:
@@ -277,7 +277,7 @@ def _draw_gap(rng: np.random.Generator) -> int:
     return GAP_MIN + round((GAP_MAX - GAP_MIN) * rng.beta(1.2, 2.4))  # Beta(1.2, 2.4) has mean 1/3
 
 
-# ---- the story in words ----------------------------------------------------------------------------------------------
+# ---- the story in words --------------------------------------------------------------------------
 
 
 def write_clip(story: Story, uid: str, rng: np.random.Generator) -> dict:
@@ -402,7 +402,7 @@ def says_the_same(reply: str, wanted: str, step_names: list[str]) -> bool:
     return reply.split(".")[0] == wanted.split(".")[0] if step is None else named_step(reply, step_names) == step
 
 
-# ---- the story in pictures -------------------------------------------------------------------------------------------
+# ---- the story in pictures -----------------------------------------------------------------------
 
 
 def seen_looks(story: Story) -> np.ndarray:
@@ -427,7 +427,7 @@ def draw(story: Story, clean: np.ndarray, subspace: np.ndarray, noise: float, rn
     return (clean[story.task][seen_looks(story)] + noisy @ subspace).astype(np.float16)  # [F, D]
 
 
-# ---- the corpus ------------------------------------------------------------------------------------------------------
+# ---- the corpus ----------------------------------------------------------------------------------
 
 
 def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val_clips: int = 40) -> None:

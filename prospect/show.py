@@ -12,14 +12,13 @@ every token; with --versus, the clip under two configurations stands side by sid
 import argparse
 import sys
 
-import torch
-
+from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
 from prospect.config import Config, load_config
-from prospect.data import LABEL_KEYS, Corpus, Sample, collate
+from prospect.data import Corpus, collate, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, LOSS_CLASSES, count_labels
 from prospect.report import Setting, token_table, write_settings
-from prospect.setup import load_corpus, load_tokenizer, make_sample_corpus
+from prospect.sequence import LABEL_KEYS, Sample
 from prospect.tokenizer import Tokenizer
 
 GREEN, BLUE, DIM, PLAIN = "\033[32m", "\033[34m", "\033[2m", "\033[0m"
@@ -64,18 +63,6 @@ def print_table(table: list[tuple[str, ...]], colour: bool, fold: bool) -> None:
         if colour:
             line = (GREEN if row[3] or row[4] == "1" else BLUE if row[5] or row[6] == "1" else DIM) + line + PLAIN
         print(line)
-
-
-def counts_line(counts: torch.Tensor) -> str:
-    return "  ".join(f"{name} {int(count)}" for name, count in zip(LOSS_CLASSES, counts))
-
-
-def label_counts(corpus: Corpus, epoch: int = 0) -> torch.Tensor:
-    """Labels of one epoch by class, [7]: what train.py logs when it has seen the epoch once."""
-    counts = torch.zeros(len(LOSS_CLASSES), dtype=torch.float64)
-    for index in range(len(corpus)):
-        counts += count_labels(collate([corpus[(epoch, index)]], corpus.tokenizer.pad_id))
-    return counts
 
 
 def chosen_sequences(corpus: Corpus, which: str | None) -> list[int]:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from prospect.clips import Clip
 from prospect.config import Config
-from prospect.data import clip_prompt, overlap_start, prompt_pieces
 from prospect.dst import (
     TRANSITIONS,
     State,
@@ -41,6 +40,7 @@ from prospect.dst import (
 )
 from prospect.errors import ProspectError
 from prospect.model import Generated, KVCache, Prospect
+from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
 from prospect.tokenizer import Piece, Tokenizer
 
 SUMMARY_REQUEST = "Summarize what has been done so far."  # asked in the user's role when a context is summarized
@@ -146,7 +146,7 @@ class StreamSession:
     def _check_settings(self) -> None:
         data, infer = self.config.data, self.config.infer
         if infer.speaking_threshold is None or infer.dst_threshold is None:
-            remedy = "set them, or load a checkpoint with prospect.setup.load_for_inference"
+            remedy = "set them, or load a checkpoint with prospect.load.load_for_inference"
             what = "infer.speaking_threshold and infer.dst_threshold are not set"
             raise ProspectError(what, where="config", remedy=remedy)
         if data.dst != self.model.config.dst:
@@ -174,7 +174,7 @@ class StreamSession:
                 what = f"infer.max_update_tokens {infer.max_update_tokens} cannot hold one update, {needed} tokens"
                 raise ProspectError(what, where=self.clip.where, remedy=f"set infer.max_update_tokens={needed}")
 
-    # ------------------------------------------------------------------------------------------------ live use
+    # ---- live use --------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
         """User text, placed before the next frame, as in training. Raises ProspectError where it cannot stand there."""
@@ -202,7 +202,7 @@ class StreamSession:
         self.pending = []
         return records[0][0]
 
-    # ------------------------------------------------------------------------------------------------ the context
+    # ---- the context -----------------------------------------------------------------------------
 
     @property
     def num_tokens(self) -> int:
@@ -310,7 +310,7 @@ class StreamSession:
         self.cache.lengths[self.row] = before
         return self.tokenizer.decode(turn.ids).strip()
 
-    # ------------------------------------------------------------------------------------------- what was written
+    # ---- what was written ------------------------------------------------------------------------
 
     def wrote_update(self, turn: Generated, record: FrameRecord) -> None:
         record.dst_update, record.dst_update_cut = self._append("DST_UPDATE", turn), turn.cut
@@ -335,7 +335,7 @@ def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
     return KVCache(model.config, streams, config.data.max_seq_len, weight.device, weight.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------- one step
+# ---- one step ------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -455,7 +455,7 @@ def generate(sessions: list[StreamSession], role: str, max_new_tokens: int) -> l
     )
 
 
-# ------------------------------------------------------------------------------------------- constrained updates
+# ---- constrained updates -------------------------------------------------------------------------
 
 
 def legal_continuations(text: str, state: State, dst_format: str) -> list[str]:
@@ -520,7 +520,7 @@ def constraint(session: StreamSession) -> Callable[[list[int]], list[int]]:
     return allowed
 
 
-# ----------------------------------------------------------------------------------------------- whole clips
+# ---- whole clips ---------------------------------------------------------------------------------
 
 
 @dataclass

@@ -33,7 +33,7 @@ def words(text: str) -> list[str]:
     return re.findall(r"'?\w+", text.lower().replace("\u2019", "'"))
 
 
-# ---------------------------------------------------------------- similarity
+# ---- similarity ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def load_similarity(which: str) -> Similarity:
     return Similarity("lexical", lexical_similarity) if which == "lexical" else sentence_similarity(which)
 
 
-# ---------------------------------------------------------------- BLEU, METEOR, CIDEr
+# ---- BLEU, METEOR, CIDEr -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json
 FLOAT_TYPES = ("F32", "BF16", "F16")  # how safetensors calls what a Llama may be stored in
 
 
-# --------------------------------------------------------------------------------------------------- config.json
+# ---- config.json ---------------------------------------------------------------------------------
 
 # LlamaConfig's own defaults: a config.json may leave out what equals them (SmolVLM2's text_config does).
 LLAMA_DEFAULTS = {
@@ -246,7 +246,7 @@ def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict
     }
 
 
-# ------------------------------------------------------------------------------------------------------- reading
+# ---- reading -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -461,7 +461,7 @@ def load_state(model: Prospect, directory: str | Path) -> None:
         state[name].copy_(tensor)
 
 
-# ------------------------------------------------------------------------------------------------------- writing
+# ---- writing -------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -504,7 +504,7 @@ def write_json(values: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-# -------------------------------------------------------------------------------------------------------- export
+# ---- export --------------------------------------------------------------------------------------
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -564,7 +564,7 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> d
     }
 
 
-# --------------------------------------------------------------------------------------- what a backbone will need
+# ---- what a backbone will need -------------------------------------------------------------------
 
 # Sizes of the models that configs/ is made for, as their config.json has them: enough to tell what a run will take.
 PUBLISHED = {

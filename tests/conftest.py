@@ -16,7 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from prospect.clips import Clip, parse_clip
 from prospect.config import DataConfig
-from prospect.data import Sample, lay_out, make_sample, plan_windows
+from prospect.sequence import Sample, lay_out, make_sample, plan_windows
 from prospect.tokenizer import Tokenizer
 
 SPECIAL = ["<pad>", "<eos>", "<image>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>",

@@ -24,7 +24,7 @@ import train
 from prospect import check, evaluate
 from prospect.clips import ClipFile
 from prospect.errors import run_entry_point
-from prospect.setup import load_for_inference
+from prospect.load import load_for_inference
 from prospect.stream import StreamSession
 
 ROOT = Path(__file__).parents[1]
@@ -76,7 +76,7 @@ def train_and_check_refuse(folder: Path, monkeypatch, capsys, *parts: str) -> No
     assert any(found.startswith("error: ") and all(part in found for part in parts) for found in out.splitlines()), out
 
 
-# ---------------------------------------------------------------------------------------------------- fields of a clip
+# ---- fields of a clip ----------------------------------------------------------------------------
 
 
 def turn(**fields) -> dict:
@@ -164,7 +164,7 @@ def test_an_id_that_names_no_clip(corpus, monkeypatch, capsys):
         train_and_check_refuse(corpus, monkeypatch, capsys, f"{corpus}/train.json, clip ", said)
 
 
-# ------------------------------------------------------------------------------------------------------- clip files
+# ---- clip files ----------------------------------------------------------------------------------
 
 FILES = {
     "empty": (b"", "is not JSON"),
@@ -224,7 +224,7 @@ def test_two_clips_of_one_id(corpus, monkeypatch, capsys):
     train_and_check_refuse(corpus, monkeypatch, capsys, "clip brief, id: the id 'brief' occurs twice")
 
 
-# ------------------------------------------------------------------------------------------------------- embeddings
+# ---- embeddings ----------------------------------------------------------------------------------
 
 ROWS = np.ones((8, VISION_DIM), np.float32)  # the clip `brief` has 8 frames
 
@@ -313,7 +313,7 @@ def test_a_bad_path_to_embeddings(named, said, corpus, monkeypatch, capsys):
     train_and_check_refuse(corpus, monkeypatch, capsys, f"{corpus}/train.json, clip brief", said)
 
 
-# ----------------------------------------------------------------------------------------- configuration and overrides
+# ---- configuration and overrides -----------------------------------------------------------------
 
 CONFIGS = {
     "not YAML": (b"run: [", "is not YAML"),
@@ -388,7 +388,7 @@ def test_no_configuration(tmp_path, monkeypatch, capsys):
     assert "cannot be read" in refused(train.main, monkeypatch, capsys, tmp_path)
 
 
-# --------------------------------------------------------------------------- checkpoints, tokenizers, command lines
+# ---- checkpoints, tokenizers, command lines ------------------------------------------------------
 
 
 def state_with(**fields) -> Callable[[bytes], bytes]:
@@ -551,7 +551,7 @@ def test_resuming_from_a_broken_checkpoint_changes_nothing(trained, tmp_path, mo
         assert {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()} == before
 
 
-# ------------------------------------------------------------------------------------------------------- live input
+# ---- live input ----------------------------------------------------------------------------------
 
 LIVE = {
     "not JSON": (b"hello", "is not JSON"),
@@ -598,7 +598,7 @@ def test_a_bad_live_line_is_answered_and_the_stream_goes_on(case, listening):
     assert second["frame_idx"] == first["frame_idx"] + 1 and second["user"] == []
 
 
-# ----------------------------------------------------------------------------------------- in processes of their own
+# ---- in processes of their own -------------------------------------------------------------------
 
 
 def test_in_a_real_process(corpus):

@@ -149,7 +149,7 @@ def test_processes_find_the_same_in_the_same_order(tmp_path, monkeypatch, capsys
     assert alone[0] == 2 and alone[1][-1].startswith("47 clips, 230 frames: 8 errors")
 
 
-# ------------------------------------------------------------------------------------------------- before training
+# ---- before training -----------------------------------------------------------------------------
 
 
 def corpus_of(path: Path, tokenizer, **config) -> Corpus:
@@ -184,7 +184,7 @@ def test_warnings_are_told_once_of_a_kind(tmp_path, plain):
     assert warning.endswith(f"; and 2 more like it: python -m prospect.check {path} --vision-dim 4")
 
 
-# --------------------------------------------------------------------------------------------- one line, one terminal
+# ---- one line, one terminal ----------------------------------------------------------------------
 
 
 def test_an_error_line_has_nothing_that_could_steer_a_terminal():
@@ -192,7 +192,7 @@ def test_an_error_line_has_nothing_that_could_steer_a_terminal():
     assert str(error) == "a b c: unknown role '?[2J????' (é 積木 \U0001f642 )"
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
+# ---- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -184,7 +184,7 @@ def test_deep_nesting_is_refused_and_does_not_exhaust_the_stack():
     assert problems_of(broken(extra=deep))[0].kind == "nested too deeply"
 
 
-# ------------------------------------------------------------------------------------------------------ the state
+# ---- the state -----------------------------------------------------------------------------------
 
 
 def test_the_initial_state_by_each_kind_of_evidence():
@@ -255,7 +255,7 @@ def test_updates_act_in_the_order_of_frames_not_of_the_file():
     assert clip.initial_state["S1"] == "not_started"
 
 
-# ------------------------------------------------------------------------------------------------------ the files
+# ---- the files -----------------------------------------------------------------------------------
 
 
 def write(path: Path, value) -> Path:
@@ -325,7 +325,7 @@ def test_files_that_are_not_there_or_not_text(tmp_path):
         ClipFile(tmp_path / "latin.json")
 
 
-# ------------------------------------------------------------------------------------------------- the embeddings
+# ---- the embeddings ------------------------------------------------------------------------------
 
 
 def test_as_many_rows_as_frames():
@@ -367,7 +367,7 @@ def test_embeddings_are_rows_of_vectors_of_the_right_width(tmp_path):
     assert load_embeddings(clip, tmp_path, 6).shape == (4, 5, 6)
 
 
-# ------------------------------------------------------------------------------------------------- the real clip
+# ---- the real clip -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip is not part of the project")

@@ -19,8 +19,8 @@ import train
 from prospect.clips import parse_clip
 from prospect.config import DataConfig, load_config
 from prospect.convert import clips_of, prepared_of, to_clip, to_prepared, write_objects
-from prospect.data import lay_out
 from prospect.errors import ProspectError
+from prospect.sequence import lay_out
 
 ROOT = Path(__file__).parents[1]
 REAL = ROOT.parent / "shared" / "data" / "proassist_prepared.jsonl"
@@ -253,7 +253,7 @@ def test_a_refused_file_is_one_line_and_leaves_nothing(tmp_path):
     assert run(source, tmp_path / "no" / "such" / "clips.json").returncode == 2
 
 
-# ------------------------------------------------------------------------------------------------- and can be learned
+# ---- and can be learned --------------------------------------------------------------------------
 
 
 def learn(folder: Path, clip: dict) -> list[dict]:

@@ -33,25 +33,21 @@ from conftest import (
     samples_of,
 )
 
-from prospect import data
+from prospect import sequence
 from prospect.clips import ClipFile
 from prospect.config import DataConfig, HybridConfig
-from prospect.data import (
+from prospect.data import Corpus, collate, epoch_batches, ordered_batches, padding_share
+from prospect.errors import ProspectError
+from prospect.sequence import (
     LABEL_KEYS,
-    Corpus,
-    collate,
-    epoch_batches,
     format_conversation_with_ranges,
     frame_labels,
     kept_frames,
     lay_out,
-    ordered_batches,
     overlap_start,
-    padding_share,
     plan_windows,
     state_labels,
 )
-from prospect.errors import ProspectError
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +103,7 @@ def learned(sample, key: str) -> list[str]:
 
 PROMPT = f"System: {SYSTEM}\nS1 one [not_started]\nS2 two [not_started]"
 
-# ------------------------------------------------------------------------------------------------------- the ruler
+# ---- the ruler -----------------------------------------------------------------------------------
 
 RULER = [
     ("DST_UPDATE", update("S1 start"), 193, 195),
@@ -201,7 +197,7 @@ def test_characters_of_the_ranges(plain):
     assert "".join(piece.text * piece.repeat for piece in formatted.pieces) == formatted.text
 
 
-# --------------------------------------------------------------------------------------- which frames are decided how
+# ---- which frames are decided how ----------------------------------------------------------------
 
 
 def labels_of(turns: list[tuple], end: int = 20, **config) -> tuple[list[int], list[int]]:
@@ -264,7 +260,7 @@ def test_without_task_state_no_word_of_it_is_seen(plain):
     check(sample_of(clip, plain, rate=1.0, dst=False), table)
 
 
-# ------------------------------------------------------------------------------------------------ the order of texts
+# ---- the order of texts --------------------------------------------------------------------------
 
 
 def test_turns_at_one_frame(plain):
@@ -322,7 +318,7 @@ def test_the_prompt_in_full(plain):
     check(sample_of(read(raw), plain, recipe=True), with_recipe)
 
 
-# -------------------------------------------------------------------------------------------- characters and tokens
+# ---- characters and tokens -----------------------------------------------------------------------
 
 STRANGE = ["é", "漢字", "🙂", "e\u0301", "👩🏽‍🔧", "ﷺ", "\u200b", "ÅÅ"]
 
@@ -385,7 +381,7 @@ def test_control_tokens_in_a_turn_stay_text(tokenizer_dir, template, end):
     assert decisions(sample, "speaking_labels") == {10: 1, 11: NO}
 
 
-# ------------------------------------------------------------------------------------------------ the other layouts
+# ---- the other layouts ---------------------------------------------------------------------------
 
 
 def test_the_turns_layout(plain):
@@ -506,7 +502,7 @@ def test_several_vectors_a_frame(plain):
     assert sample.frames.tolist() == [10, 11, 12]
 
 
-# -------------------------------------------------------------------------------------------------------- negatives
+# ---- negatives -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate, count", [(0.0, 0), (0.1, 2), (0.25, 4), (0.5, 8), (0.9, 14), (1.0, 16)])
@@ -582,7 +578,7 @@ def test_silence_as_a_token_with_updates_and_vectors(plain):
     assert sample.labels["speaking_gen_labels"].tolist() == table
 
 
-# ---------------------------------------------------------------------------------------------------- the state head
+# ---- the state head ------------------------------------------------------------------------------
 
 
 def test_state_labels():
@@ -612,7 +608,7 @@ def test_state_labels_after_a_completed_step(plain):
     assert decisions(sample, "dst_state_labels") == {10: 2, 11: 2}
 
 
-# -------------------------------------------------------------------------------------------------------- the windows
+# ---- the windows ---------------------------------------------------------------------------------
 
 
 def test_windows_by_hand(plain):
@@ -842,7 +838,7 @@ def test_truncation_keeps_the_newest(plain):
 
 def test_truncation_with_gaps(plain, monkeypatch):
     """Seed 002's priorities: the two newest turns and all since, then updates, then instructions, then the rest."""
-    monkeypatch.setattr(data, "RECENT_TURNS", 2)
+    monkeypatch.setattr(sequence, "RECENT_TURNS", 2)
     turns = [
         ("assistant", "A", 101, 101),
         ("user", "Q", 102, 102),
@@ -880,7 +876,7 @@ def test_truncation_of_a_clip_that_cannot_fit(plain):
         samples_of(read(raw_clip([], 0, 50)), plain, max_seq_len=20, long_clips="truncate")
 
 
-# ---------------------------------------------------------------------------------------------------------- batches
+# ---- batches -------------------------------------------------------------------------------------
 
 
 def test_collate(plain):
@@ -939,7 +935,7 @@ def test_batches_for_validation_and_their_padding():
     assert epoch_batches(np.array([5]), 5, 0, 0) == [[0]]
 
 
-# ------------------------------------------------------------------------------------------------------- the corpus
+# ---- the corpus ----------------------------------------------------------------------------------
 
 
 def write_corpus(folder: Path, clips: list[dict], name: str = "clips.json", rows: dict[str, int] | None = None) -> str:
@@ -1017,7 +1013,7 @@ def test_wrong_rows_and_wrong_width_stop_before_training(plain, tmp_path):
         Corpus([path], DataConfig(max_seq_len=400), plain, 2048, rate=0.5, seed=0)
 
 
-# ---------------------------------------------------------------------------------------------------- the real clip
+# ---- the real clip -------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not REAL_CLIP.exists(), reason="the real clip is not part of the project")
@@ -1034,7 +1030,7 @@ def test_the_real_clip(plain):
     embeddings = np.repeat(
         np.arange(193, 452, dtype=np.float16)[:, None, None], 2048, axis=2
     )  # stand-ins, [259, 1, 2048]
-    sample = data.make_sample(clip, layout, window, embeddings, plain, config)
+    sample = sequence.make_sample(clip, layout, window, embeddings, plain, config)
     assert sample.image_embeds.shape == (259, 2048) and sample.image_embeds.dtype == np.float16
     speaking, dst = decisions(sample, "speaking_labels"), decisions(sample, "dst_update_labels")
     assert [frame for frame, label in speaking.items() if label == 1] == [

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from tiny import finish, launch, run_training, tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect.build import build_model, load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
-from prospect.data import collate
-from prospect.setup import build_model, load_corpus, load_tokenizer
+from prospect.data import DataOrder, collate
+from prospect.sequence import LABEL_KEYS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
@@ -51,7 +52,7 @@ def assert_same_checkpoint(first: Path, second: Path) -> None:
     assert states[0] == states[1]
 
 
-# ------------------------------------------------------------------------------------------------ one step, cut up
+# ---- one step, cut up ----------------------------------------------------------------------------
 
 # Four micro-batches of one sequence each: one has no label at all, one a handful, two have hundreds.
 ONE_STEP = (
@@ -162,7 +163,7 @@ def test_the_four_micro_batches_differ_a_hundredfold(uneven):
     """What the test above rests on: one rank has no label, and another hundreds of times what a third one has."""
     config = tiny_config(uneven, *ONE_STEP)
     corpus = load_corpus(config, load_tokenizer(config), "train")
-    order = train.DataOrder(corpus.lengths(), config.data.batch_tokens, config.run.seed)
+    order = DataOrder(corpus.lengths(), config.data.batch_tokens, config.run.seed)
     assert sorted(map(len, order.batches(0))) == [1, 1, 1, 1]
     counts = [train.tally(collate([corpus[(0, index)]], 0))[:6].tolist() for index in range(4)]
     assert counts[0] == [0] * 6
@@ -173,7 +174,7 @@ def test_no_frame_and_no_label_leave_every_parameter_with_a_gradient(uneven):
     """Else a rank with such a micro-batch would leave the others waiting for its share of the gradients."""
     config = tiny_config(uneven, *ONE_STEP)
     model = build_model(config, load_tokenizer(config))
-    nothing = {key: torch.full((1, 3), -100) for key in train.LABEL_KEYS}
+    nothing = {key: torch.full((1, 3), -100) for key in LABEL_KEYS}
     sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), labels=nothing)
     assert sums.tolist() == [0.0] * 7
     sums.sum().backward()
@@ -230,7 +231,7 @@ def from_a_high_scale(folder: Path, killed_at: int, *overrides: str) -> int:
         torch.amp.GradScaler = scaler
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ---- going on ------------------------------------------------------------------------------------
 
 FORTY = ("train.max_steps=40", "train.eval_every=10", "train.keep=9", "train.lora_dropout=0.3", "train.lora_rank=4")
 
@@ -347,7 +348,7 @@ def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, shard
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ being stopped
+# ---- being stopped -------------------------------------------------------------------------------
 
 
 def signalled(folder: Path, moment: str, rank: str, *overrides: str) -> int:
@@ -443,7 +444,7 @@ def test_torchrun_starts_a_killed_rank_again(unbroken, tmp_path):
     assert_same_checkpoint(unbroken / "runs/tiny/last", tmp_path / "runs/tiny/last")
 
 
-# ------------------------------------------------------------------------------------------------ errors of one rank
+# ---- errors of one rank --------------------------------------------------------------------------
 
 
 def test_a_full_disk_ends_all_ranks_with_one_line_and_spares_the_checkpoint_before(tmp_path):
@@ -493,7 +494,7 @@ def spoil(folder: Path, clip: str) -> None:
     np.save(path, np.full_like(np.load(path), 3e38))
 
 
-# ------------------------------------------------------------------------------------------------ fifty deaths
+# ---- fifty deaths --------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ def write(path: Path, data: bytes) -> Path:
     return path
 
 
-# ---- What is read
+# ---- What is read --------------------------------------------------------------------------------
 
 # Written by hand, as numpy 1 under protocol 3 would: [[1, 2, 3]] in float32. 1.0 is 00 00 80 3f, little end first.
 NUMPY1_PROTOCOL3 = (
@@ -139,7 +139,7 @@ def test_safetensors_with_several_tensors_gives_the_one_named_embeddings(tmp_pat
     assert "2 tensors" in refused(path)
 
 
-# ---- What a malicious pickle asks for, and does not get
+# ---- What a malicious pickle asks for, and does not get ------------------------------------------
 
 
 class Reduces:
@@ -366,7 +366,7 @@ def test_arrays_that_are_no_embeddings(tmp_path, array, said):
             read_embeddings(tmp_path / "a.npy")
 
 
-# ---- Bombs: memory is bounded by the file, time by the number of instructions
+# ---- Bombs: memory is bounded by the file, time by the number of instructions --------------------
 
 DEEP = b")" + b"q\x63h\x63h\x63\x87" * 19  # a tuple thrice in a tuple, 19 times: to compare two takes 3**19 steps
 BOMBS = {
@@ -414,7 +414,7 @@ def test_memory_for_a_good_pickle_is_a_small_multiple_of_the_file(tmp_path):
         assert peak < 5 * path.stat().st_size
 
 
-# ---- Other broken files
+# ---- Other broken files --------------------------------------------------------------------------
 
 
 def npy(header: str, data: bytes = b"\0" * 16, version: bytes = b"\x01\x00") -> bytes:
@@ -509,7 +509,7 @@ def test_what_is_no_file(tmp_path, ending, monkeypatch):
     assert "Permission denied" in refused(write(tmp_path / f"locked{ending}", GOOD_NPY))
 
 
-# ---- Fuzz: valid files, mutated
+# ---- Fuzz: valid files, mutated ------------------------------------------------------------------
 
 PERMUTED = np.arange(12, dtype=">f2").reshape(2, 3, 2).transpose(1, 0, 2)
 VALID = [
@@ -570,7 +570,7 @@ def test_every_truncation_is_refused(tmp_path, index):
             read_embeddings(write(tmp_path / f"a{ending}", data[:length]))
 
 
-# ---- NaN and infinity
+# ---- NaN and infinity ----------------------------------------------------------------------------
 
 
 def test_check_finite_counts_and_locates():
@@ -584,7 +584,7 @@ def test_check_finite_counts_and_locates():
     assert str(error.value).startswith("a.npy: 1 NaN and 2 infinite values in 2 of 4 rows, first in row 2 (")
 
 
-# ---- Finding a clip's file
+# ---- Finding a clip's file -----------------------------------------------------------------------
 
 
 DEFAULT_NAMES = ["c_embeddings.pkl", "c_embeddings.npy", "c_embeddings.safetensors", "c.pkl", "c.npy", "c.safetensors"]
@@ -651,7 +651,7 @@ def test_odd_names_are_our_own_error(tmp_path, named):
         find_embeddings("c", tmp_path, named)
 
 
-# ---- Converting
+# ---- Converting ----------------------------------------------------------------------------------
 
 
 def run_convert(*arguments: str) -> subprocess.CompletedProcess:

@@ -1,4 +1,4 @@
-"""prospect/frames.py and prospect/encode.py on videos made here: the right picture for every frame, and whole files.
+"""prospect/vision/frames.py and prospect/vision/encode.py on videos made here: the right picture for every frame, and whole files.
 
 The videos carry their picture numbers in blocks of 8 x 8 pixels, 16 bits, so that no codec blurs them. What is expected
 is computed here from the times at which the pictures were put in, never by the code under test.
@@ -21,11 +21,11 @@ import numpy as np
 import pytest
 import torch
 
-from prospect import encode
-from prospect.encode import ahead, deal
 from prospect.errors import ProspectError
-from prospect.frames import Shown, count_frames, frames_at, sample
-from prospect.vision import load_vision_encoder
+from prospect.vision import encode
+from prospect.vision.encode import ahead, deal
+from prospect.vision.frames import Shown, count_frames, frames_at, sample
+from prospect.vision.tower import load_vision_encoder
 
 av = pytest.importorskip("av")
 pyarrow = pytest.importorskip("pyarrow")
@@ -122,7 +122,7 @@ def numbers(path: Path, fps: str = "2", **more: object) -> list[int]:
     return [number_of(picture) for _, picture in frames]
 
 
-# ---- Which picture is frame k
+# ---- Which picture is frame k --------------------------------------------------------------------
 
 
 def test_the_drawing_at_the_top_of_frames():
@@ -183,7 +183,7 @@ def test_matroska_rounds_its_clock_to_milliseconds_and_is_believed(tmp_path):
     assert count_frames(path, Fraction(2)) == 20
 
 
-# ---- Videos as they come
+# ---- Videos as they come -------------------------------------------------------------------------
 
 
 def test_rotated_phone_videos(tmp_path):
@@ -250,7 +250,7 @@ def test_cut_off_empty_and_other_files_say_what_is_wrong(tmp_path):
         list(frames_at(tmp_path / "absent.mp4", Fraction(2)))
 
 
-# ---- Directories and Arrow files
+# ---- Directories and Arrow files -----------------------------------------------------------------
 
 
 def save_picture(path: Path, number: int) -> None:
@@ -333,7 +333,7 @@ def test_arrow_files_of_proassist(tmp_path):
             list(frames_at(tmp_path / name, Fraction(2)))
 
 
-# ---- Embeddings
+# ---- Embeddings ----------------------------------------------------------------------------------
 
 
 def run(*arguments: object) -> int:

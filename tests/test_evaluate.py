@@ -30,10 +30,11 @@ from prospect.config import load_config
 from prospect.data import Corpus
 from prospect.decisions import ClipTrace, decision_report, teacher_forced, traces
 from prospect.errors import run_entry_point
-from prospect.evaluate import records_file, score_clip, score_task_state, summarise
+from prospect.evaluate import records_file
+from prospect.load import load_for_inference
 from prospect.metrics import THRESHOLDS, Counts
 from prospect.sample import write_sample
-from prospect.setup import load_for_inference
+from prospect.score import score_clip, score_task_state, summarise
 from prospect.stream import FrameRecord
 from prospect.text_metrics import load_similarity
 from prospect.tokenizer import Tokenizer, train_tokenizer
@@ -134,7 +135,7 @@ def streamed(monkeypatch) -> list[str]:
     return given
 
 
-# ------------------------------------------------------------------------------------------------------- the oracle
+# ---- the oracle ----------------------------------------------------------------------------------
 
 
 def reference_records(raw: dict) -> list[dict]:
@@ -187,7 +188,7 @@ def test_the_oracle_s_records_are_taken_over_and_score_one_in_the_table(clips, c
     assert "| missed | 0.000 | 0.000 | 0.000 |" in shown
 
 
-# ------------------------------------------------------------------------------------------------ examples by hand
+# ---- examples by hand ----------------------------------------------------------------------------
 
 
 def update(id: str, transition: str) -> list[dict]:
@@ -270,7 +271,7 @@ def test_the_order_of_the_clips_changes_no_digit():
     assert all(numbers == first for numbers in others)
 
 
-# ------------------------------------------------------------------------------------------- the same however it is run
+# ---- the same however it is run ------------------------------------------------------------------
 
 
 def test_lookahead_and_streams_change_no_number(clips, checkpoint, tmp_path):
@@ -364,7 +365,7 @@ def test_a_text_with_a_line_separator_comes_back_from_its_file(clips, tmp_path):
     assert evaluate.read_records(path, job) == records
 
 
-# ------------------------------------------------------------------------------------------------------- settings
+# ---- settings ------------------------------------------------------------------------------------
 
 
 def test_other_settings_in_the_same_folder_are_refused(clips, checkpoint, tmp_path, capsys):
@@ -463,7 +464,7 @@ def test_a_bad_clip_is_skipped_where_that_is_asked_for(clips, checkpoint, tmp_pa
     assert "skipped: " in shown.err and "clip2" in shown.err and "| clips | 3 | 3 |  |" in shown.out
 
 
-# ------------------------------------------------------------------------------------------------------- the report
+# ---- the report ----------------------------------------------------------------------------------
 
 
 def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_path, capsys):
@@ -510,7 +511,7 @@ def test_a_model_without_task_state(clips, tmp_path, capsys):
     assert read_state(checkpoint).thresholds.keys() == {"speaking"}
 
 
-# -------------------------------------------------------------------------------------------------------- the sweep
+# ---- the sweep -----------------------------------------------------------------------------------
 
 
 def most_pairs(predicted: list[int], reference: list[int], tolerance: int) -> int:
@@ -638,7 +639,7 @@ def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):
     assert trace.events == {"speaking": [4, 18], "dst": []}
 
 
-# ------------------------------------------------------------------------------------------- ProAssist, the baseline
+# ---- ProAssist, the baseline ---------------------------------------------------------------------
 
 
 def test_the_lm_decides_when_the_end_token_is_unlikely(clips, tmp_path, capsys):

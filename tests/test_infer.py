@@ -18,8 +18,8 @@ from tiny import VISION_DIM, tiny_config, write_tiny_corpus
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
+from prospect.load import load_for_inference, store_wide_weights_by_column
 from prospect.model import Prospect
-from prospect.setup import load_for_inference, store_wide_weights_by_column
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import save_model
@@ -70,7 +70,7 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ----------------------------------------------------------------------------------------------------- whole clips
+# ---- whole clips ---------------------------------------------------------------------------------
 
 
 def test_one_record_a_frame_with_the_thresholds_of_the_checkpoint(corpus, checkpoint, tmp_path, capsys):
@@ -189,7 +189,7 @@ def test_transcript_cannot_steer_the_terminal(capsys):
     assert capsys.readouterr().out == "  0:01.0  assistant  a [2Jb c\n"
 
 
-# ------------------------------------------------------------------------------------------------------------ live
+# ---- live ----------------------------------------------------------------------------------------
 
 
 def test_live_answers_every_line_at_once_and_outlives_bad_ones(corpus, checkpoint):
@@ -246,7 +246,7 @@ def test_ctrl_c_leaves_whole_lines(corpus, checkpoint, tmp_path):
     assert [record["frame_idx"] for record in found] == list(range(len(found))) and 10 < len(found) < 50_000
 
 
-# ------------------------------------------------------------------------------------------------------ wrong input
+# ---- wrong input ---------------------------------------------------------------------------------
 
 
 def test_wrong_input_is_one_line_and_status_2(corpus, checkpoint, tmp_path):

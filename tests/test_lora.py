@@ -75,7 +75,7 @@ def contents(model: Prospect) -> dict[str, bytes]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- what they compute
+# ---- what they compute ---------------------------------------------------------------------------
 
 
 def test_the_formula_by_hand():
@@ -164,7 +164,7 @@ def test_adapters_stand_beside_their_targets_alone():
     assert {name for name in model.state_dict() if is_adapter(name)} == expected
 
 
-# ---------------------------------------------------------------------------------------------- what is trained
+# ---- what is trained -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tune", ["heads", "lora", "full"])
@@ -251,7 +251,7 @@ def test_bf16_adapters_answer_without_autocast_too():
     assert difference < 0.05 * answer(reference).abs().mean()
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tune", ["heads", "lora"])
@@ -336,7 +336,7 @@ def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
         assert (theirs.merge_and_unload()(input_ids=ids).logits - ours).abs().max() < 1e-4
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def kept_bytes(tune: str, precision: str, dropout: float, layers: int) -> int:

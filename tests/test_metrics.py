@@ -35,7 +35,7 @@ from prospect.text_metrics import bleu, lexical_similarity, load_similarity, wei
 RATES = ("precision", "recall", "f1", "jaccard_index", "missing_rate", "redundant_rate", "time_diff", "semantic_score")
 
 
-# ---------------------------------------------------------------- decisions
+# ---- decisions -----------------------------------------------------------------------------------
 
 
 def test_a_run_of_firing_frames_is_one_event_at_its_first_frame():
@@ -158,7 +158,7 @@ def test_each_clip_has_a_second_of_its_own():
         assert threshold_curve(clips, [0.5]) == [Counts(1, 2, 2)]
 
 
-# ---------------------------------------------------------------- the assignment
+# ---- the assignment ------------------------------------------------------------------------------
 
 
 def test_assignment_by_hand():
@@ -195,7 +195,7 @@ def test_assignment_costs_as_little_as_scipys():
         assert cost[np.arange(n), mine].sum() == pytest.approx(cost[optimize.linear_sum_assignment(cost)].sum())
 
 
-# ---------------------------------------------------------------- dialogue
+# ---- dialogue ------------------------------------------------------------------------------------
 
 
 def dialogue(predicted, reference, similarity, **changes):
@@ -372,7 +372,7 @@ def test_windows_by_dataset_name():
     assert window_of("egoexolearn") == (-2.0, 3.5)
 
 
-# ---------------------------------------------------------------- task state
+# ---- task state ----------------------------------------------------------------------------------
 
 S1_START, S1_COMPLETE = Transition("S1", "start"), Transition("S1", "complete")
 S2_START, S2_COMPLETE = Transition("S2", "start"), Transition("S2", "complete")
@@ -471,7 +471,7 @@ def test_the_table_is_one_row_a_dataset_and_their_plain_mean():
     assert by_dataset([], sum_dialogue) == {"macro": {}}
 
 
-# ---------------------------------------------------------------- texts
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def test_lexical_similarity_by_hand():

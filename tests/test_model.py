@@ -41,7 +41,7 @@ def empty_cache(model: Prospect, batch: int, capacity: int = 64) -> KVCache:
     return KVCache(model.config, batch, capacity, torch.device("cpu"), torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------- the KV cache
+# ---- the KV cache --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[12], [1] * 12, [5, 7], [1, 2, 3, 6], [11, 1]])
@@ -110,7 +110,7 @@ def test_full_forward_is_causal_and_right_padding_changes_nothing():
     assert not torch.allclose(model(ids)[:, 4:], model(changed)[:, 4:], atol=1e-2)
 
 
-# ------------------------------------------------------------------------------------------------ rotary positions
+# ---- rotary positions ----------------------------------------------------------------------------
 
 
 def rope_config(head_dim: int, scaling: RopeScaling | None = None) -> ModelConfig:
@@ -148,7 +148,7 @@ def test_frequencies_stay_in_fp32_when_the_model_does_not():
     assert model.model.rope_frequencies.dtype == torch.float32 and torch.equal(model.model.rope_frequencies, before)
 
 
-# ------------------------------------------------------------------------------------------------- joint_embed
+# ---- joint_embed ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -164,7 +164,7 @@ def test_joint_embed_puts_rows_at_images_in_reading_order():
         assert torch.equal(embeds[b, t], table[ids[b, t]])
 
 
-# ------------------------------------------------------------------------------------------------- generation
+# ---- generation ----------------------------------------------------------------------------------
 
 
 def naive_greedy(model: Prospect, ids: list[int], forbidden: set[int], limit: int) -> list[int]:
@@ -234,7 +234,7 @@ def test_repeats():
     assert not repeats([])
 
 
-# ----------------------------------------------------------------------------------------------------- the losses
+# ---- the losses ----------------------------------------------------------------------------------
 
 
 def test_labelled_shifts_generation_by_one_and_decisions_not_at_all():

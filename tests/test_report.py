@@ -73,7 +73,7 @@ def embedded(page: Path):
     return json.loads(text[begin : text.index("</script>", begin)])
 
 
-# ------------------------------------------------------------------------------------- what a time line says
+# ---- what a time line says -----------------------------------------------------------------------
 
 
 def test_every_mark_of_a_clip_written_by_hand():
@@ -201,7 +201,7 @@ def test_pictures_are_few_and_at_their_frames(tmp_path):
     assert image.size == (144, 72) and abs(image.getpixel((70, 30))[0] - (10 + row)) <= 2
 
 
-# ------------------------------------------------------------------------------------------------ tokens, curves
+# ---- tokens, curves ------------------------------------------------------------------------------
 
 
 def test_the_tokens_of_a_clip_written_by_hand(plain):
@@ -280,7 +280,7 @@ def test_a_long_run_is_averaged_over_equal_stretches(tmp_path, monkeypatch):
     assert (run.steps, run.curves["loss"]) == ([2, 5, 7], [2, 5, 7])  # 1 2 3, 4 5 6, 7
 
 
-# ------------------------------------------------------------------------------------------------- a real browser
+# ---- a real browser ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

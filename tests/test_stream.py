@@ -18,10 +18,10 @@ from conftest import raw_clip, read
 
 from prospect.clips import Clip
 from prospect.config import Config
-from prospect.data import Window, lay_out, make_sample, plan_windows, turn_pieces
 from prospect.dst import apply_update
 from prospect.errors import ProspectError
 from prospect.model import ModelConfig, Prospect
+from prospect.sequence import Window, lay_out, make_sample, plan_windows, turn_pieces
 from prospect.stream import Frame, FrameRecord, Job, StreamSession, advance, generate, make_cache, stream_jobs
 from prospect.tokenizer import Piece, Tokenizer, train_tokenizer
 
@@ -145,7 +145,7 @@ def probabilities(model: Prospect, hidden: torch.Tensor) -> tuple[float, float]:
         return tuple(head(hidden).sigmoid().item() for head in (model.speaking_decision_head, model.dst_update_head))
 
 
-# ------------------------------------------------------------------------------------ streaming equals training
+# ---- streaming equals training -------------------------------------------------------------------
 
 
 def feed_forced(session: StreamSession, layout, index: int, embedding: np.ndarray) -> FrameRecord:
@@ -259,7 +259,7 @@ def test_generated_turns_enter_the_cache_as_training_writes_turns(chatml):
     assert record.user == ["Hi"] and record.context_tokens == len(prompt) + len(ids)
 
 
-# ------------------------------------------------------------------------------- the same records, however it is run
+# ---- the same records, however it is run ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(9))
@@ -335,7 +335,7 @@ def test_streams_fed_live_side_by_side_equal_streams_alone(plain):
     np.testing.assert_allclose(first[1], second[1], atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ a refreshed context
+# ---- a refreshed context -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -482,7 +482,7 @@ def test_strategy_none_is_an_error_and_slide_makes_room_for_a_long_text(plain):
     assert session.num_tokens <= session.limit
 
 
-# ---------------------------------------------------------------------------------------------------- the updates
+# ---- the updates ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -581,7 +581,7 @@ def test_updates_are_applied_whole_or_recorded_as_invalid(plain):
     assert all(record.text is None and not record.speaking_decision for record in records)
 
 
-# ----------------------------------------------------------------------------------------- limits, guards, decisions
+# ---- limits, guards, decisions -------------------------------------------------------------------
 
 
 def test_limit_and_repetition_cut_and_are_marked(plain):
@@ -635,7 +635,7 @@ def test_silent_frames_never_touch_the_lm_head(plain):
     assert calls == []
 
 
-# ------------------------------------------------------------------------------------------------------- live use
+# ---- live use ------------------------------------------------------------------------------------
 
 
 def test_user_text_cannot_forge_frames_or_updates(plain):
@@ -691,7 +691,7 @@ def test_settings_that_cannot_work_are_refused_at_once(plain, change, message):
         StreamSession(random_model(plain, 0), plain, read(raw_clip([], 0, 30)), stream_config(**change))
 
 
-# ------------------------------------------------------------------------------------------------ two hours of stream
+# ---- two hours of stream -------------------------------------------------------------------------
 
 
 def resident() -> int:

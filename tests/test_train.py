@@ -17,8 +17,9 @@ from tiny import train_here, write_tiny_config, write_tiny_corpus
 import train
 from prospect.checkpoint import read_state
 from prospect.config import TrainConfig
-from prospect.distributed import Ranks
+from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
+from prospect.sequence import LABEL_KEYS
 
 SCRIPT = Path(train.__file__)
 
@@ -39,7 +40,7 @@ def losses(folder: Path, name: str, *overrides: str) -> list[dict]:
     return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
+# ---- pure functions ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,16 +63,14 @@ def test_the_schedule_by_hand(schedule, expected):
 
 
 # Ten sequences of 10, 20, ... 100 tokens and 100 tokens a micro-batch.
-ORDER = train.DataOrder(np.arange(10, 101, 10), batch_tokens=100, seed=0)
+ORDER = DataOrder(np.arange(10, 101, 10), batch_tokens=100, seed=0)
 
 
 def taken(
     world: int, accumulate: int, steps: int, place: tuple[int, int] = (0, 0)
 ) -> list[list[list[list[tuple[int, int]]]]]:
     """Steps x ranks x micro-batches x keys."""
-    samplers = [
-        iter(train.StepSampler(ORDER, *place, Ranks(r, world, torch.device("cpu")), accumulate)) for r in range(world)
-    ]
+    samplers = [iter(StepSampler(ORDER, *place, r, world, accumulate)) for r in range(world)]
     return [[[next(sampler) for _ in range(accumulate)] for sampler in samplers] for _ in range(steps)]
 
 
@@ -129,18 +128,18 @@ def test_padding_to_a_multiple_adds_nothing_to_learn():
         "attention_mask": torch.tensor([[True, True, False]]),
         "clip_ids": ["a"],
     }
-    batch |= {key: torch.tensor([[1, 0, -100]]) for key in train.LABEL_KEYS}
-    padded = train.pad_to_multiple(batch, 4, pad_id=9)
+    batch |= {key: torch.tensor([[1, 0, -100]]) for key in LABEL_KEYS}
+    padded = pad_to_multiple(batch, 4, pad_id=9)
     assert padded["input_ids"].tolist() == [[5, 6, 7, 9]] and padded["attention_mask"].tolist() == [
         [True, True, False, False]
     ]
-    assert all(padded[key].tolist() == [[1, 0, -100, -100]] for key in train.LABEL_KEYS)
-    assert train.pad_to_multiple(batch, 3, pad_id=9) is batch
+    assert all(padded[key].tolist() == [[1, 0, -100, -100]] for key in LABEL_KEYS)
+    assert pad_to_multiple(batch, 3, pad_id=9) is batch
     # labels (four kinds x one label, of the decisions one positive and one negative), tokens, tokens with padding
     assert train.tally(padded).tolist() == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0]
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def test_data_workers_change_nothing(corpus):
@@ -235,7 +234,7 @@ def test_a_run_as_long_as_its_epochs(corpus):
     )
 
 
-# ------------------------------------------------------------------------------------------------ the script itself
+# ---- the script itself ---------------------------------------------------------------------------
 
 
 def script(*arguments: str, **options) -> subprocess.Popen:

@@ -1,4 +1,4 @@
-"""prospect/video.py: the task file, both paces, what the user says, the report; and infer.py --video as a command."""
+"""prospect/vision/video.py: the task file, both paces, what the user says, the report; and infer.py --video as a command."""
 
 import itertools
 import json
@@ -18,13 +18,13 @@ from test_stream import random_model
 from tiny import tiny_config
 
 import infer
-from prospect import video
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
 from prospect.stream import StreamSession
 from prospect.tokenizer import Tokenizer, train_tokenizer
-from prospect.video import Report, load_encoder, read_task, unheard, watch
-from prospect.vision import load_vision_encoder
+from prospect.vision import video
+from prospect.vision.tower import load_vision_encoder
+from prospect.vision.video import Report, load_encoder, read_task, unheard, watch
 from prospect.weights import save_model
 
 Image = pytest.importorskip("PIL.Image")
@@ -79,7 +79,7 @@ def session_of(checkpoint: Path, clip, *overrides: str) -> StreamSession:
     return StreamSession(model, tokenizer, clip, config)
 
 
-# ---------------------------------------------------------------------------------------------------- the task file
+# ---- the task file -------------------------------------------------------------------------------
 
 
 def test_a_task_becomes_a_clip_and_what_is_said_in_it(kitchen, tmp_path):
@@ -141,7 +141,7 @@ def test_what_is_no_task_file(kitchen, tmp_path, content, message):
         read_task(path, kitchen, Fraction(2))
 
 
-# --------------------------------------------------------------------------------------------------------- streaming
+# ---- streaming -----------------------------------------------------------------------------------
 
 
 def test_the_records_are_those_of_pictures_encoded_and_fed_one_by_one(kitchen, checkpoint, tmp_path):
@@ -251,7 +251,7 @@ def test_leaving_early_stops_the_decoding(kitchen, checkpoint):
     assert threading.active_count() == before
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def call(capsys, checkpoint: Path, *arguments: object) -> tuple[str, str]:

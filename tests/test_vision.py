@@ -1,4 +1,4 @@
-"""prospect/vision.py against the numbers of an independent implementation (tests/fixtures/make_vision_fixtures.py).
+"""prospect/vision/tower.py against the numbers of an independent implementation (tests/fixtures/make_vision_fixtures.py).
 
 Only torch is needed: the reference numbers lie in tests/fixtures/vision.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from prospect.errors import ProspectError
-from prospect.vision import (
+from prospect.vision.tower import (
     Connector,
     Preprocessing,
     VisionConfig,
@@ -52,7 +52,7 @@ def copy_checkpoint(source: Path, target: Path, file: str = "", **changes: objec
     return target
 
 
-# ---- The towers
+# ---- The towers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("i", range(N_PICTURES))
@@ -141,7 +141,7 @@ def test_a_batch_of_mixed_sizes_equals_one_by_one():
         torch.testing.assert_close(together[i], encoder([picture])[0], atol=1e-5, rtol=0)
 
 
-# ---- Preparing pictures
+# ---- Preparing pictures --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("i", range(N_PICTURES))
@@ -203,7 +203,7 @@ def test_resampling_weights_by_hand():
     )
 
 
-# ---- Reading checkpoints
+# ---- Reading checkpoints -------------------------------------------------------------------------
 
 
 def test_shards_and_a_tower_saved_by_itself(tmp_path):

@@ -39,7 +39,7 @@ def load(name: str, **settings) -> Prospect:
     return load_model(BACKBONES / name, vision_dim=16, image_token_id=288, **settings).eval()
 
 
-# ---------------------------------------------------------------------------------------------- parity
+# ---- parity --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -83,7 +83,7 @@ def test_a_bf16_checkpoint_stays_bf16_when_asked_and_close():
     assert (logits - reference["logits"]).abs().mean() < 0.02 * reference["logits"].abs().mean()
 
 
-# ---------------------------------------------------------------------------------------------- config.json
+# ---- config.json ---------------------------------------------------------------------------------
 
 
 def test_old_and_new_config_styles_say_the_same(tmp_path):
@@ -192,7 +192,7 @@ def test_an_unknown_backbone_has_no_published_shape():
         published_config("models/Mistral-7B")
 
 
-# ---------------------------------------------------------------------------------------------- round trips
+# ---- round trips ---------------------------------------------------------------------------------
 
 
 def make_checkpoint(directory: Path, name: str = "llama-3.2", seed: int = 3) -> Prospect:
@@ -336,7 +336,7 @@ def test_rope_frequencies_are_those_of_llama3_and_stay_in_fp32():
     assert "model.rope_frequencies" not in model.state_dict()
 
 
-# ---------------------------------------------------------------------------------------------- memory
+# ---- memory --------------------------------------------------------------------------------------
 
 MEASURE = """
 import sys, torch
@@ -373,7 +373,7 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
     assert 0.9 < int(done.stdout) / size < 1.15  # below 0.9 the measurement itself would be wrong
 
 
-# ---------------------------------------------------------------------------------------------- broken directories
+# ---- broken directories --------------------------------------------------------------------------
 
 
 def run_check(capsys, monkeypatch, *arguments: str) -> tuple[int, list[str]]:
@@ -514,7 +514,7 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path, capsys, monkeypatch):
     assert status == 2 and "<|im_end|> lie beyond the model's vocabulary of 287" in lines[0]
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ---- export --------------------------------------------------------------------------------------
 
 
 def make_lora_checkpoint(directory: Path, name: str = "llama-3.2") -> Prospect:

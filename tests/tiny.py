@@ -98,7 +98,7 @@ def write_tiny_config(folder: Path, *overrides: str) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------- runs in processes of their own
+# ---- runs in processes of their own --------------------------------------------------------------
 
 # A forkserver that has imported everything: a new process is then ready in a moment, and no state of ours is in it.
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -103,7 +103,7 @@ def _shown(source: Path, source_fps: Fraction) -> Iterator[Shown]:
     return _arrow(source, source_fps) if source.suffix == ARROW_ENDING else _video(source)
 
 
-# ---- Videos
+# ---- Videos --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def _upright(frame) -> Tensor:
     return picture.flip([axis for axis, sign in ((2, across), (1, down)) if sign < 0]).contiguous()
 
 
-# ---- Directories of pictures
+# ---- Directories of pictures ---------------------------------------------------------------------
 
 
 def _directory(folder: Path, source_fps: Fraction, warn: bool = True) -> Iterator[Shown]:
@@ -258,7 +258,7 @@ def decode_picture(data: bytes, where: str) -> Tensor:
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 
-# ---- ProAssist's Arrow files
+# ---- ProAssist's Arrow files ---------------------------------------------------------------------
 
 
 def _arrow(path: Path, source_fps: Fraction) -> Iterator[Shown]:

@@ -1,22 +1,17 @@
-"""From a configuration to the three things that train.py, infer.py and show.py need: tokenizer, corpus, model."""
+"""From a configuration to what training needs: tokenizer, corpus, model."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
-
 from prospect.check import open_source, usable_clips
-from prospect.checkpoint import read_config, read_state
-from prospect.clips import Clip, ClipFile, fit_rows, load_embeddings
-from prospect.config import Config, apply_overrides, make_config, to_dict
-from prospect.data import Corpus, clip_prompt, lay_out
-from prospect.distributed import pick_device
-from prospect.embeddings import check_finite
+from prospect.clips import Clip
+from prospect.config import Config
+from prospect.data import Corpus
 from prospect.errors import ProspectError
 from prospect.lora import storage_dtype
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
-from prospect.stream import Job
+from prospect.sequence import clip_prompt, lay_out
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import check_vocabulary
 
@@ -111,51 +106,3 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
     )
     check_vocabulary(tokenizer, model.config)
     return model
-
-
-def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
-    """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
-
-    Thresholds that the configuration leaves open are those found best on validation, stored in the checkpoint; the
-    speaking one was found for the checkpoint's own infer.decision, and for another it is 0.5.
-    """
-    directory = Path(directory)
-    own = read_config(directory)
-    config = make_config(apply_overrides(to_dict(own), overrides), str(directory / "config.yaml"))
-    thresholds = read_state(directory).thresholds
-    if config.infer.speaking_threshold is None:
-        found_for_it = config.infer.decision == own.infer.decision
-        config.infer.speaking_threshold = thresholds.get("speaking", 0.5) if found_for_it else 0.5
-    if config.infer.dst_threshold is None:
-        config.infer.dst_threshold = thresholds.get("dst", 0.5)
-    tokenizer = Tokenizer(directory, config.data.template)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.infer.precision]
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
-    store_wide_weights_by_column(model)
-    return config, tokenizer, model
-
-
-def store_wide_weights_by_column(model: Prospect) -> None:
-    """On a CPU in fp32, weights [out,in] with out > in get other strides: the same numbers, column after column in memory.
-
-    A silent frame multiplies every weight by a single row and so takes as long as reading them. A product with one row
-    reads few long columns faster than many short rows, 1.7 times at 1408 x 512. A tied LM head stays: its rows are
-    looked up.
-    """
-    looked_up = model.model.embed_tokens.weight
-    for layer in model.modules():
-        if not isinstance(layer, torch.nn.Linear) or layer.weight is looked_up:
-            continue
-        weight = layer.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and layer.out_features > layer.in_features:
-            weight.data = weight.data.t().contiguous().t()
-
-
-def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:
-    """A clip with its embeddings, ready to stream, and a warning where the two differ by the last frame."""
-    clip = file.clip(index)
-    folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
-    embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
-    clip, warning = fit_rows(clip, len(embeddings))
-    check_finite(embeddings, clip.where)
-    return Job(clip, embeddings), warning

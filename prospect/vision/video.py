@@ -44,11 +44,11 @@ import yaml
 
 from prospect.clips import Clip, parse_clip
 from prospect.dst import STATES
-from prospect.encode import ahead, encode_batch
 from prospect.errors import ProspectError
-from prospect.frames import count_frames, frames_at
 from prospect.stream import Frame, FrameRecord, StreamSession, advance
-from prospect.vision import VisionEncoder, load_vision_encoder
+from prospect.vision.encode import ahead, encode_batch
+from prospect.vision.frames import count_frames, frames_at
+from prospect.vision.tower import VisionEncoder, load_vision_encoder
 
 TASK_KEYS = {"goal", "steps", "knowledge", "system", "say"}
 STEP_KEYS = {"id", "name", "state"}
@@ -57,7 +57,7 @@ SAY_KEYS = {"time", "text"}
 Said = dict[int, list[str]]  # by frame: what the user says right before it
 
 
-# --------------------------------------------------------------------------------------------------------- the task
+# ---- the task ------------------------------------------------------------------------------------
 
 
 def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, Said]:
@@ -148,7 +148,7 @@ def _text(values: dict[str, Any], key: str, where: str, required: bool = False) 
     return text.strip()
 
 
-# -------------------------------------------------------------------------------------------------------- streaming
+# ---- streaming -----------------------------------------------------------------------------------
 
 
 def load_encoder(directory: Path, pool: str | None, tokens: int | None, session: StreamSession) -> VisionEncoder:

@@ -3,7 +3,7 @@
     python -m prospect.report RECORDS.jsonl [--clip FILE[:ID or INDEX]] [--pictures SOURCE] [--out PAGE.html]
     python -m prospect.report RUN_DIR [RUN_DIR ...] [--out PAGE.html]
 
-A page is one HTML file that needs nothing else: no network, no service. prospect/pages/ holds its parts. Python gathers
+A page is one HTML file that needs nothing else: no network, no service. this folder holds its parts. Python gathers
 what is to be shown into the dataclasses below, `write_page` puts them into the page as JSON, and the page draws them.
 
     Timeline    a clip's records (infer.py --out) beside its reference (--clip)   timeline.js
@@ -28,27 +28,27 @@ from pathlib import Path
 from typing import Any
 
 from prospect.clips import Clip, ClipFile
-from prospect.data import LABEL_KEYS, Sample
 from prospect.dst import STATES, State, write_update
-from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import TABLE, ClipScore, read_update, score_clip, summarise
+from prospect.errors import ProspectError
 from prospect.files import read_lines, written_whole
 from prospect.metrics import pair_updates, window_of
 from prospect.model import IGNORE
+from prospect.score import TABLE, ClipScore, read_update, score_clip, summarise
+from prospect.sequence import LABEL_KEYS, Sample
 from prospect.text_metrics import load_similarity
 from prospect.tokenizer import Tokenizer
 
-PAGES = Path(__file__).parent / "pages"
+PAGES = Path(__file__).parent
 MAX_PICTURES = 96  # in one time line, evenly spaced
 PICTURE_HEIGHT = 72  # pixels
 MAX_POINTS = 2000  # of a run's curves; longer runs are averaged over equal stretches of their lines
 
 
-# ------------------------------------------------------------------------------------------------------- the page
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def write_page(path: str | Path, kind: str, title: str, data: Any) -> None:
-    """Write the page `kind` (a script in prospect/pages/) with its data to `path`, whole or not at all.
+    """Write the page `kind` (a script in prospect/report/) with its data to `path`, whole or not at all.
 
     The data is escaped so that no text in it can end the script element it stands in; the page shows text as text.
     Raises ProspectError when the file cannot be written.
@@ -75,7 +75,7 @@ def number(value: Any, digits: int = 6) -> float | int | None:
     return value if isinstance(value, int) else float(f"{value:.{digits}g}")
 
 
-# --------------------------------------------------------------------------------------------- a streamed clip
+# ---- a streamed clip -----------------------------------------------------------------------------
 
 
 @dataclass
@@ -169,7 +169,7 @@ def timeline(
 
     records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. thresholds: by
     head ("speaking", "dst"); without them, the page shows between which probabilities they must lie. pictures: where
-    the frames are to be seen, anything prospect.frames.frames_at reads.
+    the frames are to be seen, anything prospect.vision.frames.frames_at reads.
     header_only: the clip gives goal and steps, and its conversation is no reference (a video streamed live).
     Raises ProspectError when the records are not of this clip.
     """
@@ -345,7 +345,7 @@ def shown_metrics(score: ClipScore) -> list[tuple[str, str]]:
 
 def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, str]]:
     """Small JPEGs of at most MAX_PICTURES frames, evenly spaced: (row, data URI)."""
-    from prospect.frames import frames_at
+    from prospect.vision.frames import frames_at
 
     try:
         from PIL import Image
@@ -379,7 +379,7 @@ def write_timelines(path: str | Path, timelines: list[Timeline]) -> None:
     write_page(path, "timeline", title, {"states": STATES, "clips": [asdict(shown) for shown in timelines]})
 
 
-# ------------------------------------------------------------------------------------- a clip as it is trained on
+# ---- a clip as it is trained on ------------------------------------------------------------------
 
 
 @dataclass
@@ -426,7 +426,7 @@ def write_settings(path: str | Path, title: str, settings: list[Setting]) -> Non
     write_page(path, "tokens", title, data)
 
 
-# ---------------------------------------------------------------------------------------------------- a run's curves
+# ---- a run's curves ------------------------------------------------------------------------------
 
 # Which label counts a loss is divided by.
 COUNTS_OF = {
@@ -521,7 +521,7 @@ def write_runs(path: str | Path, runs: list[Run]) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ---- main ----------------------------------------------------------------------------------------
 
 
 def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
@@ -536,7 +536,9 @@ def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m prospect.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "source", nargs="+", metavar="RECORDS.jsonl|RUN_DIR", help="records of one file, or directories of runs"
     )
@@ -574,7 +576,3 @@ def main() -> int:
         )
     print(f"{out}  ({os.path.getsize(out) / 1000:.0f} kB)")
     return 0
-
-
-if __name__ == "__main__":
-    run_entry_point(main)

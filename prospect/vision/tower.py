@@ -46,7 +46,7 @@ POOLS = {"siglip": ("pooled",), "smolvlm": ("mean", "all", "top-left-tile")}  # 
 GRID_OF_TOKENS = {1: 0, 5: 2, 10: 3}  # SigLIP: I vectors a frame = the pooled one + this many squared means
 
 
-# ---- What the directory says
+# ---- What the directory says ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-# ---- Preparing a picture
+# ---- Preparing a picture -------------------------------------------------------------------------
 
 
 KERNELS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {  # name: (how far it reaches, weight at distance x)
@@ -309,7 +309,7 @@ def whole_tiles_size(height: int, width: int, side: int) -> tuple[int, int]:
     return height, math.ceil(int(height * aspect) / side) * side
 
 
-# ---- The tower
+# ---- The tower -----------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -472,7 +472,7 @@ class VisionEncoder(nn.Module):
         return vectors if self.pool == "all" else vectors[:, :1]
 
 
-# ---- Reading the weights
+# ---- Reading the weights -------------------------------------------------------------------------
 
 
 def tensor_names(config: VisionConfig) -> dict[str, list[str]]:

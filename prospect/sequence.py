@@ -1,0 +1,585 @@
+"""A clip becomes one sequence: what is seen, what is said, and what is learned. This file is the method.
+
+    <prompt> <f193> <f194> User: I want to…⏎ <f195> [DST_UPDATE] S1->start⏎ Assistant: Great! …⏎ <f196> <f197> …
+    speak     -100   -100                      1      -100 …                                          0 or -100
+    dst         1      1                       1      -100 …                                          0 or -100
+
+Every step is a plain function, in this order:
+
+    lay_out            clip -> which frames are shown, what is said between them, the decision labels of each frame
+    plan_windows       layout -> stretches that fit max_seq_len, each with the task's state at its first frame
+    format_conversation_with_ranges
+                       a window -> text in pieces, and in the same pass the character ranges to be learned
+    label_tokens       token ids + ranges -> label arrays aligned with input_ids (the loss shifts once, not here)
+    make_sample        all of it: one window of a clip -> the arrays that prospect/data.py puts into a batch
+
+The model decides at `<image>` tokens, because there inference decides. Assistant and DST_UPDATE text comes right after
+the last frame of its turn, user text right before the last frame of its turn, so that a decision can follow it.
+The method is ProAssist's interleaving (arXiv 2506.05904) extended by task state.
+
+Letters: F frames shown, U units (frames that are never cut from their text), T tokens, I <image> tokens of one frame,
+D width of an embedding.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prospect.clips import Clip, Turn
+from prospect.config import DataConfig
+from prospect.dst import STATES, State, Step, write_update
+from prospect.errors import ProspectError
+from prospect.model import IGNORE
+from prospect.tokenizer import IMAGE, Piece, Tokenizer
+
+DEFAULT_SYSTEM = "You are a helpful and proactive assistant."
+LABEL_KEYS = ("speaking_gen_labels", "speaking_labels", "dst_gen_labels", "dst_update_labels", "dst_state_labels")
+
+
+def generator(*key: int | str) -> np.random.Generator:
+    """A random generator that depends on nothing but its key: the same on every machine, rank, worker and resume."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+
+
+# ---- the prompt ----------------------------------------------------------------------------------
+
+
+def prompt_text(
+    system: str, goal: str, steps: Sequence[Step], state: State, *, dst: bool, knowledge: str = "", summary: str = ""
+) -> str:
+    """What stands before the first frame, in training and at inference: this is the one function that writes it.
+
+    state: the task's state when the window's first frame is about to be seen. knowledge: the recipe, where wanted.
+    """
+    lines = [system or DEFAULT_SYSTEM]
+    if goal:
+        lines.append(f"Task: {goal}")
+    if dst:
+        lines += [f"{step.id} {step.name} [{state[step.id]}]" for step in steps]
+    if knowledge:
+        lines.append(knowledge)
+    if summary:
+        lines.append(f"So far: {summary}")
+    return "\n".join(lines)
+
+
+def clip_prompt(clip: Clip, state: State, config: DataConfig, summary: str = "") -> str:
+    """`prompt_text` of a clip: its system turns, goal, steps and, where `data.recipe` asks for it, its recipe."""
+    system = "\n".join(turn.text for turn in clip.turns if turn.role == "system")
+    knowledge = clip.knowledge if config.recipe else ""
+    return prompt_text(system, clip.goal, clip.steps, state, dst=config.dst, knowledge=knowledge, summary=summary)
+
+
+def prompt_pieces(prompt: str, tokenizer: Tokenizer) -> list[Piece]:
+    template = tokenizer.template
+    bos = [Piece(template.bos, control=True)] if template.bos else []
+    return bos + template.turn("system", prompt) + template.suffix()
+
+
+# ---- the layout ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Said:
+    """A turn's text and its place: right before frame `at` (an index into Layout.frames) or right after it."""
+
+    role: str
+    text: str
+    at: int
+    before: bool
+
+
+@dataclass
+class Layout:
+    """A clip as it will be read: frames in order, and what is said between them.
+
+    frames   [F]  absolute frame number of each frame shown (the turns layout may show a frame more than once)
+    speaking [F]  decision label of the speaking head at each: 1, 0 or -100
+    dst      [F]  the same for the DST update head
+    state    [F]  index into STATES of the most recently started step, for the optional state head
+    said          texts in reading order
+    units    [U+1] boundaries: frames[units[u]:units[u+1]] and what is said there are never cut apart
+    """
+
+    frames: np.ndarray
+    speaking: np.ndarray
+    dst: np.ndarray
+    state: np.ndarray
+    said: list[Said]
+    units: np.ndarray
+
+
+def lay_out(clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int) -> Layout:
+    """The layout of a whole clip.
+
+    rate: share of the clip's silent frames that become negatives, drawn anew for every (seed, epoch, clip id).
+    """
+    speaking, dst = frame_labels(clip, config, rate, seed, epoch)
+    labels = {"speaking": speaking, "dst": dst, "state": state_labels(clip, config)}  # [F] each, all frames of the clip
+    turns = [turn for turn in clip.turns if turn.role != "system" and (config.dst or turn.role != "DST_UPDATE")]
+    if config.layout == "turns":
+        return _turns_layout(clip, config, turns, labels)
+
+    kept = kept_frames(clip, config, seed)  # [F] absolute, increasing
+    place = {int(frame): at for at, frame in enumerate(kept)}
+    by_frame: dict[int, dict[str, list]] = {}
+    for turn in turns:
+        at_frame = by_frame.setdefault(turn.end_frame, {"user": [], "DST_UPDATE": [], "assistant": []})
+        at_frame[turn.role].extend(turn.transitions if turn.role == "DST_UPDATE" else [turn.text])
+    said = []
+    for frame in sorted(by_frame):
+        at, texts = place[frame], by_frame[frame]
+        said += [Said("user", text, at, before=True) for text in texts["user"]]
+        if texts["DST_UPDATE"]:  # several updates at one frame are one text, and so are several replies
+            said.append(Said("DST_UPDATE", write_update(texts["DST_UPDATE"], config.dst_format), at, before=False))
+        if texts["assistant"]:
+            said.append(Said("assistant", " ".join(texts["assistant"]), at, before=False))
+    rows = kept - clip.start_frame
+    shown = {name: values[rows] for name, values in labels.items()}
+    return Layout(kept, shown["speaking"], shown["dst"], shown["state"], said, units=np.arange(len(kept) + 1))
+
+
+def frame_labels(clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Decision labels (speaking, dst) of every frame of the clip, [F] each: 1, 0 or -100.
+
+    1 on every frame of a turn's range (or on its last alone, the earlier ones -100), the other head 0 there unless its
+    own turn covers the frame. Where a turn answers a user whose text stands inside its range, the frames before that
+    text are -100 for speaking: nobody could have answered yet. `rate` of the frames covered by no such turn are 0, the
+    others -100; they are drawn from the whole clip, whichever of its frames `data.frames` shows.
+
+        frame              193   194  User…  195
+        assistant turn      '---------------'      speaking  -100  -100   1
+        DST_UPDATE turn     '---------------'      dst          1     1   1
+    """
+    F, first = clip.num_frames, clip.start_frame
+    covered = {"assistant": np.zeros(F, bool), "DST_UPDATE": np.zeros(F, bool)}
+    labels = {"assistant": np.full(F, IGNORE), "DST_UPDATE": np.full(F, IGNORE)}
+    user_ends = np.array([turn.end_frame for turn in clip.turns if turn.role == "user"], np.int64)
+    positives = {"assistant": np.zeros(F, bool), "DST_UPDATE": np.zeros(F, bool)}
+    for turn in clip.turns:
+        if turn.role not in covered or (turn.role == "DST_UPDATE" and not config.dst):
+            continue
+        begin, end = turn.start_frame, turn.end_frame
+        covered[turn.role][begin - first : end - first + 1] = True
+        if turn.role == "assistant":
+            answered = user_ends[(user_ends >= begin) & (user_ends <= end)]
+            begin = max(begin, answered.max(initial=begin))
+        begin = end if config.positive_frames == "last" else begin
+        positives[turn.role][begin - first : end - first + 1] = True
+    either = covered["assistant"] | covered["DST_UPDATE"]
+    for role in labels:
+        labels[role][either & ~covered[role]] = 0
+        labels[role][positives[role]] = 1
+    silent = np.flatnonzero(~either)
+    count = int(rate * len(silent) + 0.5)
+    sampled = generator(seed, epoch, clip.id).choice(silent, size=count, replace=False) if count else silent[:0]
+    labels["assistant"][sampled] = 0
+    if config.dst:
+        labels["DST_UPDATE"][sampled] = 0
+        return labels["assistant"], labels["DST_UPDATE"]
+    return labels["assistant"], np.full(F, IGNORE)
+
+
+def state_labels(clip: Clip, config: DataConfig) -> np.ndarray:
+    """At every frame of the clip, the state (index into STATES) of the most recently started step, [F].
+
+    An update counts from the last frame of its turn on, where its text stands. Before the clip's first start it is the
+    state of the step that was under way when the clip began, else of the last one completed, else not_started.
+    """
+    if not config.dst:
+        return np.full(clip.num_frames, IGNORE)
+    begun = [id for id, state in clip.initial_state.items() if state != "not_started"]
+    under_way = [id for id in begun if clip.initial_state[id] == "in_progress"]
+    latest = (under_way or begun or [None])[-1]
+    now = STATES.index(clip.initial_state[latest]) if latest else 0
+    labels = np.full(clip.num_frames, now)
+    for turn in clip.updates():
+        for t in turn.transitions:
+            if t.transition == "start":
+                latest, now = t.id, 1
+            elif t.id == latest:
+                now = 2
+        labels[turn.end_frame - clip.start_frame :] = now
+    return labels
+
+
+# ---- the windows ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a clip that is one training sequence: the prompt and some units, learned from unit `learn` on.
+
+    first..end-1 are the units shown, unless `units` names them one by one, because truncation has left gaps.
+    """
+
+    first: int
+    learn: int
+    end: int
+    num_tokens: int  # of the whole sequence, prompt included
+    units: tuple[int, ...] | None = None
+
+
+def plan_windows(clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataConfig, per_frame: int) -> list[Window]:
+    """Cut a clip into sequences of at most max_seq_len tokens.
+
+    A window begins with the prompt and the last `overlap` share of the previous window's frames and text, which is not
+    learned again:
+
+        window 0   <prompt: state at a>  a b c d e f g h
+        window 1   <prompt: state at g>              g h i j k l m n          learned from i on
+        window 2   <prompt: state at m>                          m n o p ...  learned from o on
+
+    No window for a clip without frames to show (the turns layout of a clip in which nobody speaks).
+    Raises ProspectError where a prompt and a single unit are more than max_seq_len.
+    """
+    tokens = unit_tokens(layout, tokenizer, per_frame)  # [U]
+    until = np.concatenate(([0], np.cumsum(tokens)))  # [U+1] tokens before each unit
+    U = len(tokens)
+    known: dict[tuple[str, ...], int] = {}  # the prompt's length by the state it tells; nothing else in it changes
+
+    def prompt_length(unit: int) -> int:
+        state = clip.state_before(int(layout.frames[layout.units[unit]]))
+        key = tuple(state.values())
+        if key not in known:
+            [known[key]] = tokenizer.count_tokens([prompt_pieces(clip_prompt(clip, state, config), tokenizer)])
+            known[key] += int(config.silence_lm)  # the closing end token, see format_conversation_with_ranges
+        return known[key]
+
+    def fit(first: int) -> int:
+        """The units first..end-1 fit into one sequence; returns end."""
+        room = config.max_seq_len - prompt_length(first)
+        return int(np.searchsorted(until, until[first] + room, side="right")) - 1
+
+    if U == 0:
+        return []
+    if fit(0) == U:
+        return [Window(0, 0, U, prompt_length(0) + int(until[U]))]
+    if config.long_clips == "truncate":
+        return [_truncate(clip, layout, tokens, prompt_length, config)]
+
+    windows, first, learn = [], 0, 0
+    while learn < U:
+        while fit(first) <= learn and first < learn:  # a long text follows: it needs the overlap's room
+            first += 1
+        end = fit(first)
+        if end <= learn:
+            frame = int(layout.frames[layout.units[learn]])
+            needed = prompt_length(learn) + int(tokens[learn])
+            what = f"the prompt and what is said at frame {frame} need {needed} tokens"
+            remedy = f"data.max_seq_len is {config.max_seq_len}: raise it, or shorten the text"
+            raise ProspectError(what, where=clip.where, remedy=remedy)
+        windows.append(Window(first, learn, end, prompt_length(first) + int(until[end] - until[first])))
+        first, learn = overlap_start(until, first, end, config.overlap), end
+    return windows
+
+
+def overlap_start(until: np.ndarray, first: int, end: int, overlap: float) -> int:
+    """The first unit of the longest tail of units[first:end] that has at most `overlap` of its tokens.
+
+    until [U+1]: tokens before each unit. The streaming engine keeps the same tail when it refreshes its context.
+    """
+    share = overlap * (until[end] - until[first])
+    return int(np.searchsorted(until[: end + 1], until[end] - share, side="left"))
+
+
+def turn_pieces(said: Said, tokenizer: Tokenizer) -> list[Piece]:
+    return tokenizer.template.turn(said.role, said.text) + tokenizer.template.suffix()
+
+
+def unit_tokens(layout: Layout, tokenizer: Tokenizer, per_frame: int) -> np.ndarray:
+    """Tokens of each unit, [U]: per_frame (I) <image> tokens a frame, and the texts."""
+    tokens = np.diff(layout.units) * per_frame
+    texts = [turn_pieces(said, tokenizer) for said in layout.said]
+    np.add.at(tokens, units_of_texts(layout), tokenizer.count_tokens(texts))
+    return tokens
+
+
+def units_of_texts(layout: Layout) -> np.ndarray:
+    """The unit in which each of layout.said stands, [number of texts]."""
+    at = np.array([said.at for said in layout.said], np.int64)
+    return np.searchsorted(layout.units, at, side="right") - 1
+
+
+# ---- the text and its labels ---------------------------------------------------------------------
+
+
+@dataclass
+class Formatted:
+    """A window as text, with the character ranges that become labels.
+
+    pieces           the text in order, cut where control tokens and turns begin and end
+    text             all pieces joined
+    frames     [F]   absolute frame number of each frame shown
+    frame_ends [F]   the character behind each frame's last <image>, where the frame is decided
+    speaking_ranges, dst_ranges [n,2]   characters [begin, end) of the assistant / DST_UPDATE turns to be learned,
+                     header and end token included; a turn in the window's repeated part is not among them
+    speaking, dst, state [F]   decision labels of the frames, -100 in the repeated part
+    """
+
+    pieces: list[Piece]
+    text: str
+    frames: np.ndarray
+    frame_ends: np.ndarray
+    speaking_ranges: np.ndarray
+    dst_ranges: np.ndarray
+    speaking: np.ndarray
+    dst: np.ndarray
+    state: np.ndarray
+
+
+def format_conversation_with_ranges(
+    prompt: str, layout: Layout, window: Window, tokenizer: Tokenizer, per_frame: int = 1, silence_lm: bool = False
+) -> Formatted:
+    """Write a window's text and note, in the same pass, where each range of characters begins and ends.
+
+        characters   0         1         2         3         4
+                     0123456789012345678901234567890123456789012345
+        text         <image>Assistant: Hi.<eos><image><image>           frame_ends       7, 33, 40
+                            '-----------------'                         speaking_ranges  [7, 26)
+
+    (The prompt, which stands in front, is left out of the drawing.) per_frame: I, the <image> tokens of one frame.
+    With silence_lm one more end token closes the sequence: a silent frame is taught that token as the one behind it
+    (see label_tokens), and behind a window's last frame there would be none to carry the label.
+    """
+    in_window = np.zeros(len(layout.units) - 1, bool)  # [U]
+    in_window[slice(window.first, window.end) if window.units is None else list(window.units)] = True
+    shown = np.flatnonzero(np.repeat(in_window, np.diff(layout.units)))  # [F] indices into layout.frames
+    learned = shown >= layout.units[window.learn]  # [F] the others are only repeated
+    place = {at: f for f, at in enumerate(shown.tolist())}
+
+    pieces = prompt_pieces(prompt, tokenizer)
+    length = sum(len(piece.text) for piece in pieces)  # characters written so far
+    written = 0  # frames written so far
+    frame_ends = np.zeros(len(shown), np.int64)
+    ranges: dict[str, list[tuple[int, int]]] = {"user": [], "DST_UPDATE": [], "assistant": []}
+
+    def show(until: int) -> None:
+        """Write the frames written..until-1, one run of <image> tokens."""
+        nonlocal length, written
+        if until > written:
+            frame_ends[written:until] = length + np.arange(1, until - written + 1) * per_frame * len(IMAGE)
+            pieces.append(Piece(IMAGE, control=True, repeat=(until - written) * per_frame))
+            length, written = int(frame_ends[until - 1]), until
+
+    for said in layout.said:
+        if said.at not in place:
+            continue
+        f = place[said.at]
+        show(f if said.before else f + 1)
+        turn = tokenizer.template.turn(said.role, said.text)
+        end = length + sum(len(piece.text) for piece in turn)
+        if learned[f]:
+            ranges[said.role].append((length, end))
+        pieces += turn + tokenizer.template.suffix()
+        length = end + len(tokenizer.template.after)
+    show(len(shown))
+    if silence_lm:
+        pieces.append(Piece(tokenizer.template.end, control=True))
+
+    return Formatted(
+        pieces=pieces,
+        text="".join(piece.text * piece.repeat for piece in pieces),
+        frames=layout.frames[shown],
+        frame_ends=frame_ends,
+        speaking_ranges=np.array(ranges["assistant"], np.int64).reshape(-1, 2),
+        dst_ranges=np.array(ranges["DST_UPDATE"], np.int64).reshape(-1, 2),
+        speaking=np.where(learned, layout.speaking[shown], IGNORE),
+        dst=np.where(learned, layout.dst[shown], IGNORE),
+        state=np.where(learned, layout.state[shown], IGNORE),
+    )
+
+
+@dataclass
+class Sample:
+    """One training sequence. input_ids [T], image_embeds [F*I, D], labels (LABEL_KEYS) [T] each, frames [F]."""
+
+    clip_id: str
+    input_ids: np.ndarray
+    image_embeds: np.ndarray
+    labels: dict[str, np.ndarray]
+    frames: np.ndarray  # absolute numbers, one a frame shown
+    decision_positions: np.ndarray  # [F] where in input_ids each frame is decided
+    formatted: Formatted = field(repr=False)
+
+
+def make_sample(
+    clip: Clip, layout: Layout, window: Window, embeddings: np.ndarray, tokenizer: Tokenizer, config: DataConfig
+) -> Sample:
+    """One window of a clip as arrays. embeddings: [rows, I, D], row r is frame clip.start_frame + r."""
+    per_frame = embeddings.shape[1]
+    frame = int(layout.frames[layout.units[window.first]])
+    prompt = clip_prompt(clip, clip.state_before(frame), config)
+    formatted = format_conversation_with_ranges(prompt, layout, window, tokenizer, per_frame, config.silence_lm)
+    ids, starts = tokenizer.encode_pieces(formatted.pieces)
+    labels, decided = label_tokens(formatted, ids, starts, config, tokenizer.end_id)
+    rows = embeddings[formatted.frames - clip.start_frame]  # [F, I, D], in the order of the <image> tokens
+    rows = rows.reshape(-1, rows.shape[-1])
+    if int((ids == tokenizer.image_id).sum()) != len(rows):
+        what = f"{int((ids == tokenizer.image_id).sum())} <image> tokens for {len(rows)} embedding rows"
+        raise ProspectError(what, where=clip.where, remedy="one <image> a row")
+    return Sample(clip.id, ids, rows, labels, formatted.frames, decided, formatted)
+
+
+def label_tokens(
+    formatted: Formatted, ids: np.ndarray, starts: np.ndarray, config: DataConfig, end_id: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Labels aligned with the token ids [T], and where each frame is decided, [F].
+
+    starts [T]: the character at which each token starts. A token belongs to the range in which it starts; a frame is
+    decided at the last token that starts before its end, the last of its <image> tokens.
+
+    `binary_at: text` is seed 000's table: 1 on every token of a learned turn, 0 where a sampled negative is decided.
+    `silence_lm` (ProAssist): a frame where nothing happens is followed by "the turn is over". The label at t+1 is what
+    the hidden state at t learns, so the end token is the label *behind* the frame, whatever token stands there.
+
+        tokens                <f7>  <f8>  <f9>  <eos>          f7 a sampled negative, f8 not sampled, f9 sampled
+        speaking_gen_labels   -100   eos  -100    eos
+    """
+    labels = {key: np.full(len(ids), IGNORE, np.int64) for key in LABEL_KEYS}
+    decided = np.searchsorted(starts, formatted.frame_ends, side="left") - 1  # [F]
+    speech = tokens_in_ranges(starts, formatted.speaking_ranges)  # [T] bool
+    updates = tokens_in_ranges(starts, formatted.dst_ranges)
+    negative = (formatted.speaking == 0) & ((formatted.dst == 0) | (not config.dst))  # [F] bool
+
+    labels["speaking_gen_labels"][speech] = ids[speech]
+    labels["dst_gen_labels"][updates] = ids[updates]
+    if config.silence_lm:
+        labels["speaking_gen_labels"][decided[negative] + 1] = end_id
+    if config.binary_at == "frames":
+        labels["speaking_labels"][decided] = formatted.speaking
+        labels["dst_update_labels"][decided] = formatted.dst
+    else:
+        labels["speaking_labels"][speech] = 1
+        labels["dst_update_labels"][updates] = 1
+        labels["speaking_labels"][decided[negative]] = 0
+        if config.dst:
+            labels["dst_update_labels"][decided[negative]] = 0
+    labels["dst_state_labels"][decided] = formatted.state
+    return labels, decided
+
+
+def tokens_in_ranges(starts: np.ndarray, ranges: np.ndarray) -> np.ndarray:
+    """Which tokens start inside one of the ranges [n,2] of characters (disjoint, increasing), [T] bool."""
+    edges = np.searchsorted(starts, ranges.ravel(), side="left")
+    change = np.zeros(len(starts) + 1, np.int64)
+    np.add.at(change, edges[0::2], 1)
+    np.add.at(change, edges[1::2], -1)
+    return np.cumsum(change[:-1]) > 0
+
+
+# ---- alternatives, off by default ----------------------------------------------------------------
+
+
+def _turns_layout(clip: Clip, config: DataConfig, turns: list[Turn], labels: dict[str, np.ndarray]) -> Layout:
+    """Seed 000, literally: for each turn its frames and then its text; other frames are absent.
+
+    Turns come in the order in which they end. One frame may be shown by several turns: each head decides it in the
+    block of its own turn, and in another turn's block it is -100 for that head rather than 1. The user's text stands
+    in front of the assistant's whole block, so no frame of that block is too early to answer.
+
+        turns     user 193..194, assistant 193..195
+        text      <f193> <f194> User: Hi. <f193> <f194> <f195> Assistant: Hello.
+        speaking   -100   -100               1      1      1
+
+    Turns that share frames are one unit: a window that began between them would have to state the task in the prompt
+    in the middle of a frame.
+    """
+    rows, speaking, dst, said, units = [], [], [], [], [0]
+    covered_until = -1
+    for turn in sorted(turns, key=lambda turn: turn.end_frame):
+        block = np.arange(turn.start_frame, turn.end_frame + 1) - clip.start_frame
+        own = np.ones(len(block), np.int64)
+        if config.positive_frames == "last":
+            own[:-1] = IGNORE
+        others = {head: np.where(labels[head][block] == 1, IGNORE, labels[head][block]) for head in ("speaking", "dst")}
+        speaking.append(own if turn.role == "assistant" else others["speaking"])
+        dst.append(own if turn.role == "DST_UPDATE" else others["dst"])
+        if rows and turn.start_frame <= covered_until:
+            units.pop()
+        covered_until = turn.end_frame
+        rows.append(block)
+        units.append(sum(map(len, rows)))
+        text = write_update(turn.transitions, config.dst_format) if turn.role == "DST_UPDATE" else turn.text
+        said.append(Said(turn.role, text, units[-1] - 1, before=False))
+    if not rows:
+        empty = np.zeros(0, np.int64)
+        return Layout(empty, empty, empty, empty, [], np.zeros(1, np.int64))
+    shown = np.concatenate(rows)
+    return Layout(
+        frames=shown + clip.start_frame,
+        speaking=np.concatenate(speaking),
+        dst=np.concatenate(dst),
+        state=labels["state"][shown],
+        said=said,
+        units=np.array(units),
+    )
+
+
+def kept_frames(clip: Clip, config: DataConfig, seed: int) -> np.ndarray:
+    """Absolute numbers of the frames that the stream layout shows, increasing.
+
+    all; turns: only the frames of turns; hybrid: seed 002's sampling (frames of task-state changes, a window around
+    speech, every n-th frame, a random share of the rest, at most so many a clip). A frame at which a text stands is
+    kept in every mode. The random share is drawn for (seed, clip), the same in every epoch, so that lengths stay.
+    """
+    first, F = clip.start_frame, clip.num_frames
+    if config.frames == "all":
+        return np.arange(first, clip.end_frame + 1)
+    rank = np.full(F, 5)  # lower is kept first when there are more than the cap
+
+    def mark(begin: int, end: int, value: int) -> None:
+        part = rank[max(begin - first, 0) : end - first + 1]
+        np.minimum(part, value, out=part)
+
+    turns = [turn for turn in clip.turns if turn.role != "system"]
+    window = int(config.hybrid.speaking_window * clip.fps)
+    for turn in turns:
+        mark(turn.end_frame, turn.end_frame, 0)
+        if config.frames == "turns" or turn.role == "DST_UPDATE":
+            mark(turn.start_frame, turn.end_frame, 1)
+        elif turn.role == "assistant":
+            mark(turn.start_frame - window, turn.end_frame + window, 2)
+    if config.frames == "turns":
+        return first + np.flatnonzero(rank <= 1)
+    mark_every = rank[:: config.hybrid.regular_interval]
+    np.minimum(mark_every, 3, out=mark_every)
+    rest = np.flatnonzero(rank == 5)
+    draw = generator(seed, "hybrid", clip.id)
+    rank[draw.choice(rest, size=int(config.hybrid.random_share * len(rest) + 0.5), replace=False)] = 4
+    candidates = np.flatnonzero(rank < 5)
+    texts = int((rank == 0).sum())
+    cap = max(config.hybrid.max_frames_per_clip, texts)
+    order = np.lexsort((draw.random(len(candidates)), rank[candidates]))  # by rank, at random within one
+    return first + np.sort(candidates[order[:cap]])
+
+
+RECENT_TURNS = 200  # the newest turns, which truncation keeps first
+
+
+def _truncate(
+    clip: Clip, layout: Layout, tokens: np.ndarray, prompt_length: Callable[[int], int], config: DataConfig
+) -> Window:
+    """One sequence by seed 002's priorities: the newest turns, then task-state changes, instructions, the rest.
+
+    Everything from the RECENT_TURNS-th newest text on comes first, so a clip of fewer texts keeps its newest stretch
+    without a gap. Within a priority the newest units are kept. An update is never lost behind the first unit kept
+    (nothing of a lower priority is taken before all updates are in), so the prompt's state and the updates agree.
+    """
+    U = len(tokens)
+    priority = np.full(U, 3)
+    for unit, said in zip(units_of_texts(layout), layout.said):
+        priority[unit] = min(priority[unit], {"DST_UPDATE": 1, "assistant": 2, "user": 3}[said.role])
+    recent = units_of_texts(layout)[-RECENT_TURNS:]
+    priority[recent[0] if len(recent) == RECENT_TURNS else 0 :] = 0
+    order = np.lexsort((-np.arange(U), priority))  # [U] by priority, the newest first
+    for count in range(int(np.searchsorted(np.cumsum(tokens[order]), config.max_seq_len, side="right")), 0, -1):
+        kept = np.sort(order[:count])
+        total = prompt_length(int(kept[0])) + int(tokens[kept].sum())
+        if total <= config.max_seq_len:
+            return Window(int(kept[0]), int(kept[0]), U, total, tuple(kept.tolist()))
+    what = "the prompt and the newest frame do not fit"
+    raise ProspectError(what, where=clip.where, remedy=f"data.max_seq_len is {config.max_seq_len}: raise it")

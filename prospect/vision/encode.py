@@ -1,0 +1,409 @@
+"""Videos, picture directories and Arrow files in; one file of frame embeddings for each out. The offline phase.
+
+    python -m prospect.encode VIDEO... --vision DIR --out embeddings/ [--fps 2]
+    torchrun --nproc_per_node=4 -m prospect.encode VIDEO... --vision DIR --out embeddings/
+
+    kitchen.mp4 -> frames.py: picture k, the last one shown at or before k / fps   (a thread, ahead of the encoding)
+                -> vision.py: picture -> I vectors of D numbers                    (batches, on the GPU if there is one)
+                -> embeddings/kitchen_embeddings.npy    float16, [rows, D], or [rows, I, D] when a frame is I vectors
+                   embeddings/kitchen_embeddings.json   what made it: model, revision, fps, pooling
+
+Row k is frame k of the source. With `--clips FILE` the rows of each clip, start_frame_idx .. end_frame_idx, are written
+to files of their own, {clip id}_embeddings.*, which is where training looks for them.
+
+A run that was stopped is started again with the same command: finished sources are passed over, and a source that was
+half done goes on where it was (its rows so far lie in a hidden .part file, whose name depends on all that shapes them).
+A source that cannot be read is reported and left out; the others are done, and the exit status is 2 in the end.
+Several processes deal the sources among themselves by length, the longest first. Decoding is mostly the slower side:
+more processes than GPUs (--nproc_per_node=4 on one GPU) decode several videos at once.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from prospect.clips import ClipFile, clip_id
+from prospect.embeddings import write_embeddings
+from prospect.errors import ProspectError, run_entry_point
+from prospect.files import written_whole
+from prospect.vision.frames import count_frames, frames_at
+from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
+
+END = object()  # what the decoding thread sends after the last batch
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that shapes the rows of a file; written beside it, and compared before a file is passed over as done."""
+
+    model: str  # the checkpoint's directory name
+    revision: str | None  # the commit it was downloaded from, where that is known
+    weights_sha256: str  # of the vision tensors
+    fps: str  # frames a second, as a fraction: "2", "30000/1001"
+    source_fps: str  # of sources without a clock
+    pool: str  # "pooled" (SigLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
+    vectors_per_frame: int  # I
+    width: int  # D
+    precision: str  # of the arithmetic; the rows are float16
+
+
+# ---- One source ----------------------------------------------------------------------------------
+
+
+def encode_source(
+    encoder: VisionEncoder, source: Path, settings: Settings, part: Path, batch_size: int, bar: tqdm
+) -> np.ndarray:
+    """All rows of a source, float16 [rows, D] or [rows, I, D], a memory map of `part`, which keeps them as they come.
+
+    Rows that `part` holds from an earlier run are not computed again. Raises ProspectError when the source cannot be
+    read to its end or a vector is not finite.
+    """
+    row_shape = (settings.vectors_per_frame, settings.width) if settings.vectors_per_frame > 1 else (settings.width,)
+    row_bytes = 2 * settings.vectors_per_frame * settings.width
+    done = part.stat().st_size // row_bytes if part.exists() else 0
+    bar.update(done)
+    try:
+        with open(part, "ab") as file:
+            file.truncate(done * row_bytes)  # half a row, if the machine went down while it was written
+            frames = frames_at(source, Fraction(settings.fps), Fraction(settings.source_fps), first=done)
+            for batch in ahead(batches(frames, batch_size), size=2):
+                rows = encode_batch(encoder, [picture for _, picture in batch], settings.precision)  # [B, I, D]
+                bad = np.flatnonzero(~np.isfinite(rows).all(axis=(1, 2)))
+                if len(bad):
+                    raise ProspectError(
+                        f"frame {batch[bad[0]][0]} gives a vector that is not finite in float16",
+                        where=str(source),
+                        remedy="use --precision fp32; if that is what you use, download the checkpoint again",
+                    )
+                file.write(rows.tobytes())
+                file.flush()
+                bar.update(len(batch))
+    except ProspectError:  # a broken source stays broken: nothing to go on with next time
+        part.unlink()
+        raise
+    except OSError as error:  # the disk is full, or a picture of a directory cannot be read
+        raise ProspectError(
+            f"{error.strerror}: {error.filename or part}",
+            where=str(source),
+            remedy="make room, or check it may be read",
+        ) from None
+    return np.memmap(part, dtype=np.float16, mode="r").reshape(-1, *row_shape)
+
+
+@torch.inference_mode()
+def encode_batch(encoder: VisionEncoder, pictures: list[Tensor], precision: str) -> np.ndarray:
+    """Pictures, uint8 [3, H, W] on the CPU -> float16 [B, I, D]; arithmetic in `precision` where that is safe (amp)."""
+    device = next(encoder.parameters()).device
+    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        return encoder([picture.to(device, non_blocking=True) for picture in pictures]).half().cpu().numpy()
+
+
+def batches(frames: Iterator[tuple[int, Tensor]], size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    batch = []
+    for frame in frames:
+        batch.append(frame)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def ahead(items: Iterator, size: int) -> Iterator:
+    """The same items, made by a thread that is up to `size` of them ahead: one batch is decoded, another encoded.
+
+    An error of the thread is raised here, after the items before it. Leaving early stops the thread.
+    """
+    line: queue.Queue = queue.Queue(maxsize=size)
+    stop = threading.Event()
+
+    def put(item: object) -> None:
+        while not stop.is_set():
+            try:
+                return line.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stop.is_set():
+                    return
+            put(END)
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the items
+            put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := line.get()) is not END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
+    """`rows` as .npy, .pkl or .safetensors, after the ending of `path`, and `facts` as .json beside it.
+
+    Each file is written aside and renamed. The JSON comes first: where the embeddings are, it is, too.
+    """
+    with written_whole(path.with_suffix(".json")) as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    write_embeddings(rows, path)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Rows `first` .. `last` (inclusive; None: to the end) of a source, and the file that they go to."""
+
+    path: Path
+    first: int
+    last: int | None
+
+
+def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
+    """Whether the file was written from this source with these settings. ProspectError when it was made differently."""
+    if not cut.path.exists():
+        return False
+    wanted = asdict(settings) | {"source": source.name, "first_frame": cut.first}
+    try:
+        facts = json.loads(cut.path.with_suffix(".json").read_text(encoding="utf-8"))
+        other = [name for name, value in wanted.items() if facts.get(name) != value]
+        if cut.last is not None and facts.get("rows") not in (cut.last - cut.first + 1, cut.last - cut.first):
+            other.append("rows")
+    except (OSError, ValueError, AttributeError):
+        other = ["how it was made is not known"]
+    if other:
+        raise ProspectError(
+            f"is there already, made with other settings ({', '.join(other)})",
+            where=str(cut.path),
+            remedy="give another --out, or remove the file",
+        )
+    return True
+
+
+def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -> dict[Path, list[Cut]]:
+    """The files to be written for each source: one, or with a clip file one for each clip of the video.
+
+    ProspectError when two sources would write the same file, a clip lacks its frames, or a source has no clip.
+    """
+    by_name: dict[str, Path] = {}
+    for source in sources:
+        name = source.resolve().name if source.is_dir() else source.stem
+        if by_name.setdefault(name, source) != source:
+            raise ProspectError(
+                f"{by_name[name]} and {source} would be written to the same file",
+                where=str(out),
+                remedy="run them with two --out",
+            )
+    if clips is None:
+        return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
+
+    cuts: dict[Path, dict[Path, Cut]] = {source: {} for source in sources}
+    for index, clip in enumerate(ClipFile(clips)):
+        source = next((by_name[name] for name in source_names(clip) if name in by_name), None)
+        if source is None:
+            continue  # a clip of a video that is not encoded now
+        name, first, last = clip_id(clip, index), clip.get("start_frame_idx"), clip.get("end_frame_idx")
+        where = f"{clips}: clip {name}"
+        if type(first) is not int or type(last) is not int or not 0 <= first <= last or set(name) & set("/\\:\0"):
+            raise ProspectError(
+                f"frames {first!r} to {last!r}, or its id, cannot be written",
+                where=where,
+                remedy="run python -m prospect.check",
+            )
+        cut = Cut(out / f"{name}_embeddings.{ending}", first, last)
+        if cuts[source].setdefault(cut.path, cut) != cut:
+            raise ProspectError(
+                "two clips have this id and different frames", where=where, remedy="give each clip an `id`"
+            )
+    without = [str(source) for source, of_source in cuts.items() if not of_source]
+    if without:
+        raise ProspectError(
+            f"no clip of {', '.join(without[:5])}", where=str(clips), remedy="check the clips' video_uid"
+        )
+    return {source: list(of_source.values()) for source, of_source in cuts.items()}
+
+
+def source_names(clip: object) -> list[str]:
+    """The names that a clip's video may have: its `frames_file`'s, its uid, or the uid without its first word.
+
+    The last is for Assembly101, where one recording holds two videos, assembly_NAME and disassembly_NAME.
+    """
+    if not isinstance(clip, dict):
+        return []
+    uid = str(clip.get("video_uid"))
+    return [Path(str(clip.get("frames_file", ""))).stem, uid, uid.partition("_")[2]]
+
+
+# ---- The run -------------------------------------------------------------------------------------
+
+
+def deal(lengths: list[int], n_ranks: int) -> list[list[int]]:
+    """Which sources each rank takes: the longest first, always to the rank that has least so far."""
+    shares: list[list[int]] = [[] for _ in range(n_ranks)]
+    totals = [0] * n_ranks
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        rank = totals.index(min(totals))
+        shares[rank].append(i)
+        totals[rank] += lengths[i]
+    return shares
+
+
+def parse_fps(text: str) -> Fraction:
+    try:
+        fps = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        fps = Fraction(0)
+    if fps <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate: 2, 0.5 or 30000/1001")
+    return fps
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    every_pool = sorted({pool for pools in POOLS.values() for pool in pools})
+    parser = argparse.ArgumentParser(prog="python -m prospect.encode", description="Videos into frame embeddings.")
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, metavar="INPUT", help="video, directory of pictures, or .arrow file")
+    add("--vision", type=Path, required=True, help="directory of a SigLIP or SmolVLM2 checkpoint")
+    add("--out", type=Path, required=True, help="directory for the embeddings, made if missing")
+    add("--fps", type=parse_fps, default=Fraction(2), help="frames a second (default 2)")
+    add("--source-fps", type=parse_fps, help="pictures a second in directories and Arrow files (default: --fps)")
+    add("--clips", type=Path, help="clip file (JSON or JSONL): write one file for each clip")
+    add("--tokens", type=int, help="SigLIP: 1 (pooled, the default), 5 (and 2x2 means) or 10 (and 3x3 means)")
+    add(
+        "--pool",
+        choices=every_pool,
+        help="SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which remakes files "
+        "that hold the first vector of the first tile and saw nothing else",
+    )
+    add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
+    add("--batch-size", type=int, default=32, help="pictures at a time (default 32)")
+    add("--precision", choices=sorted(PRECISIONS), help="default: fp16 on a GPU, fp32 on the CPU")
+    arguments = parser.parse_args(argv)
+    if arguments.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    out = arguments.out
+    rank, n_ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+    cuts = plan_cuts(arguments.sources, out, arguments.ending, arguments.clips)
+    encoder = load_vision_encoder(arguments.vision, arguments.pool, arguments.tokens)
+    settings = Settings(
+        model=arguments.vision.resolve().name,
+        revision=checkpoint_revision(arguments.vision),
+        weights_sha256=weights_sha256(encoder),
+        fps=str(arguments.fps),
+        source_fps=str(arguments.source_fps or arguments.fps),
+        pool=encoder.pool,
+        vectors_per_frame=encoder.vectors_per_frame,
+        width=encoder.config.output_size,
+        precision=arguments.precision or ("fp16" if device.type == "cuda" else "fp32"),
+    )
+    encoder.to(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProspectError(f"cannot be made: {error.strerror}", where=str(out), remedy="give another --out") from None
+
+    # Every rank opens every source for its length (milliseconds), so that all agree on the dealing without a word.
+    failures: list[str] = []
+    missing, lengths = [], []
+    for source, of_source in cuts.items():
+        if not all([is_done(cut, source, settings) for cut in of_source]):
+            try:
+                lengths.append(count_frames(source, arguments.fps, arguments.source_fps))
+                missing.append(source)
+            except ProspectError as error:
+                if rank == 0:
+                    failures.append(str(error))
+                    print(f"left out: {error}", file=sys.stderr)
+    mine = deal(lengths, n_ranks)[rank]
+    if rank == 0:
+        print(
+            f"{len(cuts)} sources: {len(cuts) - len(missing) - len(failures)} done, {len(missing)} to encode "
+            f"({sum(lengths)} frames) on {n_ranks} x {device.type} in {settings.precision}, "
+            f"{settings.vectors_per_frame} x {settings.width} numbers a frame"
+        )
+    if n_ranks > 1:  # only to wait for each other in the end: one rank that leaves with an error would end the others
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()  # nobody writes before everybody has seen what is done
+
+    hidden = True if rank else None  # None: shown on a terminal only
+    with tqdm(total=sum(lengths[i] for i in mine), unit="frame", desc="encode", disable=hidden) as bar:
+        for i in mine:
+            source = missing[i]
+            try:
+                encode_and_write(encoder, source, cuts[source], settings, out, arguments.batch_size, bar)
+            except ProspectError as error:
+                failures.append(str(error))
+                tqdm.write(f"left out: {error}", file=sys.stderr)
+
+    if n_ranks > 1:
+        gathered: list = [None] * n_ranks
+        dist.all_gather_object(gathered, failures)
+        failures = [failure for of_rank in gathered for failure in of_rank]
+        dist.destroy_process_group()
+    if rank == 0:
+        print(f"embeddings of {len(cuts) - len(failures)} of {len(cuts)} sources are in {out}")
+    return 2 if failures else 0
+
+
+def encode_and_write(
+    encoder: VisionEncoder, source: Path, cuts: list[Cut], settings: Settings, out: Path, batch_size: int, bar: tqdm
+) -> None:
+    """Encode one source, write its files, and remove the rows that were kept meanwhile."""
+    identity = json.dumps([str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns, asdict(settings)])
+    part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.part"
+    rows = encode_source(encoder, source, settings, part, batch_size, bar)
+    for cut in cuts:
+        # A clip that ends one frame after the source was written with its end exclusive; training knows such clips.
+        last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
+        if last >= len(rows) or cut.first > last:
+            raise ProspectError(
+                f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}",
+                where=str(source),
+                remedy="check the clip's end_frame_idx and --fps",
+            )
+        facts = asdict(settings) | {
+            "source": source.name,
+            "first_frame": cut.first,
+            "rows": last - cut.first + 1,
+            "dtype": "float16",
+        }
+        write_rows(rows[cut.first : last + 1], cut.path, facts)
+    part.unlink()
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
