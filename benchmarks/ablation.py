@@ -23,7 +23,6 @@ they were made with other settings. --jobs runs are trained side by side, on one
 """
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -204,16 +203,11 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     """Thresholds from the validation clips, then the held-out clips streamed and scored."""
     corpus, held_out = corpora(row.trained, out)
     config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
-    device = model.lm_head.weight.device
     as_streamed = replace(config.data, layout="stream")
     val = Corpus([str(corpus / "val.json")], as_streamed, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
     batches = ordered_batches(val.lengths(), config.data.batch_tokens)
-    _, _, probabilities = teacher_forced(
-        model, val, batches, device, config.loss.bce, config.infer.decision, contextlib.nullcontext
-    )
-    _, thresholds = decision_report(
-        traces(val, probabilities), ("speaking", "dst") if config.data.dst else ("speaking",)
-    )
+    sequences = [trace for batch in batches for trace in teacher_forced(model, val, batch, config).sequences]
+    _, thresholds = decision_report(traces(val, sequences), ("speaking", "dst") if config.data.dst else ("speaking",))
     config.infer.speaking_threshold = thresholds["speaking"]
     config.infer.dst_threshold = thresholds.get("dst", 0.5)
 

@@ -26,7 +26,7 @@ from prospect.model import IGNORE, LM_CHUNK, Prospect, loss_sums
 
 
 def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    return loss_sums(model, hidden, batch, "mean").sum()
+    return sum(loss_sums(model, hidden, batch, "mean").values())
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:

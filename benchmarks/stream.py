@@ -140,7 +140,7 @@ def main() -> None:
 
     def sessions(count: int) -> list[StreamSession]:
         cache = make_cache(model, config, count)
-        return [StreamSession(model, tokenizer, clip, config, cache=cache, row=row) for row in range(count)]
+        return [StreamSession(model, tokenizer, clip, config, cache=cache, stream=n) for n in range(count)]
 
     modes = {
         "transformers, growing cache": 1,

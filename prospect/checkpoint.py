@@ -3,15 +3,15 @@
     runs/NAME/step-000400/
         config.json, model.safetensors, ...  the weights as weights.py describes them
         tokenizer.json, tokenizer_config.json
-        config.yaml                          the run's configuration, which infer.py goes by
+        config.yaml                          the run's configuration, which infer.py uses
         optimizer.safetensors                AdamW's moments, by parameter name
         rng.safetensors                      torch's random states of every rank
-        state.json                           everything else the loop needs to go on (TrainState)
+        state.json                           everything else the loop needs to resume (TrainState)
         shards/                              with train.sharded_checkpoints, instead of the weights and the moments
     runs/NAME/last, best                     links to the newest and to the best of them
 
-A directory is renamed to its final name only when every file in it is on the disk. So a name `step-...` is always a
-whole checkpoint, whatever moment the machine dies at.
+A directory is renamed to its final name only when every file in it is on the disk. So a `step-...`
+directory is always complete, even after a crash.
 
 A sharded checkpoint is written by all ranks at once, each its own part, onto a disk that all of them see. Any number of
 ranks can resume from it; `python -m prospect.checkpoint DIR` turns it into a full one, which infer.py reads.
@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from prospect.config import Config, TrainConfig, make_config, to_dict
 from prospect.data import Corpus
-from prospect.distributed import Ranks, gather_objects, on_main, shard_like, together, whole
+from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
 from prospect.embeddings import find_embeddings
 from prospect.errors import ProspectError, run_entry_point
 from prospect.lora import checkpoint_names
@@ -60,7 +60,7 @@ SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and w
 
 @dataclass
 class TrainState:
-    """Everything the loop needs to go on, beside weights, optimizer moments and random states."""
+    """Everything the loop needs to resume, beside weights, optimizer moments and random states."""
 
     step: int = 0  # optimizer steps done
     epoch: int = 0  # of the next micro-batch
@@ -95,7 +95,7 @@ def step_directory(run: Path, step: int) -> Path:
     return run / f"step-{step:06d}"
 
 
-def aside(final: Path) -> Path:
+def staged(final: Path) -> Path:
     """Where a checkpoint is written before it gets its name."""
     return final.with_name(f".{final.name}.writing")
 
@@ -103,22 +103,22 @@ def aside(final: Path) -> Path:
 def begin_checkpoint(final: Path) -> Path:
     """An empty directory aside, to write into."""
     with disk_errors(final):
-        shutil.rmtree(aside(final), ignore_errors=True)
-        aside(final).mkdir(parents=True)
-    return aside(final)
+        shutil.rmtree(staged(final), ignore_errors=True)
+        staged(final).mkdir(parents=True)
+    return staged(final)
 
 
 def finish_checkpoint(final: Path) -> None:
     """Put what was written aside on the disk, give it its name, and point `last` to it."""
     with disk_errors(final):
-        for path in [*aside(final).rglob("*"), aside(final)]:
+        for path in [*staged(final).rglob("*"), staged(final)]:
             to_disk(path)
         replaced = final.with_name(f".{final.name}.replaced")  # the same step again, say with its evaluation
         if final.exists():
             os.rename(final, replaced)
-        os.rename(aside(final), final)
+        os.rename(staged(final), final)
         to_disk(final.parent)
-        point(final.parent / "last", final.name)
+        replace_symlink(final.parent / "last", final.name)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -128,7 +128,7 @@ def disk_errors(final: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(aside(final), ignore_errors=True)
+        shutil.rmtree(staged(final), ignore_errors=True)
         if isinstance(error, CheckpointException):  # of shards: what went wrong first, on whichever rank
             error, _ = next(iter(error.failures.values()))
         reason = getattr(error, "strerror", None) or str(error)
@@ -137,7 +137,7 @@ def disk_errors(final: Path) -> Iterator[None]:
         raise ProspectError(what, where=str(final), remedy=remedy) from error
 
 
-def point(link: Path, target: str) -> None:
+def replace_symlink(link: Path, target: str) -> None:
     """Make `link` lead to `target`, in one step that is never half done."""
     beside = link.with_name(f".{link.name}.link")
     beside.unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def prune(run: Path, keep: int, best_step: int | None) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def mend(run: Path) -> None:
+def clean_up_after_crash(run: Path) -> None:
     """Clear away what a killed run left half done, and take back a checkpoint that was just being replaced."""
     for replaced in run.glob(".step-*.replaced"):
         final = run / replaced.name.removeprefix(".").removesuffix(".replaced")
@@ -172,13 +172,13 @@ def to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---- where to go on from -------------------------------------------------------------------------
+# ---- where to resume -----------------------------------------------------------------------------
 
 
 def find_resume(wanted: str, run: Path) -> Path | None:
-    """The checkpoint to go on from: wanted is `auto`, `never` or a checkpoint directory.
+    """The checkpoint to resume from: wanted is `auto`, `never` or a checkpoint directory.
 
-    Raises ProspectError where going on would silently overwrite checkpoints that the run has.
+    Raises ProspectError where resuming would silently overwrite checkpoints that the run has.
     """
     found = checkpoints(run)
     if wanted == "auto":
@@ -188,29 +188,29 @@ def find_resume(wanted: str, run: Path) -> Path | None:
     later = [path.name for path in found if step_of(path) > begin]
     if later:
         what = f"the run has checkpoints already that train.resume={wanted} would overwrite: {', '.join(later)}"
-        remedy = "train.resume=auto goes on from the newest; or choose another run.name"
+        remedy = "train.resume=auto resumes from the newest; or choose another run.name"
         raise ProspectError(what, where=str(run), remedy=remedy)
     return source
 
 
 def check_resumable(directory: Path, state: TrainState, config: Config, data: dict[str, str]) -> list[str]:
-    """Refuse to go on with other data or another model; returns the other settings that have changed, to be told.
+    """Refuse to resume with other data or another model; returns the other settings that have changed, to be reported.
 
     Raises ProspectError naming all that differs.
     """
     then, now = flatten(to_dict(read_config(directory))), flatten(to_dict(config))
     changed = {key: f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]}
-    refused = [text for key, text in changed.items() if fixed(key, config)]
+    refused = [text for key, text in changed.items() if must_not_change(key, config)]
     refused += [f"{name} has changed" for name in data if data[name] != state.data.get(name)]
     refused += [f"{name} is gone" for name in state.data if name not in data]
     if refused:
-        what = f"cannot go on from this checkpoint: {'; '.join(refused)}"
+        what = f"cannot resume from this checkpoint: {'; '.join(refused)}"
         remedy = "set it back, or choose another run.name to start afresh"
         raise ProspectError(what, where=str(directory), remedy=remedy)
     return [text for key, text in changed.items() if not key.startswith(("run.", "infer.", "data."))]
 
 
-def fixed(key: str, config: Config) -> bool:
+def must_not_change(key: str, config: Config) -> bool:
     """Whether a setting decides what the model is or what each step of the data holds."""
     if key in ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample", "data.workers"):
         return False  # where files lie does not matter: their fingerprint does
@@ -351,7 +351,7 @@ def set_rng_state(directory: Path, rank: int, device: torch.device) -> None:
 def write_shards(final: Path, tensors: dict[str, Tensor]) -> None:
     """Every rank writes its part of all tensors, as one safetensors file that says which part it is."""
     with disk_errors(final):
-        writer = HuggingFaceStorageWriter(str(aside(final) / SHARDS), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(staged(final) / SHARDS), save_distributed=True)
         dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
@@ -378,12 +378,12 @@ def make_full(directory: Path, out: Path) -> None:
     read_shards(directory, tensors)
     with disk_errors(out):
         shutil.copytree(directory, begin_checkpoint(out), ignore=shutil.ignore_patterns(SHARDS), dirs_exist_ok=True)
-        save_state(part(tensors, WEIGHTS), config, aside(out), eos_token_id=values["eos_token_id"])
-        write_optimizer(aside(out), part(tensors, MOMENTS))
-        os.rename(aside(out), out)
+        save_state(with_prefix(tensors, WEIGHTS), config, staged(out), eos_token_id=values["eos_token_id"])
+        write_optimizer(staged(out), with_prefix(tensors, MOMENTS))
+        os.rename(staged(out), out)
 
 
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -430,33 +430,34 @@ def save(
     config: Config,
     ranks: Ranks,
 ) -> None:
-    """Everything the loop needs to go on, as one checkpoint directory. Ranks give what they hold, rank 0 writes it."""
+    """Everything the loop needs to resume, as one checkpoint directory. Ranks give what they hold, rank 0 writes it."""
     final = step_directory(run, state.step)
     weights, moments = trained_weights(model, config.train), adam_moments(model, optimizer)
     random_states = gather_objects(rng_state(ranks.device), ranks)
-    on_main(lambda: begin_checkpoint(final), ranks)
+    with together(ranks):
+        if ranks.main:
+            begin_checkpoint(final)
     if config.train.sharded_checkpoints:
-        together(lambda: write_shards(final, named_shards(weights, moments)), ranks)
+        with together(ranks):
+            write_shards(final, named_shards(weights, moments))
     else:
         weights, moments = gathered(weights, ranks), gathered(moments, ranks)
-
-    def write() -> None:
-        directory = aside(final)
-        with disk_errors(final):
-            if config.train.sharded_checkpoints:
-                write_json(hf_config(model.config, tokenizer.end_id), directory / "config.json")
-            else:
-                save_state(weights, model.config, directory, eos_token_id=tokenizer.end_id)
-                write_optimizer(directory, moments)
-            tokenizer.save(directory)
-            write_rng(directory, random_states)
-            write_state(directory, state, config)
-        finish_checkpoint(final)
-        if state.best_step == state.step:
-            point(run / "best", final.name)
-        prune(run, config.train.keep, state.best_step)
-
-    on_main(write, ranks)
+    with together(ranks):
+        if ranks.main:
+            with disk_errors(final):
+                directory = staged(final)
+                if config.train.sharded_checkpoints:
+                    write_json(hf_config(model.config, tokenizer.end_id), directory / "config.json")
+                else:
+                    save_state(weights, model.config, directory, eos_token_id=tokenizer.end_id)
+                    write_optimizer(directory, moments)
+                tokenizer.save(directory)
+                write_rng(directory, random_states)
+                write_state(directory, state, config)
+            finish_checkpoint(final)
+            if state.best_step == state.step:
+                replace_symlink(run / "best", final.name)
+            prune(run, config.train.keep, state.best_step)
 
 
 @torch.no_grad()
@@ -486,12 +487,12 @@ def restore(
 
 def resumed_lines(source: Path, state: TrainState, changed: list[str], ranks: Ranks, per_step: int) -> list[str]:
     """What a resumed run says about itself."""
-    lines = [f"going on from {source}, step {state.step}"]
+    lines = [f"resuming from {source}, step {state.step}"]
     if changed:
         lines.append(f"changed since then: {', '.join(changed)}")
     if state.world != ranks.world:
         now = f"{state.world} rank(s) then, {ranks.world} now"
-        lines.append(f"{now}: the data goes on at the same place; dropout is drawn anew")
+        lines.append(f"{now}: the data resumes at the same place; dropout is drawn anew")
     if state.micro_batches != per_step:
         now = f"a step was {state.micro_batches} micro-batches and is now {per_step}"
         lines.append(f"{now} (see train.gradient_accumulation_steps)")

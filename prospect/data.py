@@ -24,7 +24,7 @@ from prospect.check import open_source, usable_clips
 from prospect.clips import Clip, fit_rows, load_embeddings
 from prospect.config import DataConfig
 from prospect.errors import ProspectError
-from prospect.model import IGNORE, LOSS_CLASSES, count_labels
+from prospect.model import IGNORE, added, count_labels
 from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows
 from prospect.tokenizer import Tokenizer
 
@@ -101,16 +101,14 @@ class Corpus:
         return np.array([entry.window.num_tokens for entry in self.entries])
 
 
-def label_counts(corpus: Corpus, epoch: int = 0) -> torch.Tensor:
-    """Labels of one epoch by class, [7]: what train.py logs when it has seen the epoch once."""
-    counts = torch.zeros(len(LOSS_CLASSES), dtype=torch.float64)
-    for index in range(len(corpus)):
-        counts += count_labels(collate([corpus[(epoch, index)]], corpus.tokenizer.pad_id))
-    return counts
+def label_counts(corpus: Corpus, epoch: int = 0) -> dict[str, Tensor]:
+    """Labels of one epoch by class: what train.py logs when it has seen the epoch once."""
+    pad_id = corpus.tokenizer.pad_id
+    return added(count_labels(collate([corpus[(epoch, index)]], pad_id)) for index in range(len(corpus)))
 
 
-def counts_line(counts: torch.Tensor) -> str:
-    return "  ".join(f"{name} {int(count)}" for name, count in zip(LOSS_CLASSES, counts))
+def counts_line(counts: dict[str, Tensor]) -> str:
+    return "  ".join(f"{name} {int(count)}" for name, count in counts.items())
 
 
 # ---- the batch -----------------------------------------------------------------------------------

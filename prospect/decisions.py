@@ -10,21 +10,41 @@ prospect/metrics.py.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch import Tensor
 
+from prospect.config import Config
 from prospect.data import Corpus, collate
 from prospect.metrics import DecisionCounts, auroc, average_precision, best_threshold, decision_metrics
-from prospect.model import IGNORE, LOSS_CLASSES, Prospect, count_labels, loss_sums
+from prospect.model import IGNORE, Prospect, count_labels, loss_sums
 from prospect.sequence import Sample, frame_labels
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
 FRAMES_AT_ONCE = 256  # whose LM logits are held at the same time, with infer.decision=lm
+
+
+@dataclass
+class SequenceTrace:
+    """Both heads' probabilities at the frames of one sequence, and where in the corpus it stands."""
+
+    file: int
+    clip: int
+    first_unit: int  # of the sequence's window
+    frames: np.ndarray  # [F] absolute numbers
+    probabilities: dict[str, np.ndarray]  # by head, [F]; without a dst head, zeros
+
+
+@dataclass
+class TeacherForced:
+    """One batch with the reference conversation in place: loss sums and label counts by class, and each sequence."""
+
+    sums: dict[str, Tensor]  # float64, on the CPU
+    counts: dict[str, Tensor]
+    sequences: list[SequenceTrace]
 
 
 @dataclass
@@ -47,69 +67,54 @@ class ClipTrace:
 def teacher_forced(
     model: Prospect,
     corpus: Corpus,
-    batches: Iterable[list[int]],
-    device: torch.device,
-    bce: str,
-    decision: str,
-    autocast: Callable[[], contextlib.AbstractContextManager],
-) -> tuple[Tensor, Tensor, list[tuple[int, int, int, np.ndarray, np.ndarray, np.ndarray]]]:
-    """One forward over each batch of sequences with the reference conversation in place.
+    batch: list[int],
+    config: Config,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> TeacherForced:
+    """One forward over sequences with the reference conversation in place.
 
-    decision: infer.decision. With `lm` the probability of speaking is 1 - P(end token) at the frame instead of the
-    head's, as when streaming: a threshold found here is one for what it will be compared with. An LM taught by
+    With `infer.decision: lm` the probability of speaking is 1 - P(end token) at the frame instead of the head's, as
+    when streaming, so the threshold is tuned on the quantity that streaming compares it with. An LM taught by
     `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. At the frames
     of a reply's range before its last it has no label; if it fires there, the event is found early, in most ranges
     within EVENT_TOLERANCE. It is for models without task state: before an update comes no end token either.
-
-    Returns loss sums [7], label counts [7] (both float64, on the CPU) and, for each sequence, a row of
-    (file, clip, first unit, frames, speaking probability, dst probability), the last three [F].
     """
-    sums, counts = torch.zeros(2, len(LOSS_CLASSES), dtype=torch.float64)
-    rows = []
-    for batch in batches:
-        samples: list[Sample] = [corpus[(0, index)] for index in batch]
-        tensors = collate(samples, corpus.tokenizer.pad_id)
-        with autocast():
-            hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
-            sums += loss_sums(model, hidden, tensors, bce).double().cpu()
-        counts += count_labels(tensors)
-        for b, (index, sample) in enumerate(zip(batch, samples)):
-            states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
-            if decision == "lm":
-                end = corpus.tokenizer.end_id
-                parts = [read(model.lm_head, part).softmax(-1)[:, end] for part in states.split(FRAMES_AT_ONCE)]
-                speaking = 1 - torch.cat(parts)  # [F]
-            else:
-                speaking = read(model.speaking_decision_head, states).sigmoid()[:, 0]
-            dst = torch.zeros_like(speaking)
-            if model.dst_update_head is not None:
-                dst = read(model.dst_update_head, states).sigmoid()[:, 0]
-            entry, found = corpus.entries[index], [part.cpu().numpy() for part in (speaking, dst)]
-            rows.append((entry.file, entry.clip, entry.window.first, sample.frames, *found))
-    return sums, counts, rows
+    device = model.lm_head.weight.device
+    samples: list[Sample] = [corpus[(0, index)] for index in batch]
+    tensors = collate(samples, corpus.tokenizer.pad_id)
+    with autocast or contextlib.nullcontext():
+        hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
+        sums = loss_sums(model, hidden, tensors, config.loss.bce)
+    sequences = []
+    for b, (index, sample) in enumerate(zip(batch, samples)):
+        states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
+        parts = [
+            model.decision_probabilities(part, config.infer.decision, corpus.tokenizer.end_id)
+            for part in states.split(FRAMES_AT_ONCE)
+        ]
+        found = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
+        found.setdefault("dst", np.zeros(len(sample.frames), np.float32))
+        entry = corpus.entries[index]
+        sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found))
+    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), sequences)
 
 
-def read(head: nn.Linear, states: Tensor) -> Tensor:
-    """A head's logits at states [F,H], in fp32, computed in the precision in which the head is stored."""
-    return head(states.to(head.weight.dtype)).float()
-
-
-def traces(corpus: Corpus, rows: list[tuple]) -> list[ClipTrace]:
+def traces(corpus: Corpus, sequences: list[SequenceTrace]) -> list[ClipTrace]:
     """Put the sequences of each clip together again; a frame that a window repeats counts where it was first shown."""
     found: list[ClipTrace] = []
-    rows = sorted(rows, key=lambda row: row[:3])
-    for key, group in itertools.groupby(rows, key=lambda row: row[:2]):
+    sequences = sorted(sequences, key=lambda part: (part.file, part.clip, part.first_unit))
+    for (file, number), group in itertools.groupby(sequences, key=lambda part: (part.file, part.clip)):
         parts = list(group)
-        frames, first = np.unique(np.concatenate([part[3] for part in parts]), return_index=True)
-        clip, _ = corpus.load(*key)
+        frames, first = np.unique(np.concatenate([part.frames for part in parts]), return_index=True)
+        clip, _ = corpus.load(file, number)
         shown = frames - clip.start_frame  # rows
-        all_labels = frame_labels(clip, corpus.config, 1.0, corpus.seed, 0)
+        all_labels = dict(zip(HEADS, frame_labels(clip, corpus.config, 1.0, corpus.seed, 0)))
         trace = ClipTrace(clip.id, clip.fps, {}, {}, {})
-        for i, (head, role) in enumerate(HEADS.items()):
+        for head, role in HEADS.items():
             trace.probabilities[head] = np.zeros(clip.num_frames)
-            trace.probabilities[head][shown] = np.concatenate([part[4 + i] for part in parts])[first]
+            trace.probabilities[head][shown] = np.concatenate([part.probabilities[head] for part in parts])[first]
             trace.labels[head] = np.full(clip.num_frames, IGNORE)
-            trace.labels[head][shown] = all_labels[i][shown]
+            trace.labels[head][shown] = all_labels[head][shown]
             ends = {turn.end_frame - clip.start_frame for turn in clip.turns if turn.role == role}
             trace.events[head] = sorted(ends.intersection(shown.tolist()))
         found.append(trace)

@@ -17,9 +17,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from prospect.config import TrainConfig
 from prospect.errors import ProspectError
 from prospect.model import Prospect
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,11 @@ def all_sum(tensor: Tensor, ranks: Ranks) -> Tensor:
     return tensor
 
 
+def sum_named(numbers: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Each number summed over all ranks, in one exchange."""
+    return dict(zip(numbers, all_sum(torch.stack(list(numbers.values())), ranks)))
+
+
 def any_rank(flag: bool, ranks: Ranks) -> bool:
     """Whether the flag is raised on any rank: how all ranks come to stop at the same step."""
     return bool(all_sum(torch.tensor(float(flag)), ranks) > 0)
@@ -107,28 +110,23 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     return gathered
 
 
-def together(action: Callable[[], T], ranks: Ranks) -> T:
-    """`action()` on every rank; where it fails on any, all leave, so that none waits for one that has gone.
+@contextlib.contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """A block that every rank runs. Where it fails on any rank all leave, so that none waits for one that is gone.
 
-    The first rank that failed raises its error. The others end with the same status and without a word: one line is
-    what a user needs.
+    The first rank that failed raises its error. The others exit silently with the same status, so the user sees one
+    error line.
     """
-    result, error = None, None
+    error = None
     try:
-        result = action()
-    except ProspectError as caught:
+        yield
+    except Exception as caught:
         error = caught
-    failed = [rank for rank, other in enumerate(gather_objects(error, ranks)) if other is not None]
-    if failed:
-        if failed[0] == ranks.rank:
+    failed = gather_objects(error is not None, ranks)
+    if any(failed):
+        if failed.index(True) == ranks.rank:
             raise error
         sys.exit(2)
-    return result
-
-
-def on_main(action: Callable[[], T], ranks: Ranks) -> T | None:
-    """`action()` on rank 0 while the others wait for it; an error ends them all. None on the other ranks."""
-    return together(lambda: action() if ranks.main else None, ranks)
 
 
 # ---- sharing the work ----------------------------------------------------------------------------

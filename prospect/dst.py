@@ -97,3 +97,33 @@ def legal_updates(state: State) -> list[Transition]:
     return [
         Transition(id, name) for id, now in state.items() for name, (origin, _) in TRANSITIONS.items() if now == origin
     ]
+
+
+def legal_continuations(text: str, state: State, dst_format: str) -> list[str]:
+    """What may follow `text`, the beginning of an update, to make it a whole legal one; "" where it may end here.
+
+        state S1 in_progress, S2 not_started
+        ""                ["S1->complete", "S1->complete, S2->start", "S2->start", "S2->start, S1->complete"]
+        "S1->com"         ["plete", "plete, S2->start"]
+        "S1->complete"    ["", ", S2->start", ", S2->start, S2->complete"]
+
+    Each transition that may come next is there with the end behind it and with one more transition behind it, because
+    one token may hold the end of a transition and what comes after it.
+    """
+    opening, closing = ("[", "]") if dst_format == "json" else ("", "")
+
+    def item(t: Transition) -> str:
+        return write_update([t], dst_format).removeprefix(opening).removesuffix(closing)
+
+    written, between = opening, ""  # the whole transitions that text begins with; `state` is the one after them
+    while True:
+        options = [(written + between + item(t), apply_update(state, [t])) for t in legal_updates(state)]
+        whole = next((option for option in options if text.startswith(option[0])), None)
+        if whole is None:
+            break
+        (written, state), between = whole, ", "
+    endings = [written + closing] if between else []
+    for option, after in options:
+        endings.append(option + closing)
+        endings += [f"{option}, {item(t)}{closing}" for t in legal_updates(after)[:1]]
+    return [ending[len(text) :] for ending in endings if ending.startswith(text)]

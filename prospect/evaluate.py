@@ -14,7 +14,6 @@ interrupted.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -144,12 +143,10 @@ def sweep(checkpoint: Path, corpus: Corpus, model: Prospect, config: Config) -> 
 
     The speaking threshold of a checkpoint belongs to its own infer.decision. One found for the other is only printed.
     """
-    device = model.lm_head.weight.device
+    decision = config.infer.decision
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
-    decision = config.infer.decision
-    _, _, rows = teacher_forced(model, corpus, bar, device, config.loss.bce, decision, contextlib.nullcontext)
-    clips = traces(corpus, rows)
+    clips = traces(corpus, [trace for batch in bar for trace in teacher_forced(model, corpus, batch, config).sequences])
     heads = list(HEADS) if config.data.dst else ["speaking"]
     numbers, thresholds = decision_report(clips, heads)
     for head in heads:

@@ -153,9 +153,12 @@ class DecisionCounts:
         }
 
 
-def fires(probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """[F] bool: a head fires where its probability *reaches* the threshold. The one place where this is said."""
-    return np.asarray(probabilities, np.float64) >= threshold  # float64: every caller rounds alike
+def fires(probability: np.ndarray | float, threshold: float) -> np.ndarray | bool:
+    """A head fires where its probability *reaches* the threshold: one number or [F]. The one place where this is said.
+
+    In float64, so that every caller rounds alike.
+    """
+    return probability >= threshold if isinstance(probability, float) else probability.astype(np.float64) >= threshold
 
 
 def runs_to_events(fired: np.ndarray) -> list[int]:

@@ -19,7 +19,7 @@ S tokens in the cache.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -85,64 +85,80 @@ class ModelConfig:
 # ---- KV cache ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where the new tokens of one forward go in the cache, and what their queries may see. Handed down to every layer.
+
+    streams    the cache rows of this forward: a slice (a view of the cache) where they are neighbours, else their ids
+    index      where each new token is written: (stream, position) pairs [B,1], [B,T]; None with a single stream, whose
+               tokens go to begin..end-1
+    begin, end the first new position of a single stream; one past the last position any stream holds
+    mask       [B,1,T,end], True where a query may look; None: the plain causal square, or one query that sees it all
+    positions  [B,T] of the new tokens, for RoPE
+    """
+
+    streams: slice | Tensor
+    index: tuple[Tensor, Tensor] | None
+    begin: int
+    end: int
+    mask: Tensor | None
+    positions: Tensor
+
+
 class KVCache:
     """Keys and values of B independent streams, allocated once: memory does not grow while a stream runs.
 
-    Each stream has its own length, so its next token goes to position `lengths[row]`. Rolling back is free:
+    Each stream has its own length, so its next token goes to position `lengths[stream]`. Rolling back is free:
     set a smaller length, and what lies beyond it is overwritten later and never attended to.
 
-        row 0:  k k k k k k . . . .     lengths = [6, 3]: a forward of 2 tokens writes row 0 at positions 6, 7
-        row 1:  k k k . . . . . . .     and row 1 at 3, 4; the mask lets each query see positions up to its own
+        stream 0:  k k k k k k . . . .     lengths = [6, 3]: a forward of 2 tokens writes stream 0 at positions 6, 7
+        stream 1:  k k k . . . . . . .     and stream 1 at 3, 4; the mask lets each query see positions up to its own
 
     A forward of several streams is as long as the longest of them; the caller sets the others' lengths back behind
     their last real token.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, S, E]
+    def __init__(self, config: ModelConfig, streams: int, capacity: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.num_hidden_layers, streams, config.num_key_value_heads, capacity, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, streams, K, S, E]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = [0] * batch  # tokens held for each stream; kept on the host, where the engine decides
+        self.lengths = [0] * streams  # tokens held for each stream; kept on the host, where the engine decides
         self.capacity = capacity
-        # What `reserve` prepares once for the `update` of every layer:
-        self.begin, self.end = 0, 0  # the new tokens' places when there is one stream; where all that is held ends
-        self.rows: slice | Tensor = slice(0, batch)  # the streams of this forward: a view where they are neighbours
-        self.index: tuple[Tensor, Tensor] | None = None  # (row [B,1], place [B,T]) of each new token of several streams
-        self.mask: Tensor | None = None  # [B,1,T,S], True where a query may look; None: the plain causal square
 
-    def reserve(self, rows: list[int], num_tokens: int) -> Tensor:
-        """Make ready for a forward of `num_tokens` new tokens for each of `rows`; returns their positions [B,T]."""
-        device, lengths = self.keys.device, [self.lengths[row] for row in rows]
-        self.begin, self.end = lengths[0], max(lengths) + num_tokens
-        self.rows = slice(rows[0], rows[-1] + 1)
-        self.index = self.mask = None
-        positions = torch.arange(self.begin, self.end, device=device)[None]
-        if len(rows) > 1:
-            # Padding may reach beyond the capacity: it gathers in the last place, which a padded forward must not need.
-            self.end = min(self.end, self.capacity)
-            positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_tokens, device=device)  # [B,T]
-            row_index = torch.tensor(rows, device=device)
-            self.index = (row_index[:, None], positions.clamp(max=self.capacity - 1))
-            if rows != list(range(rows[0], rows[-1] + 1)):
-                self.rows = row_index
-        assert self.end <= self.capacity, f"{self.end} tokens in a cache of {self.capacity}"
-        if len(rows) > 1 or (num_tokens > 1 and self.begin > 0):
-            self.mask = (torch.arange(self.end, device=device) <= positions[..., None])[:, None]
-        for row in rows:
-            self.lengths[row] += num_tokens
-        return positions
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B,K,T,E] where `reserve` said and return all that those rows hold, [B,K,S,E]."""
-        keys, values = self.keys[layer], self.values[layer]
-        if self.index is None:
-            keys[self.rows, :, self.begin : self.end] = k
-            values[self.rows, :, self.begin : self.end] = v
+    def reserve(self, streams: list[int], num_tokens: int) -> Slots:
+        """Room for `num_tokens` new tokens in each of `streams`: what every layer needs to write and read them."""
+        device, lengths = self.keys.device, [self.lengths[stream] for stream in streams]
+        begin, end = lengths[0], max(lengths) + num_tokens
+        neighbours: slice | Tensor = slice(streams[0], streams[-1] + 1)
+        index = mask = None
+        if len(streams) == 1:
+            positions = torch.arange(begin, end, device=device)[None]  # [1,T]
         else:
-            row, place = self.index
-            keys[row, :, place] = k.transpose(1, 2).to(keys.dtype)  # [B,T,K,E]
-            values[row, :, place] = v.transpose(1, 2).to(values.dtype)
-        return keys[self.rows, :, : self.end], values[self.rows, :, : self.end]
+            # Padding may reach beyond the capacity: it gathers in the last place, which a padded forward must not need.
+            end = min(end, self.capacity)
+            positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_tokens, device=device)  # [B,T]
+            ids = torch.tensor(streams, device=device)
+            index = (ids[:, None], positions.clamp(max=self.capacity - 1))
+            if streams != list(range(streams[0], streams[-1] + 1)):
+                neighbours = ids
+        assert end <= self.capacity, f"{end} tokens in a cache of {self.capacity}"
+        if len(streams) > 1 or (num_tokens > 1 and begin > 0):
+            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]
+        for stream in streams:
+            self.lengths[stream] += num_tokens
+        return Slots(neighbours, index, begin, end, mask, positions)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Write k, v [B,K,T,E] into their slots and return all that those streams hold, [B,K,S,E]."""
+        keys, values = self.keys[layer], self.values[layer]
+        if slots.index is None:
+            keys[slots.streams, :, slots.begin : slots.end] = k
+            values[slots.streams, :, slots.begin : slots.end] = v
+        else:
+            stream, place = slots.index
+            keys[stream, :, place] = k.transpose(1, 2).to(keys.dtype)  # [B,T,K,E]
+            values[stream, :, place] = v.transpose(1, 2).to(values.dtype)
+        return keys[slots.streams, :, : slots.end], values[slots.streams, :, : slots.end]
 
 
 # ---- the transformer -----------------------------------------------------------------------------
@@ -193,7 +209,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         N, K, E = self.num_heads, self.num_kv_heads, self.head_dim
         q = rotate(self.q_proj(x).view(B, T, N, E).transpose(1, 2), *rope)  # [B,N,T,E]
@@ -203,13 +219,13 @@ class Attention(nn.Module):
             # Right padding needs no mask: a real token looks only at what stands before it, which is real too.
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=N != K)
         else:
-            k, v = cache.update(self.layer, k, v)  # [B,K,S,E]
-            if T == 1 and cache.mask is None:
+            k, v = cache.update(self.layer, k, v, slots)  # [B,K,S,E]
+            if T == 1 and slots.mask is None:
                 # One query sees the whole cache, so the G queries that share a key are G rows of one small matmul.
                 out = F.scaled_dot_product_attention(q.reshape(B, K, N // K, E), k, v).reshape(B, N, 1, E)
             else:
-                causal = cache.mask is None  # an empty cache: the ordinary causal square
-                out = F.scaled_dot_product_attention(q, k, v, cache.mask, is_causal=causal, enable_gqa=N != K)
+                causal = slots.mask is None  # an empty cache: the ordinary causal square
+                out = F.scaled_dot_product_attention(q, k, v, slots.mask, is_causal=causal, enable_gqa=N != K)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, N * E))
 
 
@@ -232,8 +248,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -256,20 +272,21 @@ class Llama(nn.Module):
         self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
         return self
 
-    def forward(self, x: Tensor, cache: KVCache | None, rows: list[int] | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, streams: list[int] | None) -> Tensor:
         B, T, _ = x.shape
         if cache is None:
-            positions = torch.arange(T, device=x.device)[None]  # [1,T]
+            slots, positions = None, torch.arange(T, device=x.device)[None]  # [1,T]
         else:
-            positions = cache.reserve(list(range(B)) if rows is None else rows, T)  # [B,T]
+            slots = cache.reserve(list(range(B)) if streams is None else streams, T)
+            positions = slots.positions  # [B,T]
         angles = positions[:, None, :, None] * self.rope_frequencies  # [B,1,T,E/2], always in fp32
         angles = torch.cat((angles, angles), dim=-1)  # [B,1,T,E]
         rope = (angles.cos(), angles.sin())
         for block in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rope, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, cache, slots, use_reentrant=False)
             else:
-                x = block(x, rope, cache)
+                x = block(x, rope, cache, slots)
         return self.norm(x)
 
 
@@ -280,7 +297,7 @@ class Prospect(nn.Module):
     """Projector, transformer, LM head and the two decision heads.
 
     `model(input_ids, image_embeds)` gives hidden states [B,T,H]; `model.lm_head`, `model.speaking_decision_head` and
-    `model.dst_update_head` read them. With `labels` it gives the seven loss sums instead (see `loss_sums`): training
+    `model.dst_update_head` read them. With `labels` it gives loss sums by name instead (see `loss_sums`): training
     goes through forward as a whole, so that DDP and FSDP see every parameter's use.
     """
 
@@ -300,7 +317,7 @@ class Prospect(nn.Module):
     @staticmethod
     def from_pretrained(directory, vision_dim: int | None = None, **overrides) -> "Prospect":
         """A model from a Hugging Face backbone directory (new projector and heads) or from one of our checkpoints."""
-        from prospect.weights import load_model  # the one arrow upwards: the name that readers look for is here
+        from prospect.weights import load_model  # imported here because weights.py imports this file
 
         return load_model(directory, vision_dim=vision_dim, **overrides)
 
@@ -325,45 +342,58 @@ class Prospect(nn.Module):
         labels: dict[str, Tensor] | None = None,
         bce: str = "mean",
         cache: KVCache | None = None,
-        rows: list[int] | None = None,
-    ) -> Tensor:
-        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with labels (each [B,T]), loss sums [7].
+        streams: list[int] | None = None,
+    ) -> Tensor | dict[str, Tensor]:
+        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with labels (each [B,T]), sums by LOSS_CLASSES.
 
-        cache: keys and values of what came before; the new tokens follow them, for all of its streams or `rows`.
+        cache: keys and values of what came before; the new tokens follow them, in all of its streams or in `streams`.
         """
         embeds = self.joint_embed(input_ids, image_embeds)
-        hidden = self.model(embeds, cache, rows)
+        hidden = self.model(embeds, cache, streams)
         if labels is None:
             return hidden
         return loss_sums(self, hidden, labels, bce)
+
+    def decision_probabilities(self, hidden: Tensor, decision: str, end_id: int) -> dict[str, Tensor]:
+        """How strongly each head wants to act at hidden [..., H]: "speaking" and, with task state, "dst", each [...].
+
+        decision `lm` is ProAssist's way to speak without a head: 1 - P(end token), the chance that the LM goes on.
+        """
+        if decision == "lm":
+            speaking = 1 - self.lm_head(hidden.to(self.lm_head.weight.dtype)).float().softmax(-1)[..., end_id]
+        else:
+            speaking = head_logits(self.speaking_decision_head, hidden)[..., 0].sigmoid()
+        if self.dst_update_head is None:
+            return {"speaking": speaking}
+        return {"speaking": speaking, "dst": head_logits(self.dst_update_head, hidden)[..., 0].sigmoid()}
 
     @torch.inference_mode()
     def fast_greedy_generate(
         self,
         header_ids: list[int],
         cache: KVCache,
-        rows: list[int],
+        streams: list[int],
         *,
         end_ids: list[int],
         max_new_tokens: int,
         forbidden: Tensor,
         allowed: list[Callable[[list[int]], list[int]]] | None = None,
     ) -> list["Generated"]:
-        """Write one turn into each of the streams `rows`, greedily (the name and the habit are ProAssist's).
+        """Write one turn into each of `streams`, greedily (the name and the habit are ProAssist's).
 
         header_ids (the turn's header, the very tokens training has there) are fed, then the likeliest token again and
         again until the end token, end_ids[0]; it and what the template puts behind it, end_ids[1:], are fed as well.
-        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: for each row, given the ids so
+        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: for each stream, given the ids so
         far, the only ones that may follow. A turn that reaches `max_new_tokens` or repeats itself is cut, and its end
         token fed all the same, so that the context stays well formed.
         """
         device = self.lm_head.weight.device
-        turns = [Generated([], None) for _ in rows]
-        writing = list(range(len(rows)))  # turns not yet ended
-        feed = [header_ids for _ in rows]
+        turns = [Generated([], None) for _ in streams]
+        writing = list(range(len(streams)))  # turns not yet ended
+        feed = [header_ids for _ in streams]
         while writing:
-            streams = [rows[i] for i in writing]
-            hidden = self(torch.tensor(feed, device=device), cache=cache, rows=streams)[:, -1]  # [n,H]
+            open_streams = [streams[i] for i in writing]
+            hidden = self(torch.tensor(feed, device=device), cache=cache, streams=open_streams)[:, -1]  # [n,H]
             logits = self.lm_head(hidden).float().index_fill(1, forbidden, -torch.inf)  # [n,V]
             if allowed is not None:
                 closed = torch.full_like(logits, -torch.inf)
@@ -385,8 +415,13 @@ class Prospect(nn.Module):
                     feed.append([token])
                     still.append(i)
             writing = still
-        self(torch.tensor([end_ids] * len(rows), device=device), cache=cache, rows=rows)
+        self(torch.tensor([end_ids] * len(streams), device=device), cache=cache, streams=streams)
         return turns
+
+
+def head_logits(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """A decision head's logits in fp32, computed in the precision in which the head is stored."""
+    return head(hidden.to(head.weight.dtype)).float()
 
 
 @dataclass
@@ -434,9 +469,15 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
 
 # ---- the four losses -----------------------------------------------------------------------------
 
-# Labels are counted, and losses summed, in seven classes; the four losses are quotients of these. Keeping sums and
-# counts apart until the whole optimizer step is known is what makes a step the same however it is cut into
-# micro-batches and ranks.
+# Labels are counted, and losses summed, by class; the losses are quotients of these. Keeping sums and counts apart until
+# the whole optimizer step is known is what makes a step the same however it is cut into micro-batches and ranks.
+#
+#     what is learned       label key             classes                       loss term        read by
+#     what to say           speaking_gen_labels   speaking_gen                  speaking_gen     lm_head
+#     speak now?            speaking_labels       speaking_pos, speaking_neg    speaking_binary  speaking_decision_head
+#     which step changes    dst_gen_labels        dst_gen                       dst_gen          lm_head
+#     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
+#     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head (optional)
 LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once
@@ -446,7 +487,7 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     """Where a hidden state is learned from, and what: flat indices into B*T and their labels, both [n].
 
     Labels are aligned with input_ids. A decision is read where it is labelled; a token is predicted from the
-    position before it, and this is the one place where that shift happens:
+    position before it, and here alone that shift happens:
 
         input_ids   <f194>  Assist  ant  :   Great  !   </s>
         gen labels   -100   Assist  ant  :   Great  !   </s>
@@ -458,8 +499,8 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     return rows * T + columns, wanted[rows, columns]
 
 
-def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: str) -> Tensor:
-    """Summed losses of one micro-batch by LOSS_CLASSES, [7], fp32.
+def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: str) -> dict[str, Tensor]:
+    """Summed losses of one micro-batch by LOSS_CLASSES, fp32 scalars.
 
     hidden [B,T,H]; labels: `speaking_gen_labels`, `speaking_labels`, `dst_gen_labels`, `dst_update_labels` and, for a
     model with the state head, `dst_state_labels`, each [B,T]. Leave the labels on the CPU: then finding the labelled
@@ -495,17 +536,18 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
             loss = weight * (1 - p_true) ** FOCAL_GAMMA * loss
         return (loss * label).sum(), (loss * (1 - label)).sum()
 
-    speaking_pos, speaking_neg = decision(model.speaking_decision_head, "speaking_labels")
-    dst_gen = dst_pos = dst_neg = dst_state = hidden.new_zeros((), dtype=torch.float32)
+    nothing = hidden.new_zeros((), dtype=torch.float32)
+    sums = dict.fromkeys(LOSS_CLASSES, nothing)
+    sums["speaking_pos"], sums["speaking_neg"] = decision(model.speaking_decision_head, "speaking_labels")
     if model.dst_update_head is None:
-        [speaking_gen] = generation(["speaking_gen_labels"])
+        [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
     else:
-        speaking_gen, dst_gen = generation(["speaking_gen_labels", "dst_gen_labels"])
-        dst_pos, dst_neg = decision(model.dst_update_head, "dst_update_labels")
+        sums["speaking_gen"], sums["dst_gen"] = generation(["speaking_gen_labels", "dst_gen_labels"])
+        sums["dst_pos"], sums["dst_neg"] = decision(model.dst_update_head, "dst_update_labels")
     if model.dst_state_head is not None:
         states, state = read("dst_state_labels", shift=False)
-        dst_state = F.cross_entropy(model.dst_state_head(states).float(), state, reduction="sum")
-    return torch.stack((speaking_gen, speaking_pos, speaking_neg, dst_gen, dst_pos, dst_neg, dst_state))
+        sums["dst_state"] = F.cross_entropy(model.dst_state_head(states).float(), state, reduction="sum")
+    return sums
 
 
 def token_losses(lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
@@ -513,29 +555,38 @@ def token_losses(lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(lm_head(states).float(), targets, reduction="none")
 
 
-def count_labels(labels: dict[str, Tensor]) -> Tensor:
-    """How many labels of each of LOSS_CLASSES a micro-batch has, [7], as float64 to add up over ranks."""
-    speaking, dst = labels["speaking_labels"], labels["dst_update_labels"]
-    counts = [
-        (labels["speaking_gen_labels"][:, 1:] != IGNORE).sum(),
-        (speaking == 1).sum(),
-        (speaking == 0).sum(),
-        (labels["dst_gen_labels"][:, 1:] != IGNORE).sum(),
-        (dst == 1).sum(),
-        (dst == 0).sum(),
-        (labels["dst_state_labels"] != IGNORE).sum(),
-    ]
-    return torch.stack(counts).double()
+def count_labels(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How many labels of each of LOSS_CLASSES a micro-batch has, float64 scalars, to add up over ranks."""
+
+    def count(key: str, *, shift: bool, value: int | None = None) -> Tensor:
+        _, found = labelled(labels[key], shift=shift)
+        return torch.tensor(float(len(found) if value is None else (found == value).sum()), dtype=torch.float64)
+
+    return {
+        "speaking_gen": count("speaking_gen_labels", shift=True),
+        "speaking_pos": count("speaking_labels", shift=False, value=1),
+        "speaking_neg": count("speaking_labels", shift=False, value=0),
+        "dst_gen": count("dst_gen_labels", shift=True),
+        "dst_pos": count("dst_update_labels", shift=False, value=1),
+        "dst_neg": count("dst_update_labels", shift=False, value=0),
+        "dst_state": count("dst_state_labels", shift=False),
+    }
 
 
-def loss_terms(sums: Tensor, counts: Tensor, bce: str) -> dict[str, Tensor]:
+def added(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums or counts of several micro-batches, name by name."""
+    parts = list(parts)
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], bce: str) -> dict[str, Tensor]:
     """The losses, each a sum over its own count: of a whole optimizer step when `counts` are.
 
-    sums, counts: [7] by LOSS_CLASSES. A term without a label is exactly 0. `bce`: mean and focal divide by all labels;
-    balanced is the mean of the positives' mean and the negatives' mean.
+    sums, counts: scalars by LOSS_CLASSES. A term without a label is exactly 0. `bce`: mean and focal divide by all
+    labels; balanced is the mean of the positives' mean and the negatives' mean.
     """
-    counts = counts.to(sums.device, torch.float32)
-    s, n = dict(zip(LOSS_CLASSES, sums)), dict(zip(LOSS_CLASSES, counts))
+    device = sums["speaking_gen"].device
+    s, n = sums, {name: counts[name].to(device, torch.float32) for name in LOSS_CLASSES}
 
     def binary(head: str) -> Tensor:
         pos, neg = f"{head}_pos", f"{head}_neg"

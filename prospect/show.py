@@ -16,7 +16,7 @@ from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
 from prospect.config import Config, load_config
 from prospect.data import Corpus, collate, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
-from prospect.model import IGNORE, LOSS_CLASSES, count_labels
+from prospect.model import IGNORE, added, count_labels
 from prospect.report import Setting, token_table, write_settings
 from prospect.sequence import LABEL_KEYS, Sample
 from prospect.tokenizer import Tokenizer
@@ -90,8 +90,8 @@ def setting(config: Config, clip: str | None, split: str, title: str) -> Setting
     """A clip's sequences and label counts under one configuration, for the page."""
     corpus, which, tokenizer = open_corpus(config, clip, split)
     samples = [corpus[(0, index)] for index in chosen_sequences(corpus, which)]
-    counts = sum(count_labels(collate([sample], tokenizer.pad_id)) for sample in samples)  # [7]
-    counts = {name: int(count) for name, count in zip(LOSS_CLASSES, counts)}
+    counts = added(count_labels(collate([sample], tokenizer.pad_id)) for sample in samples)
+    counts = {name: int(count) for name, count in counts.items()}
     return Setting(title, [token_table(sample, tokenizer) for sample in samples], counts)
 
 

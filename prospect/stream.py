@@ -11,7 +11,7 @@ that training shows (prospect/data.py), token by token, and stays so when the co
 
 Two things make it fast without changing a record. *Look-ahead*: when frames are on disk already, K of them run in one
 causal forward; everything behind the first frame that fires is rolled back, so a silent stretch costs one prefill.
-*Rows*: several streams share one cache, each at its own position.
+*Several streams* share one cache, each at its own position.
 
 Speaking by a head beside the LM head, and the strategies drop_all, drop_middle and summarize_and_drop, are ProAssist's
 (arXiv 2506.05904).
@@ -34,11 +34,13 @@ from prospect.dst import (
     Transition,
     UpdateError,
     apply_update,
+    legal_continuations,
     legal_updates,
     parse_update,
     write_update,
 )
 from prospect.errors import ProspectError
+from prospect.metrics import fires
 from prospect.model import Generated, KVCache, Prospect
 from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
 from prospect.tokenizer import Piece, Tokenizer
@@ -110,10 +112,10 @@ class Unit:
 
 
 class StreamSession:
-    """One stream: its row of a cache, the frames in its context, its task state.
+    """One stream: its part of a cache, the frames in its context, its task state.
 
-    cache, row: a cache that several sessions share (make_cache), and this one's row of it; `advance` then runs them
-    together. Raises ProspectError when the settings leave no room for a frame and what may be said at it.
+    cache, stream: a cache that several sessions share (make_cache), and this one's number in it; `advance` then runs
+    them together. Raises ProspectError when the settings leave no room for a frame and what may be said at it.
     """
 
     def __init__(
@@ -124,11 +126,11 @@ class StreamSession:
         config: Config,
         *,
         cache: KVCache | None = None,
-        row: int = 0,
+        stream: int = 0,
     ):
         self.model, self.tokenizer, self.clip, self.config = model, tokenizer, clip, config
         self.cache = cache if cache is not None else make_cache(model, config, 1)
-        self.row = row
+        self.stream = stream
         self.state: State = dict(clip.initial_state) if config.data.dst else {}
         self.frame_idx = clip.start_frame  # of the next frame
         self.units: list[Unit] = []  # the frames in the context, oldest first
@@ -142,6 +144,36 @@ class StreamSession:
         self.forbidden = torch.tensor(unwritten, dtype=torch.long, device=self.cache.keys.device)  # inside a turn
         self._check_settings()
         self._restart(clip_prompt(clip, clip.initial_state, config.data), [], 1)
+
+    # ---- live use --------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """User text, placed before the next frame, as in training. Raises ProspectError where it cannot stand there."""
+        text, where = text.strip(), f"frame {self.frame_idx}"
+        if not text:
+            raise ProspectError("the user said nothing", where=where, remedy="say some text")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ProspectError("the user's text holds half a surrogate pair", where=where, remedy="send real Unicode")
+        needed, room = len(self.user_ids([*self.pending, text])), self.limit - self.prompt_tokens
+        if needed >= room:
+            what = f"the user's text has {needed} tokens, the context has room for {room}"
+            raise ProspectError(what, where=where, remedy="say less at once, or raise data.max_seq_len")
+        self.pending.append(text)
+
+    def feed(self, embedding: Tensor | np.ndarray) -> FrameRecord:
+        """Show one frame, embedding [D] or [I, D]; returns what the assistant decided and said.
+
+        Raises ProspectError at an embedding of a wrong shape or with values that are not finite (the stream can go on),
+        and when the context is full and infer.strategy is none.
+        """
+        rows = torch.as_tensor(embedding).detach().to("cpu", copy=True)  # the caller may use its buffer again
+        if not rows.isfinite().all():
+            raise ProspectError("the embedding holds values that are not finite", where=f"frame {self.frame_idx}")
+        records = advance([self], [[Frame(rows, self.pending)]])
+        self.pending = []
+        return records[0][0]
+
+    # ---- settings --------------------------------------------------------------------------------
 
     def _check_settings(self) -> None:
         data, infer = self.config.data, self.config.infer
@@ -174,39 +206,16 @@ class StreamSession:
                 what = f"infer.max_update_tokens {infer.max_update_tokens} cannot hold one update, {needed} tokens"
                 raise ProspectError(what, where=self.clip.where, remedy=f"set infer.max_update_tokens={needed}")
 
-    # ---- live use --------------------------------------------------------------------------------
-
-    def say(self, text: str) -> None:
-        """User text, placed before the next frame, as in training. Raises ProspectError where it cannot stand there."""
-        text, where = text.strip(), f"frame {self.frame_idx}"
-        if not text:
-            raise ProspectError("the user said nothing", where=where, remedy="say some text")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ProspectError("the user's text holds half a surrogate pair", where=where, remedy="send real Unicode")
-        needed, room = len(self.user_ids([*self.pending, text])), self.limit - self.prompt_tokens
-        if needed >= room:
-            what = f"the user's text has {needed} tokens, the context has room for {room}"
-            raise ProspectError(what, where=where, remedy="say less at once, or raise data.max_seq_len")
-        self.pending.append(text)
-
-    def feed(self, embedding: Tensor | np.ndarray) -> FrameRecord:
-        """Show one frame, embedding [D] or [I, D]; returns what the assistant decided and said.
-
-        Raises ProspectError at an embedding of a wrong shape or with values that are not finite (the stream can go on),
-        and when the context is full and infer.strategy is none.
-        """
-        rows = torch.as_tensor(embedding).detach().to("cpu", copy=True)  # the caller may use its buffer again
-        if not rows.isfinite().all():
-            raise ProspectError("the embedding holds values that are not finite", where=f"frame {self.frame_idx}")
-        records = advance([self], [[Frame(rows, self.pending)]])
-        self.pending = []
-        return records[0][0]
-
     # ---- the context -----------------------------------------------------------------------------
 
     @property
     def num_tokens(self) -> int:
-        return self.cache.lengths[self.row]
+        return self.cache.lengths[self.stream]
+
+    @property
+    def next_row(self) -> int:
+        """Of the clip's embeddings: the next frame's row."""
+        return self.frame_idx - self.clip.start_frame
 
     def user_ids(self, texts: list[str]) -> list[int]:
         template = self.tokenizer.template
@@ -249,7 +258,7 @@ class StreamSession:
         return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
 
     def _restart(self, prompt: str, kept: list[Unit], needed: int) -> None:
-        """Empty the row and feed the prompt and the kept frames and texts, in one forward."""
+        """Empty the cache and feed the prompt and the kept frames and texts, in one forward."""
         ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
         prompt_tokens = len(ids)
         for unit in kept:
@@ -258,7 +267,7 @@ class StreamSession:
             what = f"{len(ids)} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
             remedy = "raise data.max_seq_len, lower infer.reserved, or shorten the text"
             raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
-        self.cache.lengths[self.row] = 0
+        self.cache.lengths[self.stream] = 0
         self.units, self.prompt_tokens = kept, prompt_tokens
         self._run(ids, torch.cat([unit.rows for unit in kept]) if kept else None)
 
@@ -267,7 +276,7 @@ class StreamSession:
         """Put tokens, and the embedding rows [F,D] of the <image>s among them, into the cache."""
         device = self.cache.keys.device
         rows = None if rows is None else rows.to(device)
-        self.model(torch.tensor([ids], device=device), rows, cache=self.cache, rows=[self.row])
+        self.model(torch.tensor([ids], device=device), rows, cache=self.cache, streams=[self.stream])
 
     def _slide(self, needed: int) -> tuple[str, list[Unit]]:
         """The prompt and the units of the next window, as prospect.data.plan_windows begins it."""
@@ -304,33 +313,59 @@ class StreamSession:
         """
         before = self.num_tokens
         if before + self.summary_tokens > self.config.data.max_seq_len:
-            self.cache.lengths[self.row] -= len(self.units[-1].after_ids)
+            self.cache.lengths[self.stream] -= len(self.units[-1].after_ids)
         self._run(self.summary_request, None)
-        turn = generate([self], "assistant", self.config.infer.max_reply_tokens)[0]
-        self.cache.lengths[self.row] = before
+        [turn] = generate([self], "assistant")
+        self.cache.lengths[self.stream] = before
         return self.tokenizer.decode(turn.ids).strip()
 
-    # ---- what was written ------------------------------------------------------------------------
+    # ---- one frame -------------------------------------------------------------------------------
 
-    def wrote_update(self, turn: Generated, record: FrameRecord) -> None:
-        record.dst_update, record.dst_update_cut = self._append("DST_UPDATE", turn), turn.cut
+    def see(self, unit: Unit, user: list[str], speaking: float, dst: float | None, context_tokens: int) -> FrameRecord:
+        """Take a frame into the context and decide at it; the texts, if any, are written afterwards.
+
+        speaking, dst: the heads' probabilities; context_tokens: tokens in the cache up to and with the frame.
+        """
+        infer = self.config.infer
+        may_update = dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
+        record = FrameRecord(
+            clip_id=self.clip.id,
+            frame_idx=self.frame_idx,
+            time=self.clip.seconds(self.frame_idx),
+            speaking_prob=speaking,
+            dst_update_prob=dst,
+            speaking_decision=fires(speaking, infer.speaking_threshold),
+            dst_update_decision=may_update and fires(dst, infer.dst_threshold),
+            text=None,
+            dst_update=None,
+            dst_state=self.state,
+            user=user,
+            context_tokens=context_tokens,
+        )
+        unit.state_before = self.state
+        self.units.append(unit)
+        self.frame_idx += 1
+        self.cache.lengths[self.stream] = context_tokens  # what was run beyond this frame is rolled back
+        return record
+
+    def wrote(self, role: str, turn: Generated, record: FrameRecord) -> None:
+        """Note a generated turn in the context and in its frame's record; an update is applied if it is legal."""
+        self.units[-1].after_ids += [*self.headers[role], *turn.ids, *self.end_ids]
+        text = self.tokenizer.decode(turn.ids).strip()
+        record.context_tokens = self.num_tokens
+        if role == "assistant":
+            record.text, record.text_cut, self.units[-1].spoke = text, turn.cut, True
+            return
+        record.dst_update, record.dst_update_cut = text, turn.cut
         try:
-            self.state = apply_update(self.state, parse_update(record.dst_update, self.config.data.dst_format))
+            self.state = apply_update(self.state, parse_update(text, self.config.data.dst_format))
         except UpdateError as error:
             record.invalid_update = str(error)
         record.dst_state = self.state
 
-    def wrote_reply(self, turn: Generated, record: FrameRecord) -> None:
-        record.text, record.text_cut = self._append("assistant", turn), turn.cut
-        self.units[-1].spoke = True
-
-    def _append(self, role: str, turn: Generated) -> str:
-        self.units[-1].after_ids += [*self.headers[role], *turn.ids, *self.end_ids]
-        return self.tokenizer.decode(turn.ids).strip()
-
 
 def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
-    """A cache with a row for each of `streams`."""
+    """A cache for so many streams."""
     weight = model.lm_head.weight
     return KVCache(model.config, streams, config.data.max_seq_len, weight.device, weight.dtype)
 
@@ -349,67 +384,50 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
         frames in the forward    f1 f2 f3 f4 f5 f6       f4 fires
         taken                    f1 f2 f3 f4             the cache is cut behind f4, the text is written there
     """
-    model, tokenizer, infer = sessions[0].model, sessions[0].tokenizer, sessions[0].config.infer
-    cache, device = sessions[0].cache, sessions[0].cache.keys.device
+    session = sessions[0]
+    device = session.cache.keys.device
     chunks, events = zip(*[fitting(session, frames) for session, frames in zip(sessions, upcoming)])
 
     # One right-padded forward; decisions are read at each frame's last <image>.
     starts = [session.num_tokens for session in sessions]
     ends = [np.cumsum([unit.num_tokens for unit in chunk]) for chunk in chunks]  # tokens up to and with each frame
     T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
-    input_ids = torch.full((len(sessions), T), tokenizer.pad_id)
+    input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
     read_at = torch.zeros((len(sessions), K), dtype=torch.long)
     for b, (chunk, end) in enumerate(zip(chunks, ends)):
-        input_ids[b, : end[-1]] = torch.tensor([id for unit in chunk for id in unit.ids(tokenizer.image_id)])
+        input_ids[b, : end[-1]] = torch.tensor([id for unit in chunk for id in unit.ids(session.tokenizer.image_id)])
         read_at[b, : len(end)] = torch.from_numpy(end - 1)
     image_embeds = torch.cat([unit.rows for chunk in chunks for unit in chunk]).to(device)  # [F,D]
-    rows = [session.row for session in sessions]
-    hidden = model(input_ids.to(device), image_embeds, cache=cache, rows=rows)  # [B,T,H]
+    streams = [session.stream for session in sessions]
+    hidden = session.model(input_ids.to(device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
     hidden = hidden.gather(1, read_at.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
-    speaking, dst = decision_probabilities(model, hidden, infer.decision, tokenizer.end_id)  # [B][K] on the host
+    found = session.model.decision_probabilities(hidden, session.config.infer.decision, session.tokenizer.end_id)
+    probabilities = torch.stack(list(found.values()), -1).tolist()  # [B][K][heads], fetched in one transfer
 
+    # Frames are taken one after another, up to the first at which something is to be written.
     records: list[list[FrameRecord]] = []
     for b, (session, chunk) in enumerate(zip(sessions, chunks)):
-        may_update = dst is not None and not (infer.constrain_dst and not legal_updates(session.state))
         taken: list[FrameRecord] = []
-        for k, unit in enumerate(chunk):
-            unit.state_before = session.state
-            session.units.append(unit)
-            taken.append(FrameRecord(
-                clip_id=session.clip.id,
-                frame_idx=session.frame_idx,
-                time=session.clip.seconds(session.frame_idx),
-                speaking_prob=speaking[b][k],
-                dst_update_prob=None if dst is None else dst[b][k],
-                speaking_decision=speaking[b][k] >= infer.speaking_threshold,
-                dst_update_decision=may_update and dst[b][k] >= infer.dst_threshold,
-                text=None,
-                dst_update=None,
-                dst_state=session.state,
-                user=upcoming[b][k].user,
-                context_event=events[b] if k == 0 else None,
-                context_tokens=starts[b] + int(ends[b][k]),
-            ))  # fmt: skip
-            session.frame_idx += 1
+        for unit, frame, (speaking, *dst), end in zip(chunk, upcoming[b], probabilities[b], ends[b]):
+            taken.append(session.see(unit, frame.user, speaking, *dst or [None], starts[b] + int(end)))
             if taken[-1].speaking_decision or taken[-1].dst_update_decision:
                 break
-        cache.lengths[session.row] = taken[-1].context_tokens  # roll back what was run beyond
+        taken[0].context_event = events[b]
         records.append(taken)
 
     # First the update, then the reply that may rest on it, as training has them.
-    updating = [(session, taken[-1]) for session, taken in zip(sessions, records) if taken[-1].dst_update_decision]
-    if updating:
-        turns = generate([session for session, _ in updating], "DST_UPDATE", infer.max_update_tokens)
-        for (session, record), turn in zip(updating, turns):
-            session.wrote_update(turn, record)
-    replying = [(session, taken[-1]) for session, taken in zip(sessions, records) if taken[-1].speaking_decision]
-    if replying:
-        turns = generate([session for session, _ in replying], "assistant", infer.max_reply_tokens)
-        for (session, record), turn in zip(replying, turns):
-            session.wrote_reply(turn, record)
-    for session, taken in zip(sessions, records):
-        taken[-1].context_tokens = session.num_tokens
+    last = [(session, taken[-1]) for session, taken in zip(sessions, records)]
+    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")
+    write([pair for pair in last if pair[1].speaking_decision], "assistant")
     return records
+
+
+def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str) -> None:
+    """Generate a turn of `role` in each of the streams that decided on one, side by side."""
+    if deciding:
+        turns = generate([session for session, _ in deciding], role)
+        for (session, record), turn in zip(deciding, turns):
+            session.wrote(role, turn, record)
 
 
 def fitting(session: StreamSession, frames: list[Frame]) -> tuple[list[Unit], ContextEvent | None]:
@@ -422,70 +440,23 @@ def fitting(session: StreamSession, frames: list[Frame]) -> tuple[list[Unit], Co
     return units[: int(np.searchsorted(until, session.limit - session.num_tokens, side="right"))], event
 
 
-def decision_probabilities(
-    model: Prospect, hidden: Tensor, decision: str, end_id: int
-) -> tuple[list[list[float]], list[list[float]] | None]:
-    """Both heads' probabilities at hidden [B,K,H], fetched in one transfer, as lists [B][K].
-
-    decision `lm` is ProAssist's without a head: the probability of speaking is 1 - P(end token).
-    """
-    if decision == "lm":
-        speaking = 1 - model.lm_head(hidden).float().softmax(-1)[..., end_id]
-    else:
-        speaking = model.speaking_decision_head(hidden).float().sigmoid()[..., 0]
-    if model.dst_update_head is None:
-        return speaking.tolist(), None
-    dst = model.dst_update_head(hidden).float().sigmoid()[..., 0]
-    both = torch.stack((speaking, dst)).tolist()
-    return both[0], both[1]
-
-
-def generate(sessions: list[StreamSession], role: str, max_new_tokens: int) -> list[Generated]:
+def generate(sessions: list[StreamSession], role: str) -> list[Generated]:
     """One turn of `role` in each of the sessions, side by side."""
     first = sessions[0]
-    constrained = role == "DST_UPDATE" and first.config.infer.constrain_dst
+    infer = first.config.infer
+    constrained = role == "DST_UPDATE" and infer.constrain_dst
     return first.model.fast_greedy_generate(
         first.headers[role],
         first.cache,
-        [session.row for session in sessions],
+        [session.stream for session in sessions],
         end_ids=first.end_ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=infer.max_update_tokens if role == "DST_UPDATE" else infer.max_reply_tokens,
         forbidden=first.forbidden,
         allowed=[constraint(session) for session in sessions] if constrained else None,
     )
 
 
 # ---- constrained updates -------------------------------------------------------------------------
-
-
-def legal_continuations(text: str, state: State, dst_format: str) -> list[str]:
-    """What may follow `text`, the beginning of an update, to make it a whole legal one; "" where it may end here.
-
-        state S1 in_progress, S2 not_started
-        ""                ["S1->complete", "S1->complete, S2->start", "S2->start", "S2->start, S1->complete"]
-        "S1->com"         ["plete", "plete, S2->start"]
-        "S1->complete"    ["", ", S2->start", ", S2->start, S2->complete"]
-
-    Each transition that may come next is there with the end behind it and with one more transition behind it, because
-    one token may hold the end of a transition and what comes after it.
-    """
-    opening, closing = ("[", "]") if dst_format == "json" else ("", "")
-
-    def item(t: Transition) -> str:
-        return write_update([t], dst_format).removeprefix(opening).removesuffix(closing)
-
-    written, between = opening, ""  # the whole transitions that text begins with; `state` is the one after them
-    while True:
-        options = [(written + between + item(t), apply_update(state, [t])) for t in legal_updates(state)]
-        whole = next((option for option in options if text.startswith(option[0])), None)
-        if whole is None:
-            break
-        (written, state), between = whole, ", "
-    endings = [written + closing] if between else []
-    for option, after in options:
-        endings.append(option + closing)
-        endings += [f"{option}, {item(t)}{closing}" for t in legal_updates(after)[:1]]
-    return [ending[len(text) :] for ending in endings if ending.startswith(text)]
 
 
 def update_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -548,27 +519,23 @@ def stream_jobs(
     """Stream clips whole, `streams` of them at once, looking ahead `infer.lookahead` frames.
 
     Yields (job, new records) as they come; a clip's last records are those of its last frame. When a clip ends, the
-    next takes its row.
+    next takes its place in the cache.
     """
     jobs = iter(jobs)
     cache = make_cache(model, config, streams)
-    running: dict[int, tuple[Job, StreamSession]] = {}  # by row
+    running: dict[int, tuple[Job, StreamSession]] = {}  # by stream
     free = list(range(streams))
     while True:
         while free and (job := next(jobs, None)) is not None:
-            row = free.pop(0)
-            running[row] = (job, StreamSession(model, tokenizer, job.clip, config, cache=cache, row=row))
+            stream = free.pop(0)
+            running[stream] = (job, StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=stream))
         if not running:
             return
-        rows = sorted(running)
-        sessions = [running[row][1] for row in rows]
-        upcoming = [
-            job.frames(session.frame_idx - job.clip.start_frame, config.infer.lookahead)
-            for job, session in (running[row] for row in rows)
-        ]
-        for row, records in zip(rows, advance(sessions, upcoming)):
-            job, session = running[row]
+        order = sorted(running)
+        upcoming = [job.frames(session.next_row, config.infer.lookahead) for job, session in map(running.get, order)]
+        for stream, records in zip(order, advance([running[stream][1] for stream in order], upcoming)):
+            job, session = running[stream]
             yield job, records
-            if session.frame_idx - job.clip.start_frame == len(job.embeddings):
-                del running[row]
-                free.append(row)
+            if session.next_row == len(job.embeddings):
+                del running[stream]
+                free.append(stream)

@@ -9,6 +9,7 @@ from torch import Tensor
 from prospect import model as model_file
 from prospect.model import (
     IGNORE,
+    LOSS_CLASSES,
     KVCache,
     ModelConfig,
     Prospect,
@@ -59,7 +60,7 @@ def test_cached_equals_full_forward_however_it_is_cut(chunks, fields):
     for length in chunks:
         part = ids[:, begin : begin + length]
         images = int((part == IMAGE).sum())
-        parts.append(model(part, rows[seen : seen + images] if images else None, cache=cache, rows=[1]))
+        parts.append(model(part, rows[seen : seen + images] if images else None, cache=cache, streams=[1]))
         begin, seen = begin + length, seen + images
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=1e-5)
     assert cache.lengths == [0, 12]
@@ -78,7 +79,7 @@ def test_rows_at_different_positions_and_rollback():
         rows = [row for row in range(4) if number(0, 1)] or [2]  # neighbours or not, one or several
         new = [[number(2, VOCAB - 1) for _ in range(number(1, 5))] for _ in rows]
         T = max(map(len, new))
-        hidden = model(torch.tensor([ids + [0] * (T - len(ids)) for ids in new]), cache=cache, rows=rows)
+        hidden = model(torch.tensor([ids + [0] * (T - len(ids)) for ids in new]), cache=cache, streams=rows)
         for b, (row, ids) in enumerate(zip(rows, new)):
             held[row] += ids
             fresh = model(torch.tensor([held[row]]))[0, -len(ids) :]
@@ -91,10 +92,10 @@ def test_rows_at_different_positions_and_rollback():
 def test_padding_may_reach_beyond_the_capacity():
     model = make_model()
     cache = empty_cache(model, 2, capacity=10)
-    model(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), cache=cache, rows=[0])
-    hidden = model(torch.tensor([[13, 0, 0, 0, 0], [14, 15, 16, 17, 18]]), cache=cache, rows=[0, 1])
+    model(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]]), cache=cache, streams=[0])
+    hidden = model(torch.tensor([[13, 0, 0, 0, 0], [14, 15, 16, 17, 18]]), cache=cache, streams=[0, 1])
     cache.lengths = [9, 5]
-    last = model(torch.tensor([[19]]), cache=cache, rows=[0])
+    last = model(torch.tensor([[19]]), cache=cache, streams=[0])
     full = model(torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 19]]))
     torch.testing.assert_close(hidden[0, 0], full[0, 8], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last[0, 0], full[0, 9], atol=1e-5, rtol=1e-5)
@@ -187,7 +188,7 @@ def test_generation_equals_a_naive_loop_without_cache(seed):
     contexts, header, ends = [[4, 5, 6], [7], [8, 9, 10, 11, 12]], [20, 21], [END, 22]
     cache = empty_cache(model, 4)
     for row, ids in enumerate(contexts):
-        model(torch.tensor([ids]), cache=cache, rows=[row])
+        model(torch.tensor([ids]), cache=cache, streams=[row])
     turns = model.fast_greedy_generate(
         header, cache, [0, 1, 2], end_ids=ends, max_new_tokens=9, forbidden=torch.tensor([0, 2])
     )
@@ -199,7 +200,7 @@ def test_generation_equals_a_naive_loop_without_cache(seed):
         # Header, text and end tokens are all in the cache: the next token sees what it would see in training.
         everything = ids + header + turn.ids + ends
         assert cache.lengths[row] == len(everything)
-        after = model(torch.tensor([[25]]), cache=cache, rows=[row])
+        after = model(torch.tensor([[25]]), cache=cache, streams=[row])
         torch.testing.assert_close(after[0, 0], model(torch.tensor([everything + [25]]))[0, -1], atol=1e-5, rtol=1e-5)
     assert cache.lengths[3] == 0
 
@@ -268,6 +269,10 @@ def no_labels(B: int, T: int) -> dict[str, Tensor]:
     return {key: torch.full((B, T), IGNORE) for key in keys}
 
 
+def values(sums: dict[str, Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in sums.items()}
+
+
 def hand_case() -> tuple[Tensor, dict[str, Tensor]]:
     """One sequence of five. ln 3 as a logit is a probability of 3/4."""
     hidden = torch.tensor(
@@ -290,15 +295,15 @@ def test_every_loss_class_by_hand():
     hidden, labels = hand_case()
     sums = loss_sums(hand_model(dst_state_head=True), hidden, labels, "mean")
     expected = [nll(3 / 5, 5 / 8), nll(3 / 4, 1 / 4), nll(1 / 2), nll(1 / 3), nll(1 / 2), nll(3 / 4, 1 / 3), nll(1 / 4)]
-    assert sums.tolist() == pytest.approx(expected, rel=1e-5)
-    assert sums.dtype == torch.float32
-    assert count_labels(labels).tolist() == [2, 2, 1, 1, 1, 2, 1]
+    assert values(sums) == pytest.approx(dict(zip(LOSS_CLASSES, expected, strict=True)), rel=1e-5)
+    assert all(value.dtype == torch.float32 for value in sums.values())
+    assert [int(count) for count in count_labels(labels).values()] == [2, 2, 1, 1, 1, 2, 1]
 
 
 def test_mean_and_balanced_by_hand():
     hidden, labels = hand_case()
     sums, counts = loss_sums(hand_model(dst_state_head=True), hidden, labels, "mean"), count_labels(labels)
-    mean = {name: float(value) for name, value in loss_terms(sums.detach(), counts, "mean").items()}
+    mean = {name: float(value) for name, value in loss_terms(sums, counts, "mean").items()}
     assert mean == pytest.approx({
         "speaking_gen": nll(3 / 5, 5 / 8) / 2,
         "speaking_binary": nll(3 / 4, 1 / 4, 1 / 2) / 3,
@@ -306,7 +311,7 @@ def test_mean_and_balanced_by_hand():
         "dst_binary": nll(1 / 2, 3 / 4, 1 / 3) / 3,
         "dst_state": nll(1 / 4),
     }, rel=1e-5)  # fmt: skip
-    balanced = loss_terms(sums.detach(), counts, "balanced")
+    balanced = loss_terms(sums, counts, "balanced")
     assert float(balanced["speaking_binary"]) == pytest.approx((nll(3 / 4, 1 / 4) / 2 + nll(1 / 2)) / 2, rel=1e-5)
     assert float(balanced["dst_binary"]) == pytest.approx((nll(1 / 2) + nll(3 / 4, 1 / 3) / 2) / 2, rel=1e-5)
 
@@ -314,10 +319,11 @@ def test_mean_and_balanced_by_hand():
 def test_focal_by_hand():
     """alpha (1 - p)^2 (-log p): 0.25 for positives, 0.75 for negatives; p is what the right answer was given."""
     hidden, labels = hand_case()
-    sums = loss_sums(hand_model(), hidden, labels, "focal").tolist()
+    sums = values(loss_sums(hand_model(), hidden, labels, "focal"))
     positives = 0.25 * (0.25**2 * nll(3 / 4) + 0.75**2 * nll(1 / 4))
-    assert sums[1:3] == pytest.approx([positives, 0.75 * 0.5**2 * nll(1 / 2)], rel=1e-5)
-    assert sums[0] == pytest.approx(nll(3 / 5, 5 / 8), rel=1e-5)  # generation is no decision
+    assert sums["speaking_pos"] == pytest.approx(positives, rel=1e-5)
+    assert sums["speaking_neg"] == pytest.approx(0.75 * 0.5**2 * nll(1 / 2), rel=1e-5)
+    assert sums["speaking_gen"] == pytest.approx(nll(3 / 5, 5 / 8), rel=1e-5)  # generation is no decision
 
 
 @pytest.mark.parametrize("bce", ["mean", "balanced", "focal"])
@@ -335,8 +341,9 @@ def test_model_without_task_state():
     model = make_model(dst=False)
     labels, ids = no_labels(1, 4), torch.tensor([[5, IMAGE, 6, 7]])
     labels["speaking_labels"][0, 1] = 1
-    sums = model(ids, torch.randn(1, VISION), labels=labels).detach()
-    assert model.dst_update_head is None and float(sums[1]) > 0 and sums[3:].tolist() == [0.0] * 4
+    sums = values(model(ids, torch.randn(1, VISION), labels=labels))
+    assert model.dst_update_head is None and sums["speaking_pos"] > 0
+    assert [sums[name] for name in ("dst_gen", "dst_pos", "dst_neg", "dst_state")] == [0.0] * 4
 
 
 def test_lm_head_sees_only_labelled_positions():
@@ -365,14 +372,15 @@ def test_chunked_generation_loss_equals_unchunked(monkeypatch):
         model.zero_grad()
         hidden.grad = None
         sums = loss_sums(model, hidden, labels, "mean")
-        (sums[0] + 2 * sums[3]).backward()
-        found.append((sums.detach(), hidden.grad, model.lm_head.weight.grad.clone()))
+        (sums["speaking_gen"] + 2 * sums["dst_gen"]).backward()
+        both = torch.stack((sums["speaking_gen"], sums["dst_gen"])).detach()
+        found.append((both, hidden.grad, model.lm_head.weight.grad.clone()))
     logits = model.lm_head(hidden).log_softmax(-1).detach()
     by_hand = [
         -sum(float(logits[b, t - 1, drawn[b, t]]) for b in range(2) for t in turn)
         for turn in (range(1, 8), range(8, 12))
     ]
-    torch.testing.assert_close(found[0][0][[0, 3]], torch.tensor(by_hand), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[0][0], torch.tensor(by_hand), atol=1e-4, rtol=1e-5)
     for whole, cut in zip(*found):
         torch.testing.assert_close(cut, whole, atol=1e-4, rtol=1e-5)
 
@@ -383,7 +391,9 @@ def test_losses_come_from_fp32_logits():
     labels = no_labels(1, 1001)
     labels["speaking_gen_labels"][0, 1:] = 2
     sums = loss_sums(model, torch.zeros(1, 1001, 2, dtype=torch.bfloat16), labels, "mean")
-    assert sums.dtype == torch.float32 and float(sums[0].detach()) == pytest.approx(1000 * math.log(3), rel=1e-4)
+    assert sums["speaking_gen"].dtype == torch.float32 and float(sums["speaking_gen"]) == pytest.approx(
+        1000 * math.log(3), rel=1e-4
+    )
 
 
 def test_init_weights_is_seeded_and_scales_the_residual_stream():

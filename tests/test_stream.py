@@ -124,17 +124,17 @@ class Tape:
         if cache is None:
             return
         ids, embeds = inputs[0], iter(inputs[1] if len(inputs) > 1 and inputs[1] is not None else [])
-        for row, new in zip(options["rows"], ids.tolist()):
+        for row, new in zip(options["streams"], ids.tolist()):
             held = self.rows.get(row, [])[: cache.lengths[row]]  # what was rolled back is gone
             assert len(held) == cache.lengths[row]
             self.rows[row] = held + [(id, next(embeds) if id == self.image_id else None) for id in new]
 
     def ids(self, session: StreamSession) -> list[int]:
-        return [id for id, _ in self.rows[session.row][: session.num_tokens]]
+        return [id for id, _ in self.rows[session.stream][: session.num_tokens]]
 
     def fresh(self, session: StreamSession, length: int) -> torch.Tensor:
         """Hidden states [T,H] of the first `length` tokens, by one forward without a cache."""
-        held = self.rows[session.row][:length]
+        held = self.rows[session.stream][:length]
         images = [row for _, row in held if row is not None]
         with torch.inference_mode():
             return session.model(torch.tensor([[id for id, _ in held]]), torch.stack(images) if images else None)[0]
@@ -324,7 +324,7 @@ def test_streams_fed_live_side_by_side_equal_streams_alone(plain):
                 session.say(f"Question {t}")
             alone.append(session.feed(frames[i][t]))
     cache = make_cache(model, config, 3)
-    sessions = [StreamSession(model, plain, clip, config, cache=cache, row=i) for i, clip in enumerate(clips)]
+    sessions = [StreamSession(model, plain, clip, config, cache=cache, stream=i) for i, clip in enumerate(clips)]
     together = [[], [], []]
     for t in range(12):
         upcoming = [[Frame(torch.from_numpy(frames[i][t]), [f"Question {t}"] if t % 4 == i else [])] for i in range(3)]
@@ -529,9 +529,9 @@ def test_constrained_updates_are_all_legal(plain, words, dst_format, which):
             state = {id: ("not_started", "in_progress", "completed")[draw.integers(0, 3)] for id in ids}
             state[ids[row % 4]] = ("not_started", "in_progress")[row % 2]  # at least one update is legal
             sessions.append(
-                StreamSession(model, tokenizer, replace(clip, initial_state=state), config, cache=cache, row=row)
+                StreamSession(model, tokenizer, replace(clip, initial_state=state), config, cache=cache, stream=row)
             )
-        for session, turn in zip(sessions, generate(sessions, "DST_UPDATE", limit)):
+        for session, turn in zip(sessions, generate(sessions, "DST_UPDATE")):
             text = tokenizer.decode(turn.ids).strip()
             assert is_legal(text, session.state, dst_format) and turn.cut is None, (text, session.state)
             texts.append(text)
