@@ -164,7 +164,12 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
 
     batches = load_batches(train_corpus, order, state, config, ranks)
     stop = StopRequest()
-    log = MetricsLog(run, config, state) if ranks.main else None
+    log = None
+    with together(ranks):
+        if ranks.main:
+            with written_whole(run / "config.yaml") as file:
+                file.write(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+            log = MetricsLog(run / "metrics.jsonl", state)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
     first_step, unsaved, skips_in_a_row = state.step, False, 0
@@ -425,15 +430,10 @@ def validation_line(step: int, numbers: dict[str, float]) -> str:
 
 
 class MetricsLog:
-    """RUN/metrics.jsonl, one JSON object a line, beside RUN/config.yaml.
+    """metrics.jsonl: one JSON object a line. On resume, what was logged after the checkpoint is cut off."""
 
-    On resume, what was logged after the checkpoint is cut off.
-    """
-
-    def __init__(self, run: Path, config: Config, state: TrainState):
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
-        path, kept = run / "metrics.jsonl", []
+    def __init__(self, path: Path, state: TrainState):
+        kept = []
         if path.exists():
             for line in read_lines(path):
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half-written

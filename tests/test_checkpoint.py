@@ -67,7 +67,7 @@ def test_what_is_half_written_or_half_removed_is_not_taken_for_a_checkpoint(tmp_
     (tmp_path / ".step-000009.writing" / "state.json").write_text("{}")
     assert ckpt.checkpoints(tmp_path) == [tmp_path / "step-000004"]
     assert ckpt.find_resume("auto", tmp_path) == tmp_path / "step-000004"
-    ckpt.mend(tmp_path)
+    ckpt.clean_up_after_crash(tmp_path)
     assert not (tmp_path / ".step-000009.writing").exists() and not (tmp_path / ".step-000003.removing").exists()
     assert (tmp_path / "last").resolve().name == "step-000004"
 
@@ -78,7 +78,7 @@ def test_a_step_saved_again_replaces_itself_and_survives_a_kill_in_between(tmp_p
     write(final, "new")
     assert (final / "model.safetensors").read_text() == "new" and not list(tmp_path.glob(".step*"))
     os.rename(final, tmp_path / ".step-000002.replaced")  # as if killed between the two renames
-    ckpt.mend(tmp_path)
+    ckpt.clean_up_after_crash(tmp_path)
     assert (final / "model.safetensors").read_text() == "new"
 
 
@@ -123,7 +123,7 @@ def test_never_does_not_overwrite_and_an_older_checkpoint_is_not_rewound_silentl
     ],
 )
 def test_another_model_or_another_cut_of_the_data_is_refused(copy, overrides, message):
-    with pytest.raises(ProspectError, match="cannot go on from this checkpoint") as caught:
+    with pytest.raises(ProspectError, match="cannot resume from this checkpoint") as caught:
         train_here(copy, "train.max_steps=9", *overrides)
     assert message in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_the_same_files_elsewhere_are_the_same_data(copy, capsys):
     overrides = ["train.max_steps=5", f"data.train={copy / 'elsewhere.json'}", "train.learning_rate=0.002"]
     assert train_here(copy, *overrides) == 0
     printed = capsys.readouterr().out
-    assert "going on from" in printed and "changed since then: train.max_steps was 4, is 5" in printed
+    assert "resuming from" in printed and "changed since then: train.max_steps was 4, is 5" in printed
     assert "train.learning_rate was 0.001, is 0.002" in printed
 
 

@@ -291,7 +291,7 @@ def test_a_killed_run_goes_on_bit_for_bit(backbone, straight, world, save_every,
         -1
     ] == f"step-{max(save_every, killed_at // 10 * 10):06d}"
     assert run_training(backbone, *overrides, world=world) == [0] * world
-    assert "going on from" in (backbone / "log").read_text()
+    assert "resuming from" in (backbone / "log").read_text()
     assert metrics(backbone, name) == metrics(backbone, f"straight{world}")
     assert_same_checkpoint(straight[world] / "step-000040", backbone / "runs" / name / "step-000040")
 
@@ -440,7 +440,7 @@ def test_torchrun_starts_a_killed_rank_again(unbroken, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(train.__file__).parent)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert metrics(tmp_path) == metrics(unbroken)
     assert_same_checkpoint(unbroken / "runs/tiny/last", tmp_path / "runs/tiny/last")
 
