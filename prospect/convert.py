@@ -37,7 +37,7 @@ from typing import Any
 
 from prospect.clips import ClipFile
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import written_whole
+from prospect.files import write_whole
 
 ADDED_TO_CLIP = ("id", "embeddings", "inferred_goal", "inferred_knowledge", "dst", "unanswered")
 ADDED_TO_TURN = ("start_frame", "end_frame")
@@ -182,7 +182,7 @@ def write_objects(objects: Iterator[dict[str, Any]], path: Path) -> int:
     """
     before, between, after = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     count = 0
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write(before.encode())
         for item in objects:
             file.write(((between if count else "") + json.dumps(item, ensure_ascii=False)).encode())

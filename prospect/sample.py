@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import WRITING, to_disk, tree_to_disk
 
 FPS = 2  # frames a second
 D = 2048  # width of an embedding, that of SmolVLM2's vision features
@@ -459,7 +460,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
                 remedy="remove it or name another directory",
             )
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        with tempfile.TemporaryDirectory(suffix=WRITING, prefix=f".{out.name}.", dir=out.parent) as beside:
             aside = Path(beside) / out.name
             (aside / "embeddings").mkdir(parents=True)
             for split, count in zip(SPLITS, (clips, val_clips)):
@@ -469,7 +470,9 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
                     path = aside / "embeddings" / f"{clip['video_uid']}_{clip['clip_idx']}_embeddings.pkl"
                     path.write_bytes(pickle.dumps(frames, protocol=4))  # named, so that every Python writes the same
                 (aside / f"{split}.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+            tree_to_disk(aside)
             aside.rename(out)
+            to_disk(out.parent)
     except OSError as error:
         raise ProspectError(
             f"the corpus cannot be written: {error.strerror}",

@@ -12,7 +12,7 @@ Row k is frame k of the source. With `--clips FILE` the rows of each clip, start
 to files of their own, {clip id}_embeddings.*, which is where training looks for them.
 
 A run that was stopped is started again with the same command: finished sources are passed over, and a source that was
-half done goes on where it was (its rows so far lie in a hidden .part file, whose name depends on all that shapes them).
+half done goes on where it was (its rows so far are kept in a hidden file, whose name depends on all that shapes them).
 A source that cannot be read is reported and left out; the others are done, and the exit status is 2 in the end.
 Several processes deal the sources among themselves by length, the longest first. Decoding is mostly the slower side:
 more processes than GPUs (--nproc_per_node=4 on one GPU) decode several videos at once.
@@ -40,7 +40,7 @@ from tqdm import tqdm
 from prospect.clips import ClipFile, clip_id
 from prospect.embeddings import write_embeddings
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import written_whole
+from prospect.files import WRITING, read_json, write_json
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
@@ -170,8 +170,7 @@ def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
 
     Each file is written aside and renamed. The JSON comes first: where the embeddings are, it is, too.
     """
-    with written_whole(path.with_suffix(".json")) as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    write_json(path.with_suffix(".json"), facts)
     write_embeddings(rows, path)
 
 
@@ -190,11 +189,11 @@ def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
         return False
     wanted = asdict(settings) | {"source": source.name, "first_frame": cut.first}
     try:
-        facts = json.loads(cut.path.with_suffix(".json").read_text(encoding="utf-8"))
+        facts = read_json(cut.path.with_suffix(".json"))
         other = [name for name, value in wanted.items() if facts.get(name) != value]
         if cut.last is not None and facts.get("rows") not in (cut.last - cut.first + 1, cut.last - cut.first):
             other.append("rows")
-    except (OSError, ValueError, AttributeError):
+    except ProspectError:
         other = ["how it was made is not known"]
     if other:
         raise ProspectError(
@@ -340,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
     missing, lengths = [], []
     for source, of_source in cuts.items():
-        if not all([is_done(cut, source, settings) for cut in of_source]):
+        done = [is_done(cut, source, settings) for cut in of_source]  # all are looked at: each may refuse the run
+        if not all(done):
             try:
                 lengths.append(count_frames(source, arguments.fps, arguments.source_fps))
                 missing.append(source)
@@ -384,7 +384,7 @@ def encode_and_write(
 ) -> None:
     """Encode one source, write its files, and remove the rows that were kept meanwhile."""
     identity = json.dumps([str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns, asdict(settings)])
-    part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.part"
+    part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{WRITING}"
     rows = encode_source(encoder, source, settings, part, batch_size, bar)
     for cut in cuts:
         # A clip that ends one frame after the source was written with its end exclusive; training knows such clips.

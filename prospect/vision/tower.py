@@ -27,7 +27,6 @@ Dimensions: B pictures, P patches, C width of the tower, D width of what comes o
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -41,10 +40,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prospect.errors import ProspectError
+from prospect.files import read_json
 
 POOLS = {"siglip": ("pooled",), "smolvlm": ("mean", "all", "top-left-tile")}  # the first of each is the default
 GRID_OF_TOKENS = {1: 0, 5: 2, 10: 3}  # SigLIP: I vectors a frame = the pooled one + this many squared means
 
+
+WANTED = "give the directory of a downloaded SigLIP or SmolVLM2 checkpoint"
 
 # ---- What the directory says ---------------------------------------------------------------------
 
@@ -87,7 +89,7 @@ class Preprocessing:
 def read_config(directory: Path) -> VisionConfig:
     """The tower's shape from `directory`/config.json. ProspectError when it is not a SigLIP or SmolVLM checkpoint."""
     where = str(directory / "config.json")
-    whole = _read_json(directory / "config.json")
+    whole = read_json(directory / "config.json", if_missing=WANTED)
     model_type = {"siglip": "siglip", "siglip_vision_model": "siglip", "smolvlm": "smolvlm"}.get(
         whole.get("model_type")
     )
@@ -95,7 +97,7 @@ def read_config(directory: Path) -> VisionConfig:
         raise ProspectError(
             f"model_type {whole.get('model_type')!r} is not a vision tower that is known here",
             where=where,
-            remedy="give the directory of a SigLIP or SmolVLM2 checkpoint",
+            remedy=WANTED,
         )
     # Files leave out what equals the family's default, so the defaults belong to the format.
     defaults = {
@@ -148,7 +150,7 @@ def read_preprocessing(directory: Path, config: VisionConfig) -> Preprocessing:
     path = directory / "preprocessor_config.json"
     if not path.exists() and (directory / "processor_config.json").exists():
         path = directory / "processor_config.json"
-    settings = _read_json(path)
+    settings = read_json(path, if_missing=WANTED)
     settings = settings.get("image_processor", settings)
     where = str(path)
 
@@ -185,20 +187,6 @@ def read_preprocessing(directory: Path, config: VisionConfig) -> Preprocessing:
         mean=mean,
         std=std,
     )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProspectError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy="give the directory of a downloaded checkpoint"
-        ) from None
-    except ValueError as error:
-        raise ProspectError(f"is not JSON: {error}", where=str(path), remedy="copy it again") from None
-    if not isinstance(content, dict):
-        raise ProspectError("is not a JSON object", where=str(path), remedy="copy it again")
-    return content
 
 
 # ---- Preparing a picture -------------------------------------------------------------------------
@@ -538,7 +526,7 @@ def load_vision_encoder(directory: Path, pool: str | None = None, tokens: int | 
 
 def _read_tensors(directory: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
     index = directory / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     opened = {}
     for name in files:
         try:
