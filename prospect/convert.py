@@ -35,7 +35,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prospect.clips import ClipFile
+from prospect.clip_files import ClipFile
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_whole
 
@@ -71,21 +71,16 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         elif entry["role"] in ("user", "assistant"):
             position = (upcoming, 0) if entry["role"] == "user" else (upcoming - 1, 1)
             if position[0] < start:
-                raise ProspectError(
-                    "an assistant's text before the first frame", where=here, remedy="some frame has to decide it"
-                )
+                what = "an assistant's text before the first frame"
+                raise ProspectError(what, where=here, remedy="some frame has to decide it")
             if position < latest or unanswered:
-                raise ProspectError(
-                    "an answer without a frame between it and the user's text",
-                    where=here,
-                    remedy="a frame after the user's text has to decide the answer",
-                )
+                what = "an answer without a frame between it and the user's text"
+                raise ProspectError(what, where=here, remedy="a frame after the user's text has to decide the answer")
             latest = position
             conversation.append({**entry, "start_frame": position[0], "end_frame": position[0]})
         else:
-            raise ProspectError(
-                f"unknown role {entry['role']!r:.40}", where=here, remedy="system, frames, user, assistant"
-            )
+            what = f"unknown role {entry['role']!r:.40}"
+            raise ProspectError(what, where=here, remedy="system, frames, user, assistant")
 
     user = metadata.get("user_id")
     clip = {**sample, "end_frame_idx": end - 1, "conversation": conversation}
@@ -99,11 +94,8 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         clip["unanswered"] = unanswered
 
     if to_prepared(clip, where) != sample:
-        raise ProspectError(
-            "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts",
-            where=where,
-            remedy="no clip of ours can express that; leave the dialogue out",
-        )
+        what = "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts"
+        raise ProspectError(what, where=where, remedy="no clip of ours can express that; leave the dialogue out")
     return clip
 
 
@@ -122,11 +114,8 @@ def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:
     for i, turn in enumerate(_entries(clip, where)):
         here = f"{where}, turn {i}"
         if turn["role"] not in ("system", "user", "assistant"):
-            raise ProspectError(
-                f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue",
-                where=here,
-                remedy="only clips that this converter made can go back",
-            )
+            what = f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue"
+            raise ProspectError(what, where=here, remedy="only clips that this converter made can go back")
         if turn["role"] != "system":
             show_until(_frame(turn, "end_frame", here) + (turn["role"] == "assistant"))
         conversation.append({field: value for field, value in turn.items() if field not in ADDED_TO_TURN})

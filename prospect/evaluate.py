@@ -29,8 +29,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prospect.check import open_source, usable_clips
+from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
+from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import HEADS, decision_report, teacher_forced, traces
@@ -119,7 +120,7 @@ def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
     tell(usable.warnings, usable.skipped)
     if not usable.clips:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    return [load_job(sources[number].file, index, config)[0] for number, index in usable.clips]
+    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
 
 
 # ---- reporting -----------------------------------------------------------------------------------

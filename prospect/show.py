@@ -3,16 +3,17 @@
     python -m prospect.show config.yaml [--clip FILE[:ID or INDEX]] [--split train|val] [--all] [section.key=value ...]
     python -m prospect.show config.yaml --html PAGE.html [--versus section.key=value ...]     the same as a page
 
-Prints one clip's sequence as a table: position, token, the frame at each <image>, and the four labels where something is
-learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
-corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page shows
-every token; with --versus, the clip under two configurations stands side by side.
+Prints one clip's sequence as a table: position, token, the frame at each <image>, and the four labels where something
+is learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
+corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page
+shows every token; with --versus, the clip is shown under two configurations side by side.
 """
 
 import argparse
 import sys
 
 from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
+from prospect.clip_files import parse_clip_name
 from prospect.config import Config, load_config
 from prospect.data import Corpus, collate, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
@@ -80,8 +81,7 @@ def open_corpus(config: Config, clip: str | None, split: str) -> tuple[Corpus, s
     tokenizer = load_tokenizer(config)
     which = None
     if clip is not None:
-        path, colon, which = clip.rpartition(":")
-        path, which = (path, which) if colon else (clip, None)
+        path, which = parse_clip_name(clip)
         setattr(config.data, split, [path])
     return load_corpus(config, tokenizer, split), which, tokenizer
 

@@ -27,7 +27,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from prospect.clips import Clip, ClipFile
+from prospect.clip_files import ClipFile, parse_clip_name
+from prospect.clips import Clip
 from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError
 from prospect.files import read_lines, write_whole
@@ -526,11 +527,10 @@ def write_runs(path: str | Path, runs: list[Run]) -> None:
 
 def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
     """The clips of FILE with these ids, or of FILE:ID (or INDEX) that one."""
-    if Path(name).exists():
-        file = ClipFile(name)
+    path, which = parse_clip_name(name)
+    file = ClipFile(path)
+    if which is None:
         return {id: file.clip(file.find(id)) for id in ids}
-    path, colon, which = name.rpartition(":")
-    file = ClipFile(path if colon else name)
     clip = file.clip(file.find(which))
     return {clip.id: clip}
 

@@ -37,7 +37,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from prospect.clips import ClipFile, clip_id
+from prospect.clip_files import ClipFile, clip_id
 from prospect.embeddings import write_embeddings
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, read_json, write_json
@@ -63,7 +63,7 @@ class Settings:
     precision: str  # of the arithmetic; the rows are float16
 
 
-# ---- One source ----------------------------------------------------------------------------------
+# ---- one source ----------------------------------------------------------------------------------
 
 
 def encode_source(
@@ -86,11 +86,9 @@ def encode_source(
                 rows = encode_batch(encoder, [picture for _, picture in batch], settings.precision)  # [B, I, D]
                 bad = np.flatnonzero(~np.isfinite(rows).all(axis=(1, 2)))
                 if len(bad):
-                    raise ProspectError(
-                        f"frame {batch[bad[0]][0]} gives a vector that is not finite in float16",
-                        where=str(source),
-                        remedy="use --precision fp32; if that is what you use, download the checkpoint again",
-                    )
+                    what = f"frame {batch[bad[0]][0]} gives a vector that is not finite in float16"
+                    remedy = "use --precision fp32; if that is what you use, download the checkpoint again"
+                    raise ProspectError(what, where=str(source), remedy=remedy)
                 file.write(rows.tobytes())
                 file.flush()
                 bar.update(len(batch))
@@ -98,11 +96,8 @@ def encode_source(
         part.unlink()
         raise
     except OSError as error:  # the disk is full, or a picture of a directory cannot be read
-        raise ProspectError(
-            f"{error.strerror}: {error.filename or part}",
-            where=str(source),
-            remedy="make room, or check it may be read",
-        ) from None
+        what = f"{error.strerror}: {error.filename or part}"
+        raise ProspectError(what, where=str(source), remedy="make room, or check it may be read") from None
     return np.memmap(part, dtype=np.float16, mode="r").reshape(-1, *row_shape)
 
 
@@ -162,7 +157,7 @@ def ahead(items: Iterator, size: int) -> Iterator:
         thread.join()
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
@@ -196,11 +191,8 @@ def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
     except ProspectError:
         other = ["how it was made is not known"]
     if other:
-        raise ProspectError(
-            f"is there already, made with other settings ({', '.join(other)})",
-            where=str(cut.path),
-            remedy="give another --out, or remove the file",
-        )
+        what = f"is there already, made with other settings ({', '.join(other)})"
+        raise ProspectError(what, where=str(cut.path), remedy="give another --out, or remove the file")
     return True
 
 
@@ -213,11 +205,8 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
     for source in sources:
         name = source.resolve().name if source.is_dir() else source.stem
         if by_name.setdefault(name, source) != source:
-            raise ProspectError(
-                f"{by_name[name]} and {source} would be written to the same file",
-                where=str(out),
-                remedy="run them with two --out",
-            )
+            what = f"{by_name[name]} and {source} would be written to the same file"
+            raise ProspectError(what, where=str(out), remedy="run them with two --out")
     if clips is None:
         return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
 
@@ -229,21 +218,16 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
         name, first, last = clip_id(clip, index), clip.get("start_frame_idx"), clip.get("end_frame_idx")
         where = f"{clips}: clip {name}"
         if type(first) is not int or type(last) is not int or not 0 <= first <= last or set(name) & set("/\\:\0"):
-            raise ProspectError(
-                f"frames {first!r} to {last!r}, or its id, cannot be written",
-                where=where,
-                remedy="run python -m prospect.check",
-            )
+            what = f"frames {first!r} to {last!r}, or its id, cannot be written"
+            raise ProspectError(what, where=where, remedy="run python -m prospect.check")
         cut = Cut(out / f"{name}_embeddings.{ending}", first, last)
         if cuts[source].setdefault(cut.path, cut) != cut:
-            raise ProspectError(
-                "two clips have this id and different frames", where=where, remedy="give each clip an `id`"
-            )
+            what = "two clips have this id and different frames"
+            raise ProspectError(what, where=where, remedy="give each clip an `id`")
     without = [str(source) for source, of_source in cuts.items() if not of_source]
     if without:
-        raise ProspectError(
-            f"no clip of {', '.join(without[:5])}", where=str(clips), remedy="check the clips' video_uid"
-        )
+        what = f"no clip of {', '.join(without[:5])}"
+        raise ProspectError(what, where=str(clips), remedy="check the clips' video_uid")
     return {source: list(of_source.values()) for source, of_source in cuts.items()}
 
 
@@ -258,7 +242,7 @@ def source_names(clip: object) -> list[str]:
     return [Path(str(clip.get("frames_file", ""))).stem, uid, uid.partition("_")[2]]
 
 
-# ---- The run -------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def deal(lengths: list[int], n_ranks: int) -> list[list[int]]:
@@ -390,11 +374,8 @@ def encode_and_write(
         # A clip that ends one frame after the source was written with its end exclusive; training knows such clips.
         last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
         if last >= len(rows) or cut.first > last:
-            raise ProspectError(
-                f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}",
-                where=str(source),
-                remedy="check the clip's end_frame_idx and --fps",
-            )
+            what = f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}"
+            raise ProspectError(what, where=str(source), remedy="check the clip's end_frame_idx and --fps")
         facts = asdict(settings) | {
             "source": source.name,
             "first_frame": cut.first,
