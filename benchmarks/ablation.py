@@ -282,7 +282,7 @@ def page(seeds: list[int], out: Path, command: str, floor: float) -> str:
         (key, seed): numbers
         for trained in TRAINED
         for seed in seeds
-        for key, numbers in json.loads((out / run_name(trained, seed) / "measured.json").read_text("utf-8")).items()
+        for key, numbers in read_json(out / run_name(trained, seed) / "measured.json").items()
     }
     lines = [
         f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))} of weights, data order and negatives.",

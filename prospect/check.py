@@ -245,28 +245,25 @@ def table(errors: Counter[str], warnings: Counter[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m prospect.check", description="Check clips and their embeddings.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
-    parser.add_argument(
-        "--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file"
-    )
-    parser.add_argument(
-        "--embeddings-outside", action="store_true", help="allow clips to name files outside that folder"
-    )
-    parser.add_argument(
-        "--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one"
-    )
-    parser.add_argument("--strict", action="store_true", help="warnings count as errors")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core"
-    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
+    add("--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file")
+    add("--embeddings-outside", action="store_true", help="allow clips to name files outside that folder")
+    add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one")
+    add("--strict", action="store_true", help="warnings count as errors")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one per core")
     arguments = parser.parse_args()
     for name in ("vision_dim", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ProspectError(f"--{name.replace('_', '-')} must be at least 1, not {value}", where="command line")
+    return arguments
 
+
+def main() -> int:
+    arguments = parse_arguments()
     errors, warnings, widths = Counter(), Counter(), Counter()
     clips = frames = 0
 

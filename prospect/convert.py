@@ -55,9 +55,30 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
     video, number, metadata = sample.get("video_uid"), sample.get("clip_idx", 0), sample.get("metadata") or {}
     if not isinstance(video, str) or not isinstance(metadata, dict):
         raise ProspectError("must have video_uid, a text, and metadata, an object", where=where)
+    conversation, unanswered = _turns(sample, start, end, where)
+
+    user = metadata.get("user_id")
+    clip = {**sample, "end_frame_idx": end - 1, "conversation": conversation}
+    clip["id"] = f"{video}_{number}" if user is None else f"{video}_{number}_{user}"
+    clip["embeddings"] = f"{video}_frames_{start}_{end - 1}.npy"
+    for ours, theirs in (("inferred_goal", "task_goal"), ("inferred_knowledge", "knowledge")):
+        if isinstance(metadata.get(theirs), str):
+            clip[ours] = metadata[theirs]
+    clip["dst"] = []
+    if unanswered:
+        clip["unanswered"] = unanswered
+
+    if to_prepared(clip, where) != sample:
+        what = "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts"
+        raise ProspectError(what, where=where, remedy="no clip of ours can express that; leave the dialogue out")
+    return clip
+
+
+def _turns(sample: dict[str, Any], start: int, end: int, where: str) -> tuple[list[dict], list[dict]]:
+    """The turns of a prepared dialogue over the frames [start, end), and the user's turns after the last of them."""
     conversation, unanswered = [], []
     upcoming = start  # the first frame not yet shown
-    latest = (start - 1, 1)  # where the text before stands: (its frame, 0 before or 1 after that frame)
+    latest = (start - 1, 1)  # where the text before is: (its frame, 0 before or 1 after that frame)
     for i, entry in enumerate(_entries(sample, where)):
         here = f"{where}, entry {i}"
         if entry["role"] == "frames":
@@ -81,22 +102,7 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         else:
             what = f"unknown role {entry['role']!r:.40}"
             raise ProspectError(what, where=here, remedy="system, frames, user, assistant")
-
-    user = metadata.get("user_id")
-    clip = {**sample, "end_frame_idx": end - 1, "conversation": conversation}
-    clip["id"] = f"{video}_{number}" if user is None else f"{video}_{number}_{user}"
-    clip["embeddings"] = f"{video}_frames_{start}_{end - 1}.npy"
-    for ours, theirs in (("inferred_goal", "task_goal"), ("inferred_knowledge", "knowledge")):
-        if isinstance(metadata.get(theirs), str):
-            clip[ours] = metadata[theirs]
-    clip["dst"] = []
-    if unanswered:
-        clip["unanswered"] = unanswered
-
-    if to_prepared(clip, where) != sample:
-        what = "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts"
-        raise ProspectError(what, where=where, remedy="no clip of ours can express that; leave the dialogue out")
-    return clip
+    return conversation, unanswered
 
 
 def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:

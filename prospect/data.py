@@ -74,7 +74,7 @@ class Corpus:
                 continue
             self.entries += [Entry(f, c, window) for window in windows]
         if self.skipped:
-            clips = sum(len(file) for file in self.files)
+            clips = sum(len(source.file) for source in self.sources)
             self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
         if not self.entries:
             where = ", ".join(map(str, paths))

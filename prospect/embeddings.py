@@ -36,7 +36,7 @@ ENDINGS = (".pkl", ".npy", ".safetensors")  # in the order in which they are loo
 SAFETENSORS_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
-# ---- Finding a clip's file -----------------------------------------------------------------------
+# ---- finding a clip's file -----------------------------------------------------------------------
 
 
 def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outside: bool = False) -> Path:
@@ -51,11 +51,8 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
     where = f"clip {clip_id!r}"
     if named is None:
         if not clip_id or any(character in clip_id for character in "/\\\0"):  # a separator would make the id a path
-            raise ProspectError(
-                "the clip's id cannot be part of a file name",
-                where=where,
-                remedy="give the clip an `embeddings` field, or an id without / and \\",
-            )
+            remedy = "give the clip an `embeddings` field, or an id without / and \\"
+            raise ProspectError("the clip's id cannot be part of a file name", where=where, remedy=remedy)
         tried = [folder / f"{clip_id}{middle}{ending}" for middle in ("_embeddings", "") for ending in ENDINGS]
     else:
         tried = [folder / named]
@@ -64,30 +61,23 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
         found = next((path for path in tried if path.exists()), None)
         inside = found is None or found.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # too long, no permission; a NUL byte; a loop of links
-        raise ProspectError(
-            f"cannot look for embeddings at {str(tried[0])!r}: {error}",
-            where=where,
-            remedy="check the id, the `embeddings` field and the permissions of the directory",
-        ) from None
+        what = f"cannot look for embeddings at {str(tried[0])!r}: {error}"
+        remedy = "check the id, the `embeddings` field and the permissions of the directory"
+        raise ProspectError(what, where=where, remedy=remedy) from None
     if found is None and named is not None and not allow_outside:
         # A path that leads outside is refused for that reason even where nothing lies there.
         inside = Path(os.path.abspath(tried[0])).is_relative_to(os.path.abspath(folder))
     if not inside and not allow_outside:
-        raise ProspectError(
-            f"embeddings {str(found or tried[0])!r} lie outside the directory {str(folder)!r}",
-            where=where,
-            remedy="move the file inside, or set data.embeddings_outside=true in the config if you trust the clip file",
-        )
+        what = f"embeddings {str(found or tried[0])!r} lie outside the directory {str(folder)!r}"
+        remedy = "move the file inside, or set data.embeddings_outside=true in the config if you trust the clip file"
+        raise ProspectError(what, where=where, remedy=remedy)
     if found is None:
-        raise ProspectError(
-            f"no embeddings at {', '.join(str(path) for path in tried)}",
-            where=where,
-            remedy="put the file there, or set data.embeddings to the directory that holds it",
-        )
+        remedy = "put the file there, or set data.embeddings to the directory that holds it"
+        raise ProspectError(f"no embeddings at {', '.join(str(path) for path in tried)}", where=where, remedy=remedy)
     return found
 
 
-# ---- Reading -------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def read_embeddings(path: Path) -> np.ndarray:
@@ -125,11 +115,9 @@ def check_finite(array: np.ndarray, where: str) -> None:
     nan = int(np.isnan(array).sum())
     infinite = finite.size - int(finite.sum()) - nan
     bad_rows = np.flatnonzero(~finite.reshape(len(finite), -1).all(axis=1))
-    raise ProspectError(
-        f"{nan} NaN and {infinite} infinite values in {len(bad_rows)} of {len(array)} rows, first in row {bad_rows[0]}",
-        where=where,
-        remedy="embed these frames again; float16 overflows above 65504",
-    )
+    share = f"{len(bad_rows)} of {len(array)} rows"
+    what = f"{nan} NaN and {infinite} infinite values in {share}, first in row {bad_rows[0]}"
+    raise ProspectError(what, where=where, remedy="embed these frames again; float16 overflows above 65504")
 
 
 @contextmanager
@@ -183,11 +171,8 @@ def _checked_header(file: safetensors.safe_open, path: Path) -> tuple[str, str]:
     """Name and dtype of the tensor that holds the embeddings, from the header; its shape and dtype are checked."""
     names = sorted(file.keys())
     if len(names) != 1 and "embeddings" not in names:
-        raise refusal(
-            path,
-            f"holds {len(names)} tensors ({', '.join(map(repr, names[:5]))[:200]}), none named 'embeddings'",
-            "leave one tensor in the file, or name the right one 'embeddings'",
-        )
+        what = f"holds {len(names)} tensors ({', '.join(map(repr, names[:5]))[:200]}), none named 'embeddings'"
+        raise refusal(path, what, "leave one tensor in the file, or name the right one 'embeddings'")
     name = names[0] if len(names) == 1 else "embeddings"
     header = file.get_slice(name)
     dtype, shape = header.get_dtype(), tuple(header.get_shape())
@@ -197,7 +182,7 @@ def _checked_header(file: safetensors.safe_open, path: Path) -> tuple[str, str]:
     return name, dtype
 
 
-# ---- Writing, and converting a directory once ----------------------------------------------------
+# ---- writing, and converting a directory once ----------------------------------------------------
 
 
 def write_embeddings(rows: np.ndarray, path: Path) -> None:

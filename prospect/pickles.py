@@ -157,11 +157,9 @@ def _replay(data: bytes, path: Path) -> object:
 
 def _allowed_name(name: str, path: Path) -> Name:
     if name not in GLOBALS:
-        raise refusal(
-            path,
-            f"the pickle names {name[:80]!r}, which no plain numpy array needs; nothing was run",
-            f"do not load this file with pickle unless you trust its author; ask for a .npy file, or {RESAVE}",
-        )
+        what = f"the pickle names {name[:80]!r}, which no plain numpy array needs; nothing was run"
+        remedy = f"do not load this file with pickle unless you trust its author; ask for a .npy file, or {RESAVE}"
+        raise refusal(path, what, remedy)
     return GLOBALS[name]
 
 

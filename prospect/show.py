@@ -68,10 +68,12 @@ def print_table(table: list[tuple[str, ...]], colour: bool, fold: bool) -> None:
 
 def chosen_sequences(corpus: Corpus, which: str | None) -> list[int]:
     """The sequences (windows) of the clip with this id or number; by default of the first clip."""
-    wanted = corpus.entries[0].clip if which is None else corpus.files[0].find(which)
+    wanted = corpus.entries[0].clip if which is None else corpus.sources[0].find(which)
     found = [i for i, entry in enumerate(corpus.entries) if entry.file == 0 and entry.clip == wanted]
     if not found:
-        raise ProspectError("the clip gives no sequence", where=str(corpus.files[0].path), remedy="has it any turn?")
+        raise ProspectError(
+            "the clip gives no sequence", where=str(corpus.sources[0].file.path), remedy="has it any turn?"
+        )
     return found
 
 
