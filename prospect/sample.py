@@ -315,43 +315,40 @@ def conversation(story: Story, rng: np.random.Generator) -> list[dict]:
         turn |= {"start_frame": int((time - 0.5) * FPS), "end_frame": int((time + 0.5) * FPS)}
         turns.append(turn | {"dst_state": snapshot, "labels": labels})
 
-    def update(row: int, step: int, transition: str, state_after: str) -> None:
-        content = [{"id": f"S{step + 1}", "transition": transition}]
-        add(row, "DST_UPDATE", content, f"initiative|dst_update,dst_{transition},steps_1")
-        state[step] = state_after
+    for event in story.events:
+        if event.kind in ("start", "complete"):
+            transition = [{"id": f"S{event.step + 1}", "transition": event.kind}]
+            add(event.row, "DST_UPDATE", transition, f"initiative|dst_update,dst_{event.kind},steps_1")
+            state[event.step] = "in_progress" if event.kind == "start" else "completed"
+        for role, text, labels in said_at(event, task, state, rng):
+            add(event.row, role, text, labels)
+    return turns
 
-    def user(row: int, text: str) -> None:
-        add(row, "user", text, "user|generic")
 
-    def assistant(row: int, text: str, labels: str) -> None:
-        add(row, "assistant", text, labels)
+def said_at(event: Event, task: Task, state: list[str], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """What is said at an event, as (role, text, labels); state: of each step, once the event has happened."""
 
     def one_of(wordings: tuple[str, ...]) -> str:
         return str(rng.choice(wordings))
 
-    for event in story.events:
-        if event.kind == "open":
-            user(event.row, SAY_WISH.format(wish=task.wish))
-            assistant(event.row, SAY_FIRST.format(step=task.steps[0]), "responsive|instruction")
-        elif event.kind == "start":
-            update(event.row, event.step, "start", "in_progress")
-        elif event.kind == "mistake":
-            assistant(event.row, SAY_CAREFUL.format(step=task.steps[event.step]), "initiative|correction")
-        elif event.kind == "complete":
-            update(event.row, event.step, "complete", "completed")
-            if "not_started" in state:
-                suggestion = task.steps[state.index("not_started")]
-                assistant(event.row, one_of(SAY_NEXT).format(step=suggestion), "initiative|instruction,feedback")
-            else:
-                assistant(event.row, one_of(SAY_ALL_DONE), "initiative|feedback")
-        elif event.kind == "question":
-            user(event.row, one_of(ASK))
-            if "in_progress" in state:
-                answer = ANSWER_KEEP_GOING.format(step=task.steps[state.index("in_progress")])
-            else:
-                answer = one_of(ANSWER_NEXT).format(step=task.steps[state.index("not_started")])
-            assistant(event.row, answer, "responsive|instruction")
-    return turns
+    open_step = task.steps[state.index("not_started")] if "not_started" in state else None  # the lowest
+    if event.kind == "open":
+        wish = ("user", SAY_WISH.format(wish=task.wish), "user|generic")
+        return [wish, ("assistant", SAY_FIRST.format(step=task.steps[0]), "responsive|instruction")]
+    if event.kind == "mistake":
+        return [("assistant", SAY_CAREFUL.format(step=task.steps[event.step]), "initiative|correction")]
+    if event.kind == "complete":
+        if open_step is None:
+            return [("assistant", one_of(SAY_ALL_DONE), "initiative|feedback")]
+        return [("assistant", one_of(SAY_NEXT).format(step=open_step), "initiative|instruction,feedback")]
+    if event.kind == "question":
+        question = ("user", one_of(ASK), "user|generic")
+        if "in_progress" in state:
+            answer = ANSWER_KEEP_GOING.format(step=task.steps[state.index("in_progress")])
+        else:
+            answer = one_of(ANSWER_NEXT).format(step=open_step)
+        return [question, ("assistant", answer, "responsive|instruction")]
+    return []
 
 
 def step_times(story: Story) -> list[dict]:
