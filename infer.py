@@ -1,16 +1,16 @@
 """Stream clips through a trained model, frame by frame: what it says, when, and the task state it tracks.
 
     python infer.py --clip FILE[:ID or INDEX] [--clip ...] [--checkpoint DIR] [--out FILE.jsonl] [section.key=value ...]
-    python infer.py --live --clip FILE[:ID or INDEX] < lines      one JSON object a line, one record a line at once
+    python infer.py --stdin --clip FILE[:ID or INDEX] < lines     one JSON object per line in, one record per line out
     python infer.py --video FILE --vision DIR [--task steps.yaml] [--pace live] [--checkpoint DIR] [--out FILE] ...
 
-A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record a frame, each written in
-one piece as soon as it is known: whenever the program is stopped, the file holds whole lines, one for every frame up to
-there. Ctrl-C ends with status 130.
+A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record per frame, each written in
+one piece as soon as it is known: whenever the program is stopped, the file holds complete lines, one for every frame up
+to there. Ctrl-C ends with status 130.
 
-With --live the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
+With --stdin the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
-cannot be used is answered by {"error": ...}; it counts as no frame, and the stream goes on.
+cannot be used is answered by {"error": ...}; it is not counted as a frame, and streaming continues.
 
 With --video the frames come from a video file (or a directory of pictures, or an Arrow file) through a vision tower,
 and goal, steps and what the user says from a YAML file: see prospect/vision/video.py.
@@ -21,33 +21,22 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
 
-from prospect.clips import Clip, ClipFile
-from prospect.config import Config
+from prospect.clip_files import Source, open_source, parse_clip_name
+from prospect.clips import Clip
+from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference, load_job
 from prospect.model import Prospect
-from prospect.report import timeline, write_timelines
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
-from prospect.vision.encode import parse_fps
-from prospect.vision.video import Report, load_encoder, read_task, unheard, watch
 
 DEFAULT_CHECKPOINT = "runs/sample/best"
-
-
-def named_clips(name: str) -> list[tuple[ClipFile, int]]:
-    """FILE: all its clips; FILE:ID or FILE:INDEX: one of them. Both a file's name and an id may hold colons."""
-    cut = next((i for i, character in enumerate(name) if character == ":" and Path(name[:i]).is_file()), None)
-    if cut is None or Path(name).is_file():
-        file = ClipFile(name)
-        return [(file, index) for index in range(len(file))]
-    file = ClipFile(name[:cut])
-    return [(file, file.find(name[cut + 1 :]))]
 
 
 # ---- the transcript ------------------------------------------------------------------------------
@@ -92,7 +81,7 @@ def write_line(out: TextIO, value: dict) -> None:
     out.flush()
 
 
-# ---- live input ----------------------------------------------------------------------------------
+# ---- frames from stdin ---------------------------------------------------------------------------
 
 
 def read_live_line(line: bytes) -> np.ndarray | str:
@@ -132,96 +121,25 @@ def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
             write_line(out, {"error": f"line {number}: {error}"})
 
 
-# ---- videos --------------------------------------------------------------------------------------
+# ---- the three modes -----------------------------------------------------------------------------
 
 
-def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
-    """Show what is said at a video as it happens, and in the end, however it comes, how real time was kept."""
-    video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
-    clip, said = read_task(task, video, fps)
-    session = StreamSession(model, tokenizer, clip, config)
-    encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
-    report = Report(fps)
-    inputs = [path for path in (video, task) if path is not None]
-    with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
-        print(header(clip))
-        try:
-            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", report):
-                show(record, out, sys.stdout)
-        finally:
-            print(f"{video}: {report}")
-    for text in unheard(said, report.frames):
-        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Show every clip as it is streamed. All that can be wrong with any of them is found before the first."""
+    from prospect.report import timeline, write_timelines
 
-
-# ---- main ----------------------------------------------------------------------------------------
-
-
-def open_output(path: str, inputs: list[Path]) -> TextIO:
-    if Path(path).resolve() in [file.resolve() for file in inputs]:
-        raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
-    try:
-        return open(path, "w", encoding="utf-8")
-    except OSError as error:
-        remedy = "name a file in a folder that exists"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--clip", action="append", metavar="FILE[:ID|INDEX]", help="repeatable")
-    source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
-    parser.add_argument("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
-    parser.add_argument("--out", metavar="FILE.jsonl", help="one record a frame")
-    parser.add_argument(
-        "--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been"
-    )
-    parser.add_argument("--live", action="store_true", help="read frames and user text from stdin")
-    of_video = parser.add_argument_group("with --video")
-    of_video.add_argument("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
-    of_video.add_argument("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
-    of_video.add_argument("--pace", choices=("fast", "live"), default="fast", help="live: as slow as the video")
-    of_video.add_argument("--fps", type=parse_fps, default="2", help="frames a second, as trained (default 2)")
-    of_video.add_argument("--pool", help="as it was given to prospect.encode")
-    of_video.add_argument("--tokens", type=int, help="as it was given to prospect.encode")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_intermixed_args()
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    if arguments.video and (arguments.live or not arguments.vision):
-        raise ProspectError("--video needs --vision, and takes no --live", remedy="for real time: --pace live")
-    if arguments.html and (arguments.video or arguments.live):
-        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --live")
-    if arguments.clip and (arguments.vision or arguments.task):
-        raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
-
-    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    if arguments.video:
-        stream_video(arguments, config, tokenizer, model)
-        return 0
-    chosen = [clip for name in arguments.clip for clip in named_clips(name)]
-    inputs = [file.path for file, _ in chosen]
-    if arguments.live:
-        if len(chosen) != 1:
-            what = f"--live takes the header of one clip, not of {len(chosen)}"
-            raise ProspectError(what, remedy="--clip FILE:INDEX")
-        [(file, index)] = chosen
-        session = StreamSession(model, tokenizer, file.clip(index), config)
-        with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext(sys.stdout) as out:
-            live(session, sys.stdin.buffer, out)
-        return 0
-
-    for file, index in chosen:  # all that can be wrong with the clips is found before the first of them is streamed
-        job, warning = load_job(file, index, config)
+    chosen = [clip for name in arguments.clip for clip in named_clips(name, config.data)]
+    jobs = []
+    for source, index in chosen:
+        job, warning = load_job(source, index, config.model.vision_dim)
         StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
+        jobs.append(job)
     pages = []
     thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
-    with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
-        for file, index in chosen:
-            job, _ = load_job(file, index, config)
+    with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
+        for job in jobs:
             print(header(job.clip))
             streamed = []
             for _, records in stream_jobs(model, tokenizer, [job], config):
@@ -232,6 +150,112 @@ def main() -> int:
                 pages.append(timeline(streamed, job.clip, thresholds))
     if pages:
         write_timelines(arguments.html, pages)
+
+
+def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Stream frames from stdin under the header of one clip."""
+    chosen = [clip for name in arguments.clip for clip in named_clips(name, config.data)]
+    if len(chosen) != 1:
+        what = f"--stdin takes the header of one clip, not of {len(chosen)}"
+        raise ProspectError(what, remedy="--clip FILE:INDEX")
+    [(source, index)] = chosen
+    session = StreamSession(model, tokenizer, source.file.clip(index), config)
+    with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
+        live(session, sys.stdin.buffer, out)
+
+
+def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Show what is said at a video as it happens, and in the end, however it comes, how well real time was kept."""
+    from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+
+    video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
+    clip, said = read_task(task, video, fps)
+    session = StreamSession(model, tokenizer, clip, config)
+    encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    pace = Pace(fps)
+    with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
+        print(header(clip))
+        try:
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace):
+                show(record, out, sys.stdout)
+        finally:
+            print(f"{video}: {pace}")
+    for text in unheard(said, pace.frames):
+        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+
+
+def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
+    """FILE: all its clips; FILE:ID or FILE:INDEX: one of them."""
+    path, which = parse_clip_name(name)
+    source = open_source(path, data.embeddings, data.embeddings_outside)
+    indices = range(len(source.file)) if which is None else [source.find(which)]
+    return [(source, index) for index in indices]
+
+
+@contextlib.contextmanager
+def open_output(path: str | None, inputs: list[Path], default: TextIO | None) -> Iterator[TextIO | None]:
+    """The file of --out, or without it `default`."""
+    if path is None:
+        yield default
+        return
+    if Path(path).resolve() in [file.resolve() for file in inputs]:
+        raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        remedy = "name a file in a folder that exists"
+        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
+    with file:
+        yield file
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clip", action="append", metavar="FILE[:ID|INDEX]", help="repeatable")
+    source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
+    add = parser.add_argument
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
+    add("--out", metavar="FILE.jsonl", help="one record per frame")
+    add("--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been")
+    add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
+    add = parser.add_argument_group("with --video").add_argument
+    add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
+    add("--pace", choices=("fast", "live"), default="fast", help="live: as slow as the video")
+    add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
+    add("--pool", help="as it was given to prospect.encode")
+    add("--tokens", type=int, help="as it was given to prospect.encode")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def rate(text: str) -> Fraction:
+    from prospect.vision.encode import parse_fps
+
+    return parse_fps(text)
+
+
+def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
+    if arguments.video and (arguments.stdin or not arguments.vision):
+        raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
+    if arguments.html and (arguments.video or arguments.stdin):
+        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
+    if arguments.clip and (arguments.vision or arguments.task):
+        raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    refuse_what_does_not_go_together(arguments)
+    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
+    mode = stream_video if arguments.video else stream_stdin if arguments.stdin else stream_clips
+    mode(arguments, config, tokenizer, model)
     return 0
 
 

@@ -63,7 +63,7 @@ from prospect.distributed import (
     without_sync,
 )
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import read_lines, written_whole
+from prospect.files import read_lines, write_whole
 from prospect.lora import parameter_groups, set_trainable
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms
 from prospect.weights import describe_memory, load_state
@@ -440,7 +440,7 @@ class MetricsLog:
                     numbers = json.loads(line)
                     if numbers["step"] <= (state.evaluated_step if "evaluation" in numbers else state.step):
                         kept.append(line + "\n")
-        with written_whole(path) as file:
+        with write_whole(path) as file:
             file.write("".join(kept).encode())
         self.file = open(path, "a", encoding="utf-8")
 

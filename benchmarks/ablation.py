@@ -46,7 +46,8 @@ from prospect.config import load_config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import load_jobs, write_json
+from prospect.evaluate import load_jobs
+from prospect.files import read_json, write_json
 from prospect.load import load_for_inference
 from prospect.metrics import match_events, ratio
 from prospect.sample import named_step, says_the_same, write_sample
@@ -241,7 +242,7 @@ def run_variant(trained: str, seed: int, out: Path) -> None:
         train(trained, seed, out)
     check_settings(trained, seed, out)
     file = run / "measured.json"
-    measured = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    measured = read_json(file) if file.exists() else {}
     for row in {row.key: row for rows in SECTIONS.values() for row in rows if row.trained == trained}.values():
         if row.key not in measured:
             measured[row.key] = measure(row, seed, out)
@@ -275,7 +276,7 @@ def page(seeds: list[int], out: Path, command: str, floor: float) -> str:
         (key, seed): numbers
         for trained in TRAINED
         for seed in seeds
-        for key, numbers in json.loads((out / run_name(trained, seed) / "measured.json").read_text("utf-8")).items()
+        for key, numbers in read_json(out / run_name(trained, seed) / "measured.json").items()
     }
     lines = [
         f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))} of weights, data order and negatives.",

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 
 from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import DTYPES, SHAPES, model_config
-from prospect.clips import parse_clip
+from prospect.clip_files import parse_clip
 from prospect.config import Config
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import store_wide_weights_by_column

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prospect.check import open_source, usable_clips
+from prospect.check import usable_clips
+from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus
@@ -35,7 +36,7 @@ def make_sample_corpus(config: Config) -> None:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The backbone's tokenizer, or for a model from scratch a small BPE trained on the training clips, kept with the run."""
+    """The backbone's tokenizer; for a model from scratch a small BPE trained on the training clips, kept in the run."""
     if config.model.backbone is not None:
         return Tokenizer(config.model.backbone, config.data.template)
     if config.data.template != "plain":
@@ -43,10 +44,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
         raise ProspectError(what, where="config", remedy="data.template=plain for a model trained from scratch")
     directory = run_directory(config) / "tokenizer"
     if not (directory / "tokenizer_config.json").exists():
-        # Bad clips are told of, or left out, before anything is learned from them and written.
-        sources = [
-            open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in config.data.train
-        ]
+        # Bad clips are reported, or left out, before anything is learned from them and written.
+        folder, outside = config.data.embeddings, config.data.embeddings_outside
+        sources = [open_source(path, folder, outside) for path in config.data.train]
         usable = usable_clips(sources, config.data, config.model.vision_dim)
         clips = (sources[number].file.clip(index) for number, index in usable.clips)
         train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)
@@ -90,7 +90,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
-    """A new model: from the backbone's weights, or from scratch. The same on every rank: all that is random is seeded."""
+    """A new model: from the backbone's weights, or from scratch. The same on every rank: all randomness is seeded."""
     if config.model.backbone is None:
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)

@@ -6,9 +6,9 @@ Each problem is one line: file, clip, turn and field, what is wrong, and what to
 kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training makes the same checks at its
 start and stops there, or leaves the bad clips out (`data.on_bad: skip`).
 
-A clip's own fields are checked by prospect/clips.py, the bytes of an embedding file by prospect/embeddings.py. Here
-the two are put together, for all clips: a file for every clip, of the right width, one row a frame, every number
-finite, and no id twice. Of a JSONL file no more is in memory than the clip being checked and its embeddings.
+prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. Here the two
+are put together, for all clips: a file for every clip, of the right width, one row per frame, every number finite, and
+no id twice. Of a JSONL file no more is in memory than the clip being checked and its embeddings.
 """
 
 import argparse
@@ -21,27 +21,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from prospect.clips import Clip, ClipFile, Problem, clip_id, fit_rows, parse_clip
+from prospect.clip_files import Problem, Source, clip_id, fit_rows, open_source, parse_clip
+from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.embeddings import check_finite, find_embeddings, read_embeddings
 from prospect.errors import ProspectError, run_entry_point
 
 CHUNK = 16  # clips that a process takes at a time
 WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
-
-
-@dataclass(frozen=True)
-class Source:
-    """A clip file, and the folder in which its clips' embeddings lie."""
-
-    file: ClipFile
-    folder: Path
-    allow_outside: bool  # may a clip name an embedding file outside of it?
 
 
 @dataclass
@@ -58,11 +49,6 @@ class Checked:
     @property
     def errors(self) -> list[Problem]:
         return [problem for problem in self.problems if problem.fatal]
-
-
-def open_source(path: str | Path, embeddings: str | Path | None, allow_outside: bool) -> Source:
-    """A clip file with its embeddings, which by default lie in `embeddings/` beside it. Raises ProspectError."""
-    return Source(ClipFile(path), Path(embeddings) if embeddings else Path(path).parent / "embeddings", allow_outside)
 
 
 # ---- one clip ------------------------------------------------------------------------------------
@@ -165,9 +151,8 @@ def _in_processes(sources: Sequence[Source], vision_dim: int | None, workers: in
         for part in pool.map(_check_chunk, chunks):
             yield from part
     except BrokenProcessPool as error:
-        raise ProspectError(
-            "a checking process was ended, perhaps for its memory", remedy="use fewer workers"
-        ) from error
+        what = "a checking process was ended, perhaps for its memory"
+        raise ProspectError(what, remedy="use fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -218,9 +203,8 @@ def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int)
         errors += checked.errors
         bad_clips += 1
         more = len(checked.errors) - 1
-        usable.skipped.append(
-            f"{checked.errors[0].error()}" + (f"; and {more} more problem(s) of this clip" if more else "")
-        )
+        others = f"; and {more} more problem(s) of this clip" if more else ""
+        usable.skipped.append(f"{checked.errors[0].error()}{others}")
     command = check_command(sources, config, vision_dim)
     if errors and config.on_bad == "stop":
         first = errors[0].error()
@@ -249,9 +233,8 @@ def width_problem(widths: Counter[int]) -> Problem | None:
     """Embeddings of several widths in one data set, where none was asked for."""
     if len(widths) < 2:
         return None
-    what = "embeddings are not all of one width: " + ", ".join(
-        f"{count} files of {width}" for width, count in widths.most_common()
-    )
+    counts = ", ".join(f"{count} files of {width}" for width, count in widths.most_common())
+    what = f"embeddings are not all of one width: {counts}"
     return Problem("wrong width", "", "", what, "name the right one with --vision-dim to see the others")
 
 
@@ -262,28 +245,25 @@ def table(errors: Counter[str], warnings: Counter[str]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m prospect.check", description="Check clips and their embeddings.")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
-    parser.add_argument(
-        "--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file"
-    )
-    parser.add_argument(
-        "--embeddings-outside", action="store_true", help="allow clips to name files outside that folder"
-    )
-    parser.add_argument(
-        "--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one"
-    )
-    parser.add_argument("--strict", action="store_true", help="warnings count as errors")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one a core"
-    )
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
+    add("--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file")
+    add("--embeddings-outside", action="store_true", help="allow clips to name files outside that folder")
+    add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one")
+    add("--strict", action="store_true", help="warnings count as errors")
+    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one per core")
     arguments = parser.parse_args()
     for name in ("vision_dim", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ProspectError(f"--{name.replace('_', '-')} must be at least 1, not {value}", where="command line")
+    return arguments
 
+
+def main() -> int:
+    arguments = parse_arguments()
     errors, warnings, widths = Counter(), Counter(), Counter()
     clips = frames = 0
 

@@ -35,9 +35,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prospect.clips import ClipFile
+from prospect.clip_files import ClipFile
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import written_whole
+from prospect.files import write_whole
 
 ADDED_TO_CLIP = ("id", "embeddings", "inferred_goal", "inferred_knowledge", "dst", "unanswered")
 ADDED_TO_TURN = ("start_frame", "end_frame")
@@ -55,37 +55,7 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
     video, number, metadata = sample.get("video_uid"), sample.get("clip_idx", 0), sample.get("metadata") or {}
     if not isinstance(video, str) or not isinstance(metadata, dict):
         raise ProspectError("must have video_uid, a text, and metadata, an object", where=where)
-    conversation, unanswered = [], []
-    upcoming = start  # the first frame not yet shown
-    latest = (start - 1, 1)  # where the text before stands: (its frame, 0 before or 1 after that frame)
-    for i, entry in enumerate(_entries(sample, where)):
-        here = f"{where}, entry {i}"
-        if entry["role"] == "frames":
-            upcoming = _frame(entry, "end", here)
-        elif entry["role"] == "system":
-            if conversation or upcoming != start:
-                raise ProspectError("a system text inside the dialogue", where=here, remedy="move it to the front")
-            conversation.append(dict(entry))
-        elif entry["role"] == "user" and upcoming >= end:
-            unanswered.append(dict(entry))
-        elif entry["role"] in ("user", "assistant"):
-            position = (upcoming, 0) if entry["role"] == "user" else (upcoming - 1, 1)
-            if position[0] < start:
-                raise ProspectError(
-                    "an assistant's text before the first frame", where=here, remedy="some frame has to decide it"
-                )
-            if position < latest or unanswered:
-                raise ProspectError(
-                    "an answer without a frame between it and the user's text",
-                    where=here,
-                    remedy="a frame after the user's text has to decide the answer",
-                )
-            latest = position
-            conversation.append({**entry, "start_frame": position[0], "end_frame": position[0]})
-        else:
-            raise ProspectError(
-                f"unknown role {entry['role']!r:.40}", where=here, remedy="system, frames, user, assistant"
-            )
+    conversation, unanswered = _turns(sample, start, end, where)
 
     user = metadata.get("user_id")
     clip = {**sample, "end_frame_idx": end - 1, "conversation": conversation}
@@ -99,12 +69,40 @@ def to_clip(sample: dict[str, Any], where: str) -> dict[str, Any]:
         clip["unanswered"] = unanswered
 
     if to_prepared(clip, where) != sample:
-        raise ProspectError(
-            "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts",
-            where=where,
-            remedy="no clip of ours can express that; leave the dialogue out",
-        )
+        what = "its frames are not one unbroken run from start_frame_idx to end_frame_idx, split by texts"
+        raise ProspectError(what, where=where, remedy="no clip of ours can express that; leave the dialogue out")
     return clip
+
+
+def _turns(sample: dict[str, Any], start: int, end: int, where: str) -> tuple[list[dict], list[dict]]:
+    """The turns of a prepared dialogue over the frames [start, end), and the user's turns after the last of them."""
+    conversation, unanswered = [], []
+    upcoming = start  # the first frame not yet shown
+    latest = (start - 1, 1)  # where the text before is: (its frame, 0 before or 1 after that frame)
+    for i, entry in enumerate(_entries(sample, where)):
+        here = f"{where}, entry {i}"
+        if entry["role"] == "frames":
+            upcoming = _frame(entry, "end", here)
+        elif entry["role"] == "system":
+            if conversation or upcoming != start:
+                raise ProspectError("a system text inside the dialogue", where=here, remedy="move it to the front")
+            conversation.append(dict(entry))
+        elif entry["role"] == "user" and upcoming >= end:
+            unanswered.append(dict(entry))
+        elif entry["role"] in ("user", "assistant"):
+            position = (upcoming, 0) if entry["role"] == "user" else (upcoming - 1, 1)
+            if position[0] < start:
+                what = "an assistant's text before the first frame"
+                raise ProspectError(what, where=here, remedy="some frame has to decide it")
+            if position < latest or unanswered:
+                what = "an answer without a frame between it and the user's text"
+                raise ProspectError(what, where=here, remedy="a frame after the user's text has to decide the answer")
+            latest = position
+            conversation.append({**entry, "start_frame": position[0], "end_frame": position[0]})
+        else:
+            what = f"unknown role {entry['role']!r:.40}"
+            raise ProspectError(what, where=here, remedy="system, frames, user, assistant")
+    return conversation, unanswered
 
 
 def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:
@@ -122,11 +120,8 @@ def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:
     for i, turn in enumerate(_entries(clip, where)):
         here = f"{where}, turn {i}"
         if turn["role"] not in ("system", "user", "assistant"):
-            raise ProspectError(
-                f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue",
-                where=here,
-                remedy="only clips that this converter made can go back",
-            )
+            what = f"a turn of role {turn['role']!r:.40} has no place in a ProAssist dialogue"
+            raise ProspectError(what, where=here, remedy="only clips that this converter made can go back")
         if turn["role"] != "system":
             show_until(_frame(turn, "end_frame", here) + (turn["role"] == "assistant"))
         conversation.append({field: value for field, value in turn.items() if field not in ADDED_TO_TURN})
@@ -182,7 +177,7 @@ def write_objects(objects: Iterator[dict[str, Any]], path: Path) -> int:
     """
     before, between, after = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     count = 0
-    with written_whole(path) as file:
+    with write_whole(path) as file:
         file.write(before.encode())
         for item in objects:
             file.write(((between if count else "") + json.dumps(item, ensure_ascii=False)).encode())

@@ -12,7 +12,6 @@ What one sequence is made of is in prospect/sequence.py.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prospect.check import open_source, usable_clips
-from prospect.clips import Clip, fit_rows, load_embeddings
+from prospect.check import usable_clips
+from prospect.clip_files import open_source
+from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.errors import ProspectError
 from prospect.model import IGNORE, added, count_labels
@@ -49,16 +49,17 @@ class Corpus:
     rank or resumed run makes the same.
 
     All clips are checked first (prospect/check.py). With `on_bad: stop` a bad one raises ProspectError, which says how
-    many more there are; with `skip` bad ones are left out, and `skipped` names each. `warnings` has the first of each kind.
+    many more there are; with `skip` bad ones are left out, and `skipped` names each. `warnings` has the first of each
+    kind.
     """
 
     def __init__(
         self, paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, vision_dim: int, *, rate: float, seed: int
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
-        sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
-        self.files = [source.file for source in sources]
-        usable = usable_clips(sources, config, vision_dim)
+        self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
+        self.files = [source.file for source in self.sources]
+        usable = usable_clips(self.sources, config, vision_dim)
         self.warnings, self.skipped = usable.warnings, usable.skipped
         self.entries: list[Entry] = []
         for f, c in usable.clips:
@@ -73,7 +74,7 @@ class Corpus:
                 continue
             self.entries += [Entry(f, c, window) for window in windows]
         if self.skipped:
-            clips = sum(len(file) for file in self.files)
+            clips = sum(len(source.file) for source in self.sources)
             self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
         if not self.entries:
             where = ", ".join(map(str, paths))
@@ -81,10 +82,8 @@ class Corpus:
 
     def load(self, file: int, index: int) -> tuple[Clip, np.ndarray]:
         """A clip and its embeddings [rows, I, D]."""
-        clip = self.files[file].clip(index)
-        folder = Path(self.config.embeddings) if self.config.embeddings else self.files[file].path.parent / "embeddings"
-        embeddings = load_embeddings(clip, folder, self.vision_dim, allow_outside=self.config.embeddings_outside)
-        return fit_rows(clip, len(embeddings))[0], embeddings
+        clip, embeddings, _ = self.sources[file].load(index, self.vision_dim)
+        return clip, embeddings
 
     def __len__(self) -> int:
         return len(self.entries)

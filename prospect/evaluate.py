@@ -28,13 +28,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from prospect.check import open_source, usable_clips
+from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
+from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import HEADS, decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import read_lines, written_whole
+from prospect.files import read_json, read_lines, write_json, write_text
 from prospect.load import load_for_inference, load_job
 from prospect.metrics import THRESHOLDS, by_dataset, threshold_curve
 from prospect.model import Prospect
@@ -118,7 +119,7 @@ def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
     tell(usable.warnings, usable.skipped)
     if not usable.clips:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    return [load_job(sources[number].file, index, config)[0] for number, index in usable.clips]
+    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -273,29 +274,18 @@ def same_settings(out: Path, wanted: dict[str, Any]) -> None:
     path, remedy = out / "settings.json", "name another --out, or remove this one"
     try:
         (out / "records").mkdir(parents=True, exist_ok=True)
-        begun = any((out / "records").glob("*.jsonl"))
-        then = json.loads(path.read_text(encoding="utf-8")) if begun else wanted
-        if not isinstance(then, dict):
-            raise ValueError("not an object")
-    except (FileNotFoundError, ValueError) as error:  # no settings, or not JSON
-        what = "does not tell by which settings its records were made"
-        raise ProspectError(what, where=str(path), remedy=remedy) from error
     except OSError as error:
         raise ProspectError(f"cannot be used: {error.strerror}", where=str(out), remedy="name another --out") from error
+    try:
+        then = read_json(path) if any((out / "records").glob("*.jsonl")) else wanted
+    except ProspectError as error:
+        what = "does not tell by which settings its records were made"
+        raise ProspectError(what, where=str(path), remedy=remedy) from error
     names = [name for name in sorted({*then, *wanted}) if then.get(name) != wanted.get(name)]
     if names:
         differ = "; ".join(f"{name} was {then.get(name)}, is {wanted.get(name)}" for name in names)
         raise ProspectError(f"holds records made with other settings: {differ}", where=str(out), remedy=remedy)
     write_json(path, wanted)
-
-
-def write_json(path: Path, values: dict) -> None:
-    write_text(path, json.dumps(values, indent=2, sort_keys=True))
-
-
-def write_text(path: Path, text: str) -> None:
-    with written_whole(path) as file:
-        file.write(text.encode())
 
 
 if __name__ == "__main__":

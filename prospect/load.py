@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from prospect.checkpoint import read_config, read_state
-from prospect.clips import ClipFile, fit_rows, load_embeddings
+from prospect.clip_files import Source
 from prospect.config import Config, apply_overrides, make_config, to_dict
 from prospect.distributed import pick_device
 from prospect.embeddings import check_finite
@@ -37,7 +37,7 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
 
 
 def store_wide_weights_by_column(model: Prospect) -> None:
-    """On a CPU in fp32, weights [out,in] with out > in get other strides: the same numbers, column after column in memory.
+    """On a CPU in fp32, store weights [out,in] with out > in column after column: the same numbers, other strides.
 
     A silent frame multiplies every weight by a single row and so takes as long as reading them. A product with one row
     reads few long columns faster than many short rows, 1.7 times at 1408 x 512. A tied LM head stays: its rows are
@@ -52,11 +52,8 @@ def store_wide_weights_by_column(model: Prospect) -> None:
             weight.data = weight.data.t().contiguous().t()
 
 
-def load_job(file: ClipFile, index: int, config: Config) -> tuple[Job, str | None]:
+def load_job(source: Source, index: int, vision_dim: int) -> tuple[Job, str | None]:
     """A clip with its embeddings, ready to stream, and a warning where the two differ by the last frame."""
-    clip = file.clip(index)
-    folder = Path(config.data.embeddings) if config.data.embeddings else file.path.parent / "embeddings"
-    embeddings = load_embeddings(clip, folder, config.model.vision_dim, allow_outside=config.data.embeddings_outside)
-    clip, warning = fit_rows(clip, len(embeddings))
+    clip, embeddings, warning = source.load(index, vision_dim)
     check_finite(embeddings, clip.where)
     return Job(clip, embeddings), warning

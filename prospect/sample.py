@@ -20,11 +20,11 @@ of their space, looks and noise lie in one subspace of R dimensions out of the D
 does that one, or another. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells which. One must
 have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
 
-**The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips begin mid-task; a person
-who does not do the step named does the next open one. `long`: every clip is a whole task, from the wish to the last
-step, 2.7 times as long; a person who does not do the step named does any other open one. So what was completed minutes
-ago, long out of a short context, decides what is to be said now. `hard`: the stories of `long`, word for word, and on
-one frame of eighteen another look of the task is nearer, so that evidence must be gathered.
+**The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips begin mid-task; a
+person who does not do the step named does the next open one. `long`: every clip is a whole task, from the wish to the
+last step, 2.7 times as long; a person who does not do the step named does any other open one. So what was completed
+minutes ago, long out of a short context, decides what is to be said now. `hard`: the stories of `long`, word for word,
+and on one frame of eighteen another look of the task is nearer, so that evidence must be gathered.
 
     frame   50          60               91               130             138             170
             |           |                |                |               |               |
@@ -34,7 +34,7 @@ one frame of eighteen another look of the task is nearer, so that evidence must 
 
 Every turn's range is the frame at which its cause is first seen, one before it and one after it.
 
-Letters: F frames of one clip, D width of an embedding, R dimensions that differ from frame to frame, L looks of one task.
+Letters: F frames of a clip, D width of an embedding, R dimensions that differ from frame to frame, L looks of a task.
 """
 
 import argparse
@@ -49,6 +49,7 @@ from pathlib import Path
 import numpy as np
 
 from prospect.errors import ProspectError, run_entry_point
+from prospect.files import WRITING, to_disk, tree_to_disk
 
 FPS = 2  # frames a second
 D = 2048  # width of an embedding, that of SmolVLM2's vision features
@@ -60,9 +61,7 @@ SPLITS = ("train", "val")
 @dataclass(frozen=True)
 class Difficulty:
     noise: float  # in each of the R directions, for looks of length 1: what counts for telling two looks apart
-    whole_tasks: (
-        bool  # every clip from the wish to the last step; else of a drawn length, half of them from mid-task on
-    )
+    whole_tasks: bool  # from the wish to the last step; else of a drawn length, half of the clips from mid-task on
     obey: float  # probability that the person begins the step just named
     choices: int  # of how many open steps, in the recipe's order, the person chooses; all alike but for the one named
 
@@ -182,9 +181,8 @@ def world_looks() -> np.ndarray:
     """The looks of all tasks, [tasks, L, D] float32 of unit length, L = 1 + 3 * NUM_STEPS; see `look_index`."""
     rng = np.random.default_rng([WORLD_SEED, 0])
     trouble = _unit(rng.standard_normal(R, dtype=np.float32))  # [R]
-    idle, under_way, done = (
-        _unit(rng.standard_normal((len(TASKS), n, R), dtype=np.float32)) for n in (1, NUM_STEPS, NUM_STEPS)
-    )
+    looks = (rng.standard_normal((len(TASKS), n, R), dtype=np.float32) for n in (1, NUM_STEPS, NUM_STEPS))
+    idle, under_way, done = map(_unit, looks)  # [tasks, n, R] each
     wrong = _unit(under_way + trouble)
     return np.concatenate([idle, under_way, done, wrong], axis=1) @ world_subspace()
 
@@ -312,59 +310,45 @@ def conversation(story: Story, rng: np.random.Generator) -> list[dict]:
 
     def add(row: int, role: str, content: str | list[dict], labels: str) -> None:
         time = (story.start_frame + row) / FPS
-        turns.append(
-            {
-                "role": role,
-                "content": content,
-                "time": time,
-                "start_frame": int((time - 0.5) * FPS),
-                "end_frame": int((time + 0.5) * FPS),
-                "dst_state": {f"S{number}": value for number, value in enumerate(state, 1)},
-                "labels": labels,
-            }
-        )
+        snapshot = {f"S{number}": value for number, value in enumerate(state, 1)}
+        turn = {"role": role, "content": content, "time": time}
+        turn |= {"start_frame": int((time - 0.5) * FPS), "end_frame": int((time + 0.5) * FPS)}
+        turns.append(turn | {"dst_state": snapshot, "labels": labels})
 
-    def update(row: int, step: int, transition: str, state_after: str) -> None:
-        add(
-            row,
-            "DST_UPDATE",
-            [{"id": f"S{step + 1}", "transition": transition}],
-            f"initiative|dst_update,dst_{transition},steps_1",
-        )
-        state[step] = state_after
+    for event in story.events:
+        if event.kind in ("start", "complete"):
+            transition = [{"id": f"S{event.step + 1}", "transition": event.kind}]
+            add(event.row, "DST_UPDATE", transition, f"initiative|dst_update,dst_{event.kind},steps_1")
+            state[event.step] = "in_progress" if event.kind == "start" else "completed"
+        for role, text, labels in said_at(event, task, state, rng):
+            add(event.row, role, text, labels)
+    return turns
 
-    def user(row: int, text: str) -> None:
-        add(row, "user", text, "user|generic")
 
-    def assistant(row: int, text: str, labels: str) -> None:
-        add(row, "assistant", text, labels)
+def said_at(event: Event, task: Task, state: list[str], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """What is said at an event, as (role, text, labels); state: of each step, once the event has happened."""
 
     def one_of(wordings: tuple[str, ...]) -> str:
         return str(rng.choice(wordings))
 
-    for event in story.events:
-        if event.kind == "open":
-            user(event.row, SAY_WISH.format(wish=task.wish))
-            assistant(event.row, SAY_FIRST.format(step=task.steps[0]), "responsive|instruction")
-        elif event.kind == "start":
-            update(event.row, event.step, "start", "in_progress")
-        elif event.kind == "mistake":
-            assistant(event.row, SAY_CAREFUL.format(step=task.steps[event.step]), "initiative|correction")
-        elif event.kind == "complete":
-            update(event.row, event.step, "complete", "completed")
-            if "not_started" in state:
-                suggestion = task.steps[state.index("not_started")]
-                assistant(event.row, one_of(SAY_NEXT).format(step=suggestion), "initiative|instruction,feedback")
-            else:
-                assistant(event.row, one_of(SAY_ALL_DONE), "initiative|feedback")
-        elif event.kind == "question":
-            user(event.row, one_of(ASK))
-            if "in_progress" in state:
-                answer = ANSWER_KEEP_GOING.format(step=task.steps[state.index("in_progress")])
-            else:
-                answer = one_of(ANSWER_NEXT).format(step=task.steps[state.index("not_started")])
-            assistant(event.row, answer, "responsive|instruction")
-    return turns
+    open_step = task.steps[state.index("not_started")] if "not_started" in state else None  # the lowest
+    if event.kind == "open":
+        wish = ("user", SAY_WISH.format(wish=task.wish), "user|generic")
+        return [wish, ("assistant", SAY_FIRST.format(step=task.steps[0]), "responsive|instruction")]
+    if event.kind == "mistake":
+        return [("assistant", SAY_CAREFUL.format(step=task.steps[event.step]), "initiative|correction")]
+    if event.kind == "complete":
+        if open_step is None:
+            return [("assistant", one_of(SAY_ALL_DONE), "initiative|feedback")]
+        return [("assistant", one_of(SAY_NEXT).format(step=open_step), "initiative|instruction,feedback")]
+    if event.kind == "question":
+        question = ("user", one_of(ASK), "user|generic")
+        if "in_progress" in state:
+            answer = ANSWER_KEEP_GOING.format(step=task.steps[state.index("in_progress")])
+        else:
+            answer = one_of(ANSWER_NEXT).format(step=open_step)
+        return [question, ("assistant", answer, "responsive|instruction")]
+    return []
 
 
 def step_times(story: Story) -> list[dict]:
@@ -397,7 +381,7 @@ def named_step(text: str, step_names: list[str]) -> int | None:
 
 
 def says_the_same(reply: str, wanted: str, step_names: list[str]) -> bool:
-    """Whether a reply names the step that `wanted` names; where that names none ("All done. ..."), whether it begins so too."""
+    """Whether a reply names the step that `wanted` names, or, where that names none ("All done. ..."), begins as it."""
     step = named_step(wanted, step_names)
     return reply.split(".")[0] == wanted.split(".")[0] if step is None else named_step(reply, step_names) == step
 
@@ -422,7 +406,10 @@ def seen_looks(story: Story) -> np.ndarray:
 
 
 def draw(story: Story, clean: np.ndarray, subspace: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """The clip's embeddings, [F, D] float16: for each row its clean frame, out of [tasks, L, D], and fresh noise in `subspace` [R, D]."""
+    """The clip's embeddings, [F, D] float16: on each row its clean frame, out of [tasks, L, D], plus fresh noise.
+
+    The noise lies in `subspace` [R, D].
+    """
     noisy = rng.standard_normal((story.num_rows, R), dtype=np.float32) * np.float32(noise)  # [F, R]
     return (clean[story.task][seen_looks(story)] + noisy @ subspace).astype(np.float16)  # [F, D]
 
@@ -445,21 +432,15 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
     if seed < 0:
         raise ProspectError(f"the corpus seed {seed} is negative", where=str(out), remedy="0 or any whole number above")
     if clips < 1 or val_clips < 1:
-        raise ProspectError(
-            f"{clips} training and {val_clips} validation clips asked for",
-            where=str(out),
-            remedy="ask for at least one of each",
-        )
+        what = f"{clips} training and {val_clips} validation clips asked for"
+        raise ProspectError(what, where=str(out), remedy="ask for at least one of each")
     clean = clean_frames(world_looks(), difficulty)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ProspectError(
-                "there is something here already, and it is not overwritten",
-                where=str(out),
-                remedy="remove it or name another directory",
-            )
+            what = "there is something here already, and it is not overwritten"
+            raise ProspectError(what, where=str(out), remedy="remove it or name another directory")
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        with tempfile.TemporaryDirectory(suffix=WRITING, prefix=f".{out.name}.", dir=out.parent) as beside:
             aside = Path(beside) / out.name
             (aside / "embeddings").mkdir(parents=True)
             for split, count in zip(SPLITS, (clips, val_clips)):
@@ -469,13 +450,12 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
                     path = aside / "embeddings" / f"{clip['video_uid']}_{clip['clip_idx']}_embeddings.pkl"
                     path.write_bytes(pickle.dumps(frames, protocol=4))  # named, so that every Python writes the same
                 (aside / f"{split}.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
+            tree_to_disk(aside)
             aside.rename(out)
+            to_disk(out.parent)
     except OSError as error:
-        raise ProspectError(
-            f"the corpus cannot be written: {error.strerror}",
-            where=str(out),
-            remedy="a full corpus takes 0.7 GB, a long or hard one 1.8 GB, in a directory that may be written to",
-        )
+        remedy = "a full corpus takes 0.7 GB, a long or hard one 1.8 GB, in a directory that may be written to"
+        raise ProspectError(f"the corpus cannot be written: {error.strerror}", where=str(out), remedy=remedy) from error
 
 
 def make_clips(
@@ -499,17 +479,9 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
     arguments = parser.parse_args()
-    write_sample(
-        arguments.out,
-        seed=arguments.seed,
-        difficulty=arguments.difficulty,
-        clips=arguments.clips,
-        val_clips=arguments.val_clips,
-    )
-    print(
-        f"{arguments.out}: {arguments.clips} training and {arguments.val_clips} validation clips, "
-        f"{arguments.difficulty}, seed {arguments.seed}"
-    )
+    clips, val_clips, seed, difficulty = arguments.clips, arguments.val_clips, arguments.seed, arguments.difficulty
+    write_sample(arguments.out, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)
+    print(f"{arguments.out}: {clips} training and {val_clips} validation clips, {difficulty}, seed {seed}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
     python -m prospect.show config.yaml [--clip FILE[:ID or INDEX]] [--split train|val] [--all] [section.key=value ...]
     python -m prospect.show config.yaml --html PAGE.html [--versus section.key=value ...]     the same as a page
 
-Prints one clip's sequence as a table: position, token, the frame at each <image>, and the four labels where something is
-learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
-corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page shows
-every token; with --versus, the clip under two configurations stands side by side.
+Prints one clip's sequence as a table: position, token, the frame at each <image>, and the four labels where something
+is learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
+corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page
+shows every token; with --versus, the clip is shown under two configurations side by side.
 """
 
 import argparse
 import sys
 
 from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
+from prospect.clip_files import parse_clip_name
 from prospect.config import Config, load_config
 from prospect.data import Corpus, collate, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
@@ -67,10 +68,12 @@ def print_table(table: list[tuple[str, ...]], colour: bool, fold: bool) -> None:
 
 def chosen_sequences(corpus: Corpus, which: str | None) -> list[int]:
     """The sequences (windows) of the clip with this id or number; by default of the first clip."""
-    wanted = corpus.entries[0].clip if which is None else corpus.files[0].find(which)
+    wanted = corpus.entries[0].clip if which is None else corpus.sources[0].find(which)
     found = [i for i, entry in enumerate(corpus.entries) if entry.file == 0 and entry.clip == wanted]
     if not found:
-        raise ProspectError("the clip gives no sequence", where=str(corpus.files[0].path), remedy="has it any turn?")
+        raise ProspectError(
+            "the clip gives no sequence", where=str(corpus.sources[0].file.path), remedy="has it any turn?"
+        )
     return found
 
 
@@ -80,8 +83,7 @@ def open_corpus(config: Config, clip: str | None, split: str) -> tuple[Corpus, s
     tokenizer = load_tokenizer(config)
     which = None
     if clip is not None:
-        path, colon, which = clip.rpartition(":")
-        path, which = (path, which) if colon else (clip, None)
+        path, which = parse_clip_name(clip)
         setattr(config.data, split, [path])
     return load_corpus(config, tokenizer, split), which, tokenizer
 

@@ -14,7 +14,8 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from prospect.clips import Clip, parse_clip
+from prospect.clip_files import parse_clip
+from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.sequence import Sample, lay_out, make_sample, plan_windows
 from prospect.tokenizer import Tokenizer

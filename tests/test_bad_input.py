@@ -22,7 +22,7 @@ from tiny import VISION_DIM, tiny_clip, tiny_config, write_tiny_config, write_ti
 import infer
 import train
 from prospect import check, evaluate
-from prospect.clips import ClipFile
+from prospect.clip_files import ClipFile
 from prospect.errors import run_entry_point
 from prospect.load import load_for_inference
 from prospect.stream import StreamSession
@@ -466,7 +466,7 @@ def test_a_sound_checkpoint_is_streamed(checkpoint, trained, monkeypatch, capsys
         (["--clip", "none.json"], "none.json: no such clip file"),
         (["--clip", "{val}:nobody"], "val.json: no clip 'nobody' (an id, or a number from 0 to 2)"),
         (["--clip", "{val}:3"], "val.json: no clip '3'"),
-        (["--clip", "{val}:0", "--live", "--clip", "{val}:1"], "--live takes the header of one clip, not of 2"),
+        (["--clip", "{val}:0", "--live", "--clip", "{val}:1"], "--stdin takes the header of one clip, not of 2"),
         (["--clip", "{val}:0", "--checkpoint", "nowhere"], "nowhere: is not a checkpoint"),
         (["--clip", "{val}:0", "--out", "{folder}/no/out.jsonl"], "out.jsonl: cannot be written"),
         (["--clip", "{val}:0", "--out", "{val}"], "--out is the clip file itself"),

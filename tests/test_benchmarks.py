@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ablation
-from prospect.clips import parse_clip
+from prospect.clip_files import parse_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 

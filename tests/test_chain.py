@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from prospect.clips import parse_clip
+from prospect.clip_files import parse_clip
 from prospect.metrics import Counts, match_events
 from prospect.sample import DIFFICULTIES, FPS, Story, act_out, seen_looks, write_clip
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import raw_clip, read
 
-from prospect.clips import ClipFile, fit_rows, load_embeddings, parse_clip
+from prospect.clip_files import ClipFile, fit_rows, load_embeddings, open_source, parse_clip, parse_clip_name
 from prospect.errors import ProspectError
 
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared" / "data" / "assembly101_clip.json"
@@ -380,3 +380,34 @@ def test_the_real_clip_has_no_problem():
     assert [turn.role for turn in clip.turns].count("assistant") == 8
     assert [turn.role for turn in clip.turns].count("DST_UPDATE") == 12
     assert clip.id.endswith("mono10bit_0")
+
+
+def test_a_source_finds_locates_and_loads_a_clip(tmp_path):
+    clips = [raw_clip([("assistant", "Hi", 8, 8)], 5, 8, id=id) for id in ("a", "b")]
+    path = write(tmp_path / "clips.json", clips)
+    (tmp_path / "embeddings").mkdir()
+    np.save(tmp_path / "embeddings" / "b.npy", np.arange(12, dtype=np.float32).reshape(3, 4))  # one row is missing
+    source = open_source(path, None, False)
+    assert source.find("b") == source.find("1") == 1
+    clip, rows, warning = source.load(1, 4)
+    assert source.embeddings_path(clip) == tmp_path / "embeddings" / "b.npy"
+    assert rows.shape == (3, 1, 4) and rows[2, 0].tolist() == [8, 9, 10, 11]
+    assert (clip.id, clip.end_frame, clip.turns[0].end_frame) == ("b", 7, 7)
+    assert warning == f"{path}, clip b: one row fewer than frames; frame 8 is not there"
+
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "elsewhere" / "a.npy", np.ones((4, 4), np.float32))
+    clip, rows, warning = open_source(path, tmp_path / "elsewhere", False).load(0, 4)
+    assert (clip.end_frame, len(rows), warning) == (8, 4, None)
+
+
+def test_names_of_clips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "a:b.json", "a:b.json:c"):
+        write(tmp_path / name, [])
+    assert parse_clip_name("a.json") == ("a.json", None)
+    assert parse_clip_name("a.json:x:1") == ("a.json", "x:1")
+    assert parse_clip_name("a.json:") == ("a.json", "")
+    assert parse_clip_name("a:b.json:d:e") == ("a:b.json", "d:e")
+    assert parse_clip_name("a:b.json:c") == ("a:b.json:c", None)  # a file of that name comes first
+    assert parse_clip_name("absent.json:0") == ("absent.json:0", None)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import train
-from prospect.clips import parse_clip
+from prospect.clip_files import parse_clip
 from prospect.config import DataConfig, load_config
 from prospect.convert import clips_of, prepared_of, to_clip, to_prepared, write_objects
 from prospect.errors import ProspectError

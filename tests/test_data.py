@@ -34,7 +34,7 @@ from conftest import (
 )
 
 from prospect import sequence
-from prospect.clips import ClipFile
+from prospect.clip_files import ClipFile
 from prospect.config import DataConfig, HybridConfig
 from prospect.data import Corpus, collate, epoch_batches, ordered_batches, padding_share
 from prospect.errors import ProspectError

@@ -404,7 +404,7 @@ def test_stopped_and_started_again(tmp_path, monkeypatch):
         run(*command)
     left = list(out.iterdir())
     assert (
-        len(left) == 1 and left[0].name.startswith(".v.mp4.") and left[0].name.endswith(".part")
+        len(left) == 1 and left[0].name.startswith(".v.mp4.") and left[0].name.endswith(".writing")
     )  # nothing half written to be read
     with open(left[0], "ab") as file:
         file.write(b"half a row")

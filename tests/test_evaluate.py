@@ -25,7 +25,7 @@ from tiny import VISION_DIM, tiny_clip, tiny_config
 import train
 from prospect import evaluate, text_metrics
 from prospect.checkpoint import TrainState, read_state, write_state
-from prospect.clips import ClipFile
+from prospect.clip_files import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
 from prospect.decisions import ClipTrace, decision_report, teacher_forced, traces

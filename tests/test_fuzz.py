@@ -18,7 +18,7 @@ import torch
 from conftest import IMAGE, PAD, raw_clip, read, sample_of
 
 import infer
-from prospect.clips import ClipFile, parse_clip
+from prospect.clip_files import ClipFile, parse_clip
 from prospect.config import Config
 from prospect.data import collate
 from prospect.embeddings import read_embeddings

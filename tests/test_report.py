@@ -66,6 +66,15 @@ def hand_clip(first_text: str = "pour the water", goal: str = "Make tea"):
     return read(raw_clip(turns, 10, 29, steps=1, id="c", inferred_goal=goal))
 
 
+def test_the_reference_is_found_whose_file_and_id_hold_colons(tmp_path):
+    file = tmp_path / "a:b.json"
+    file.write_text(json.dumps([raw_clip([], 10, 29, id=id) for id in ("c", "kitchen:12:a", "unseen")]))
+    for which in ("kitchen:12:a", "1"):
+        found = report.reference_clips(f"{file}:{which}", ["c", "kitchen:12:a"])
+        assert {name: clip.id for name, clip in found.items()} == {"kitchen:12:a": "kitchen:12:a"}
+    assert list(report.reference_clips(str(file), ["c", "kitchen:12:a"])) == ["c", "kitchen:12:a"]
+
+
 def embedded(page: Path):
     """The data inside a page, found as a browser finds it: from the data element to the first end of a script."""
     text = page.read_text(encoding="utf-8")

@@ -51,6 +51,18 @@ def test_the_table_of_a_clip_written_by_hand(folder, monkeypatch, capsys):
     )  # learned as it stands
 
 
+def test_a_clip_is_found_whose_file_and_id_hold_colons(folder, monkeypatch, capsys):
+    clips = json.loads((folder / "train.json").read_text())
+    clips[1] |= {"id": "kitchen:12:a", "embeddings": f"{clips[1]['id']}_embeddings.npy"}
+    assert (folder / "embeddings" / clips[1]["embeddings"]).exists()
+    (folder / "a:b.json").write_text(json.dumps(clips))
+    config = write_tiny_config(folder)
+    for name, shown in (("kitchen:12:a", "kitchen:12:a"), ("1", "kitchen:12:a"), ("0", clips[0]["id"])):
+        printed = run_show(monkeypatch, capsys, config, "--clip", f"{folder}/a:b.json:{name}")
+        assert printed.startswith(f"\n{shown}: ")
+    assert run_show(monkeypatch, capsys, config, "--clip", f"{folder}/a:b.json").startswith(f"\n{clips[0]['id']}: ")
+
+
 def test_counts_are_those_that_training_logs(folder, monkeypatch, capsys):
     """One epoch of training, every step logged: its label counts add up to what show prints for the epoch."""
     config_file = write_tiny_config(folder)

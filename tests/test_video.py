@@ -1,4 +1,4 @@
-"""prospect/vision/video.py: the task file, both paces, what the user says, the report; and infer.py --video as a command."""
+"""prospect/vision/video.py: the task file, both paces, what the user says, how real time is kept; and infer.py --video."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from prospect.stream import StreamSession
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.vision import video
 from prospect.vision.tower import load_vision_encoder
-from prospect.vision.video import Report, load_encoder, read_task, unheard, watch
+from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
 from prospect.weights import save_model
 
 Image = pytest.importorskip("PIL.Image")
@@ -156,7 +156,7 @@ def test_the_records_are_those_of_pictures_encoded_and_fed_one_by_one(kitchen, c
                 one_by_one.say(text)
             wanted.append(one_by_one.feed(encoder([torch.from_numpy(array).permute(2, 0, 1)])[0].half()))
 
-    session, report = session_of(checkpoint, clip, "infer.lookahead=5"), Report(Fraction(2))
+    session, report = session_of(checkpoint, clip, "infer.lookahead=5"), Pace(Fraction(2))
     found = list(watch(session, load_encoder(SIGLIP, None, None, session), kitchen, said, Fraction(2), False, report))
     for name in ("frame_idx", "time", "user", "text", "dst_update", "speaking_decision", "dst_state"):
         assert [getattr(record, name) for record in found] == [getattr(record, name) for record in wanted], name
@@ -199,7 +199,7 @@ def test_both_paces_on_a_clock_of_our_own(kitchen, checkpoint, monkeypatch, live
     monkeypatch.setattr(video, "time", clock)
     monkeypatch.setattr(video, "encode_batch", encode_slowly)
     overrides = [f"infer.lookahead={lookahead}", "infer.speaking_threshold=1", "infer.dst_threshold=1"]
-    session, report = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0], *overrides), Report(Fraction(2))
+    session, report = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0], *overrides), Pace(Fraction(2))
     encoder = load_encoder(SIGLIP, None, None, session)
     records = list(watch(session, encoder, kitchen, {}, Fraction(2), live, report))
     assert [record.frame_idx for record in records] == list(range(FRAMES))
@@ -210,7 +210,7 @@ def test_both_paces_on_a_clock_of_our_own(kitchen, checkpoint, monkeypatch, live
 
 def test_live_takes_the_time_of_the_video(kitchen, checkpoint):
     fps = Fraction(20)
-    session, report = session_of(checkpoint, read_task(None, kitchen, fps)[0]), Report(fps)
+    session, report = session_of(checkpoint, read_task(None, kitchen, fps)[0]), Pace(fps)
     encoder = load_encoder(SIGLIP, None, None, session)
     begin = time.perf_counter()
     assert len(list(watch(session, encoder, kitchen, {}, fps, True, report))) == FRAMES
@@ -218,12 +218,12 @@ def test_live_takes_the_time_of_the_video(kitchen, checkpoint):
 
 
 def test_the_report_of_the_drawing_at_the_top():
-    report = Report(Fraction(2))
+    report = Pace(Fraction(2))
     for frame, seconds in enumerate([0.1, 0.6, 1.3, 1.6, 2.1]):
         report.note(frame, 1, seconds)
     line = "5 frames, 2.5 s of video, in 2.1 s (1.19 times real time); worst lag 0.30 s, at 1.0 s of the video"
     assert str(report) == line
-    early = Report(Fraction(2))
+    early = Pace(Fraction(2))
     early.note(2, 8, 0.5)  # a frame that is answered before its moment has no lag
     assert (early.frames, early.worst_lag) == (8, 0.0)
 
@@ -238,12 +238,12 @@ def test_another_width_and_vectors_that_are_not_finite(kitchen, checkpoint, monk
     rows[7, 3, 1] = np.inf
     monkeypatch.setattr(video, "encode_batch", lambda *_: rows)
     with pytest.raises(ProspectError, match="frame 7 gives a vector that is not finite"):
-        list(watch(session, encoder, kitchen, {}, Fraction(2), False, Report(Fraction(2))))
+        list(watch(session, encoder, kitchen, {}, Fraction(2), False, Pace(Fraction(2))))
 
 
 def test_leaving_early_stops_the_decoding(kitchen, checkpoint):
     session = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0], "infer.lookahead=2")
-    encoder, report = load_encoder(SIGLIP, None, None, session), Report(Fraction(2))
+    encoder, report = load_encoder(SIGLIP, None, None, session), Pace(Fraction(2))
     before = threading.active_count()
     records = watch(session, encoder, kitchen, {}, Fraction(2), False, report)
     assert [record.frame_idx for record in itertools.islice(records, 3)] == [0, 1, 2]
@@ -289,7 +289,7 @@ def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, cap
 
 @pytest.mark.parametrize("arguments, message", [
     (["--video", "{kitchen}"], "--video needs --vision"),
-    (["--video", "{kitchen}", "--vision", "{tower}", "--live"], "--live"),
+    (["--video", "{kitchen}", "--vision", "{tower}", "--stdin"], "--stdin"),
     (["--video", "{kitchen}/000.txt", "--vision", "{tower}"], "cannot be opened as a video"),
     (["--video", "{kitchen}", "--vision", "{kitchen}"], "config.json: cannot be read"),
     (["--video", "{kitchen}", "--vision", "{tower}", "--out", "{task}", "--task", "{task}"], "itself"),

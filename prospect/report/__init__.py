@@ -27,10 +27,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from prospect.clips import Clip, ClipFile
+from prospect.clip_files import ClipFile, parse_clip_name
+from prospect.clips import Clip
 from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError
-from prospect.files import read_lines, written_whole
+from prospect.files import read_lines, write_whole
 from prospect.metrics import pair_updates, window_of
 from prospect.model import IGNORE
 from prospect.score import TABLE, ClipScore, read_update, score_clip, summarise
@@ -58,7 +59,7 @@ def write_page(path: str | Path, kind: str, title: str, data: Any) -> None:
     parts["script"] = part("common.js") + part(f"{kind}.js")
     skeleton = part("page.html").split("{{")
     page = skeleton[0] + "".join(parts[name] + rest for name, rest in (piece.split("}}", 1) for piece in skeleton[1:]))
-    with written_whole(Path(path)) as file:
+    with write_whole(Path(path)) as file:
         file.write(
             page.encode("utf-8", "replace")
         )  # half of a surrogate pair can stand in a JSON string, and in no file
@@ -526,11 +527,10 @@ def write_runs(path: str | Path, runs: list[Run]) -> None:
 
 def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
     """The clips of FILE with these ids, or of FILE:ID (or INDEX) that one."""
-    if Path(name).exists():
-        file = ClipFile(name)
+    path, which = parse_clip_name(name)
+    file = ClipFile(path)
+    if which is None:
         return {id: file.clip(file.find(id)) for id in ids}
-    path, colon, which = name.rpartition(":")
-    file = ClipFile(path if colon else name)
     clip = file.clip(file.find(which))
     return {clip.id: clip}
 

@@ -12,7 +12,7 @@ Row k is frame k of the source. With `--clips FILE` the rows of each clip, start
 to files of their own, {clip id}_embeddings.*, which is where training looks for them.
 
 A run that was stopped is started again with the same command: finished sources are passed over, and a source that was
-half done goes on where it was (its rows so far lie in a hidden .part file, whose name depends on all that shapes them).
+half done resumes where it was (its rows so far are kept in a hidden file, whose name depends on all that shapes them).
 A source that cannot be read is reported and left out; the others are done, and the exit status is 2 in the end.
 Several processes deal the sources among themselves by length, the longest first. Decoding is mostly the slower side:
 more processes than GPUs (--nproc_per_node=4 on one GPU) decode several videos at once.
@@ -37,10 +37,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from prospect.clips import ClipFile, clip_id
+from prospect.clip_files import ClipFile, clip_id
 from prospect.embeddings import write_embeddings
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import written_whole
+from prospect.files import WRITING, read_json, write_json
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
@@ -63,7 +63,7 @@ class Settings:
     precision: str  # of the arithmetic; the rows are float16
 
 
-# ---- One source ----------------------------------------------------------------------------------
+# ---- one source ----------------------------------------------------------------------------------
 
 
 def encode_source(
@@ -86,23 +86,18 @@ def encode_source(
                 rows = encode_batch(encoder, [picture for _, picture in batch], settings.precision)  # [B, I, D]
                 bad = np.flatnonzero(~np.isfinite(rows).all(axis=(1, 2)))
                 if len(bad):
-                    raise ProspectError(
-                        f"frame {batch[bad[0]][0]} gives a vector that is not finite in float16",
-                        where=str(source),
-                        remedy="use --precision fp32; if that is what you use, download the checkpoint again",
-                    )
+                    what = f"frame {batch[bad[0]][0]} gives a vector that is not finite in float16"
+                    remedy = "use --precision fp32; if that is what you use, download the checkpoint again"
+                    raise ProspectError(what, where=str(source), remedy=remedy)
                 file.write(rows.tobytes())
                 file.flush()
                 bar.update(len(batch))
-    except ProspectError:  # a broken source stays broken: nothing to go on with next time
+    except ProspectError:  # a broken source stays broken: nothing to resume from next time
         part.unlink()
         raise
     except OSError as error:  # the disk is full, or a picture of a directory cannot be read
-        raise ProspectError(
-            f"{error.strerror}: {error.filename or part}",
-            where=str(source),
-            remedy="make room, or check it may be read",
-        ) from None
+        what = f"{error.strerror}: {error.filename or part}"
+        raise ProspectError(what, where=str(source), remedy="make room, or check it may be read") from None
     return np.memmap(part, dtype=np.float16, mode="r").reshape(-1, *row_shape)
 
 
@@ -162,7 +157,7 @@ def ahead(items: Iterator, size: int) -> Iterator:
         thread.join()
 
 
-# ---- Files ---------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
@@ -170,8 +165,7 @@ def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
 
     Each file is written aside and renamed. The JSON comes first: where the embeddings are, it is, too.
     """
-    with written_whole(path.with_suffix(".json")) as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    write_json(path.with_suffix(".json"), facts)
     write_embeddings(rows, path)
 
 
@@ -190,18 +184,15 @@ def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
         return False
     wanted = asdict(settings) | {"source": source.name, "first_frame": cut.first}
     try:
-        facts = json.loads(cut.path.with_suffix(".json").read_text(encoding="utf-8"))
+        facts = read_json(cut.path.with_suffix(".json"))
         other = [name for name, value in wanted.items() if facts.get(name) != value]
         if cut.last is not None and facts.get("rows") not in (cut.last - cut.first + 1, cut.last - cut.first):
             other.append("rows")
-    except (OSError, ValueError, AttributeError):
+    except ProspectError:
         other = ["how it was made is not known"]
     if other:
-        raise ProspectError(
-            f"is there already, made with other settings ({', '.join(other)})",
-            where=str(cut.path),
-            remedy="give another --out, or remove the file",
-        )
+        what = f"is there already, made with other settings ({', '.join(other)})"
+        raise ProspectError(what, where=str(cut.path), remedy="give another --out, or remove the file")
     return True
 
 
@@ -214,11 +205,8 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
     for source in sources:
         name = source.resolve().name if source.is_dir() else source.stem
         if by_name.setdefault(name, source) != source:
-            raise ProspectError(
-                f"{by_name[name]} and {source} would be written to the same file",
-                where=str(out),
-                remedy="run them with two --out",
-            )
+            what = f"{by_name[name]} and {source} would be written to the same file"
+            raise ProspectError(what, where=str(out), remedy="run them with two --out")
     if clips is None:
         return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
 
@@ -230,21 +218,16 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
         name, first, last = clip_id(clip, index), clip.get("start_frame_idx"), clip.get("end_frame_idx")
         where = f"{clips}: clip {name}"
         if type(first) is not int or type(last) is not int or not 0 <= first <= last or set(name) & set("/\\:\0"):
-            raise ProspectError(
-                f"frames {first!r} to {last!r}, or its id, cannot be written",
-                where=where,
-                remedy="run python -m prospect.check",
-            )
+            what = f"frames {first!r} to {last!r}, or its id, cannot be written"
+            raise ProspectError(what, where=where, remedy="run python -m prospect.check")
         cut = Cut(out / f"{name}_embeddings.{ending}", first, last)
         if cuts[source].setdefault(cut.path, cut) != cut:
-            raise ProspectError(
-                "two clips have this id and different frames", where=where, remedy="give each clip an `id`"
-            )
+            what = "two clips have this id and different frames"
+            raise ProspectError(what, where=where, remedy="give each clip an `id`")
     without = [str(source) for source, of_source in cuts.items() if not of_source]
     if without:
-        raise ProspectError(
-            f"no clip of {', '.join(without[:5])}", where=str(clips), remedy="check the clips' video_uid"
-        )
+        what = f"no clip of {', '.join(without[:5])}"
+        raise ProspectError(what, where=str(clips), remedy="check the clips' video_uid")
     return {source: list(of_source.values()) for source, of_source in cuts.items()}
 
 
@@ -259,7 +242,7 @@ def source_names(clip: object) -> list[str]:
     return [Path(str(clip.get("frames_file", ""))).stem, uid, uid.partition("_")[2]]
 
 
-# ---- The run -------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def deal(lengths: list[int], n_ranks: int) -> list[list[int]]:
@@ -290,16 +273,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("sources", nargs="+", type=Path, metavar="INPUT", help="video, directory of pictures, or .arrow file")
     add("--vision", type=Path, required=True, help="directory of a SigLIP or SmolVLM2 checkpoint")
     add("--out", type=Path, required=True, help="directory for the embeddings, made if missing")
-    add("--fps", type=parse_fps, default=Fraction(2), help="frames a second (default 2)")
-    add("--source-fps", type=parse_fps, help="pictures a second in directories and Arrow files (default: --fps)")
+    add("--fps", type=parse_fps, default=Fraction(2), help="frames per second (default 2)")
+    add("--source-fps", type=parse_fps, help="pictures per second in directories and Arrow files (default: --fps)")
     add("--clips", type=Path, help="clip file (JSON or JSONL): write one file for each clip")
     add("--tokens", type=int, help="SigLIP: 1 (pooled, the default), 5 (and 2x2 means) or 10 (and 3x3 means)")
-    add(
-        "--pool",
-        choices=every_pool,
-        help="SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which remakes files "
-        "that hold the first vector of the first tile and saw nothing else",
+    pool_help = (
+        "SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which remakes files that "
+        "hold the first vector of the first tile and saw nothing else"
     )
+    add("--pool", choices=every_pool, help=pool_help)
     add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
     add("--batch-size", type=int, default=32, help="pictures at a time (default 32)")
     add("--precision", choices=sorted(PRECISIONS), help="default: fp16 on a GPU, fp32 on the CPU")
@@ -319,7 +301,41 @@ def main(argv: list[str] | None = None) -> int:
 
     cuts = plan_cuts(arguments.sources, out, arguments.ending, arguments.clips)
     encoder = load_vision_encoder(arguments.vision, arguments.pool, arguments.tokens)
-    settings = Settings(
+    settings = settings_of(arguments, encoder, device)
+    encoder.to(device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProspectError(f"cannot be made: {error.strerror}", where=str(out), remedy="give another --out") from None
+
+    # Every rank finds the same sources and lengths, so all agree on the dealing without exchanging anything.
+    missing, lengths, unreadable = sources_to_encode(cuts, settings)
+    mine = [missing[i] for i in deal(lengths, n_ranks)[rank]]
+    frames = dict(zip(missing, lengths))
+    if rank == 0:
+        for failure in unreadable:
+            print(f"left out: {failure}", file=sys.stderr)
+        print(
+            f"{len(cuts)} sources: {len(cuts) - len(missing) - len(unreadable)} done, {len(missing)} to encode "
+            f"({sum(lengths)} frames) on {n_ranks} x {device.type} in {settings.precision}, "
+            f"{settings.vectors_per_frame} x {settings.width} numbers a frame"
+        )
+    if n_ranks > 1:  # only to wait for each other in the end: one rank that leaves with an error would end the others
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()  # nobody writes before everybody has seen what is done
+    hidden = True if rank else None  # None: shown on a terminal only
+    with tqdm(total=sum(frames[source] for source in mine), unit="frame", desc="encode", disable=hidden) as bar:
+        failures = encode_all(encoder, mine, cuts, settings, arguments, bar)
+    if n_ranks > 1:
+        failures = gathered(failures, n_ranks)
+    failures += unreadable
+    if rank == 0:
+        print(f"embeddings of {len(cuts) - len(failures)} of {len(cuts)} sources are in {out}")
+    return 2 if failures else 0
+
+
+def settings_of(arguments: argparse.Namespace, encoder: VisionEncoder, device: torch.device) -> Settings:
+    return Settings(
         model=arguments.vision.resolve().name,
         revision=checkpoint_revision(arguments.vision),
         weights_sha256=weights_sha256(encoder),
@@ -330,53 +346,52 @@ def main(argv: list[str] | None = None) -> int:
         width=encoder.config.output_size,
         precision=arguments.precision or ("fp16" if device.type == "cuda" else "fp32"),
     )
-    encoder.to(device)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProspectError(f"cannot be made: {error.strerror}", where=str(out), remedy="give another --out") from None
 
-    # Every rank opens every source for its length (milliseconds), so that all agree on the dealing without a word.
-    failures: list[str] = []
-    missing, lengths = [], []
+
+def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[list[Path], list[int], list[str]]:
+    """The sources that have a file missing, the length of each in frames, and what is wrong with those left out.
+
+    Every such source is opened for its length, which takes milliseconds. Raises ProspectError where a file was made
+    with other settings.
+    """
+    missing, lengths, unreadable = [], [], []
     for source, of_source in cuts.items():
-        if not all([is_done(cut, source, settings) for cut in of_source]):
-            try:
-                lengths.append(count_frames(source, arguments.fps, arguments.source_fps))
-                missing.append(source)
-            except ProspectError as error:
-                if rank == 0:
-                    failures.append(str(error))
-                    print(f"left out: {error}", file=sys.stderr)
-    mine = deal(lengths, n_ranks)[rank]
-    if rank == 0:
-        print(
-            f"{len(cuts)} sources: {len(cuts) - len(missing) - len(failures)} done, {len(missing)} to encode "
-            f"({sum(lengths)} frames) on {n_ranks} x {device.type} in {settings.precision}, "
-            f"{settings.vectors_per_frame} x {settings.width} numbers a frame"
-        )
-    if n_ranks > 1:  # only to wait for each other in the end: one rank that leaves with an error would end the others
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.barrier()  # nobody writes before everybody has seen what is done
+        done = [is_done(cut, source, settings) for cut in of_source]  # all are looked at: each may refuse the run
+        if all(done):
+            continue
+        try:
+            lengths.append(count_frames(source, Fraction(settings.fps), Fraction(settings.source_fps)))
+            missing.append(source)
+        except ProspectError as error:
+            unreadable.append(str(error))
+    return missing, lengths, unreadable
 
-    hidden = True if rank else None  # None: shown on a terminal only
-    with tqdm(total=sum(lengths[i] for i in mine), unit="frame", desc="encode", disable=hidden) as bar:
-        for i in mine:
-            source = missing[i]
-            try:
-                encode_and_write(encoder, source, cuts[source], settings, out, arguments.batch_size, bar)
-            except ProspectError as error:
-                failures.append(str(error))
-                tqdm.write(f"left out: {error}", file=sys.stderr)
 
-    if n_ranks > 1:
-        gathered: list = [None] * n_ranks
-        dist.all_gather_object(gathered, failures)
-        failures = [failure for of_rank in gathered for failure in of_rank]
-        dist.destroy_process_group()
-    if rank == 0:
-        print(f"embeddings of {len(cuts) - len(failures)} of {len(cuts)} sources are in {out}")
-    return 2 if failures else 0
+def encode_all(
+    encoder: VisionEncoder,
+    sources: list[Path],
+    cuts: dict[Path, list[Cut]],
+    settings: Settings,
+    arguments: argparse.Namespace,
+    bar: tqdm,
+) -> list[str]:
+    """Encode this rank's sources; returns what is wrong with those left out."""
+    failures = []
+    for source in sources:
+        try:
+            encode_and_write(encoder, source, cuts[source], settings, arguments.out, arguments.batch_size, bar)
+        except ProspectError as error:
+            failures.append(str(error))
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+    return failures
+
+
+def gathered(failures: list[str], n_ranks: int) -> list[str]:
+    """The failures of all ranks."""
+    of_ranks: list = [None] * n_ranks
+    dist.all_gather_object(of_ranks, failures)
+    dist.destroy_process_group()
+    return [failure for of_rank in of_ranks for failure in of_rank]
 
 
 def encode_and_write(
@@ -384,17 +399,14 @@ def encode_and_write(
 ) -> None:
     """Encode one source, write its files, and remove the rows that were kept meanwhile."""
     identity = json.dumps([str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns, asdict(settings)])
-    part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}.part"
+    part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{WRITING}"
     rows = encode_source(encoder, source, settings, part, batch_size, bar)
     for cut in cuts:
         # A clip that ends one frame after the source was written with its end exclusive; training knows such clips.
         last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
         if last >= len(rows) or cut.first > last:
-            raise ProspectError(
-                f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}",
-                where=str(source),
-                remedy="check the clip's end_frame_idx and --fps",
-            )
+            what = f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}"
+            raise ProspectError(what, where=str(source), remedy="check the clip's end_frame_idx and --fps")
         facts = asdict(settings) | {
             "source": source.name,
             "first_frame": cut.first,

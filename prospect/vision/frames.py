@@ -103,7 +103,7 @@ def _shown(source: Path, source_fps: Fraction) -> Iterator[Shown]:
     return _arrow(source, source_fps) if source.suffix == ARROW_ENDING else _video(source)
 
 
-# ---- Videos --------------------------------------------------------------------------------------
+# ---- videos --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -115,11 +115,8 @@ def _open_video(path: Path) -> Iterator[tuple]:
             raise ProspectError("the file is empty", where=str(path), remedy="copy or record it again")
         container = av.open(str(path))
     except (OSError, av.FFmpegError) as error:
-        raise ProspectError(
-            f"cannot be opened as a video: {error.strerror}",
-            where=str(path),
-            remedy="check that it is a video and whole: an .mp4 that was cut off has lost the index at its end",
-        ) from None
+        remedy = "check that it is a video and whole: an .mp4 that was cut off has lost the index at its end"
+        raise ProspectError(f"cannot be opened as a video: {error.strerror}", where=str(path), remedy=remedy) from None
     with container:
         stream = container.streams.best("video")
         if stream is None:
@@ -135,38 +132,27 @@ def _video(path: Path) -> Iterator[Shown]:
         try:
             for frame in container.decode(stream):
                 if frame.pts is None:
-                    raise ProspectError(
-                        "its pictures carry no timestamps",
-                        where=str(path),
-                        remedy="put it into a container that has them, with its true rate: ffmpeg -r 30 -i IN OUT.mp4",
-                    )
+                    remedy = "put it into a container that has them, with its true rate: ffmpeg -r 30 -i IN OUT.mp4"
+                    raise ProspectError("its pictures carry no timestamps", where=str(path), remedy=remedy)
                 zero = frame.pts if zero is None else zero
                 start = (frame.pts - zero) * frame.time_base
                 if last is not None and start < last.start:
-                    raise ProspectError(
-                        f"its clock runs backwards at {float(last.start):.2f} s",
-                        where=str(path),
-                        remedy="write it anew with one clock: ffmpeg -i IN OUT.mp4",
-                    )
-                last = Shown(
-                    start, start + (frame.duration or 0) * frame.time_base, lambda frame=frame: _upright(frame)
-                )
+                    what = f"its clock runs backwards at {float(last.start):.2f} s"
+                    remedy = "write it anew with one clock: ffmpeg -i IN OUT.mp4"
+                    raise ProspectError(what, where=str(path), remedy=remedy)
+                end = start + (frame.duration or 0) * frame.time_base
+                last = Shown(start, end, lambda frame=frame: _upright(frame))
                 yield last
         except av.FFmpegError as error:
-            raise ProspectError(
-                f"is damaged at {float(last.end) if last else 0:.2f} s: {error.strerror}",
-                where=str(path),
-                remedy="copy it again",
-            ) from None
+            what = f"is damaged at {float(last.end) if last else 0:.2f} s: {error.strerror}"
+            raise ProspectError(what, where=str(path), remedy="copy it again") from None
         if last is None:
             raise ProspectError("holds no pictures", where=str(path), remedy="copy or record it again")
         declared = _declared_seconds(container, stream)
         if last.end < declared - LOST_SECONDS:
-            raise ProspectError(
-                f"ends at {float(last.end):.2f} s of the {float(declared):.2f} s that its header declares",
-                where=str(path),
-                remedy="copy it again; if this is all there is, write it anew: ffmpeg -i IN OUT.mp4",
-            )
+            what = f"ends at {float(last.end):.2f} s of the {float(declared):.2f} s that its header declares"
+            remedy = "copy it again; if this is all there is, write it anew: ffmpeg -i IN OUT.mp4"
+            raise ProspectError(what, where=str(path), remedy=remedy)
 
 
 def _declared_seconds(container, stream) -> Fraction:
@@ -202,7 +188,7 @@ def _upright(frame) -> Tensor:
     return picture.flip([axis for axis, sign in ((2, across), (1, down)) if sign < 0]).contiguous()
 
 
-# ---- Directories of pictures ---------------------------------------------------------------------
+# ---- directories of pictures ---------------------------------------------------------------------
 
 
 def _directory(folder: Path, source_fps: Fraction, warn: bool = True) -> Iterator[Shown]:
@@ -212,24 +198,15 @@ def _directory(folder: Path, source_fps: Fraction, warn: bool = True) -> Iterato
             continue
         digits = re.findall(r"\d+", path.stem)
         if not digits:
-            raise ProspectError(
-                f"the name of {path.name!r} has no number to say when it is shown",
-                where=str(folder),
-                remedy="number the pictures",
-            )
+            what = f"the name of {path.name!r} has no number to say when it is shown"
+            raise ProspectError(what, where=str(folder), remedy="number the pictures")
         other = by_number.setdefault(int(digits[-1]), path)
         if other is not path:
-            raise ProspectError(
-                f"{other.name!r} and {path.name!r} have the same number",
-                where=str(folder),
-                remedy="one directory for each source",
-            )
+            what = f"{other.name!r} and {path.name!r} have the same number"
+            raise ProspectError(what, where=str(folder), remedy="one directory for each source")
     if not by_number:
-        raise ProspectError(
-            f"holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})",
-            where=str(folder),
-            remedy="name videos and .arrow files themselves",
-        )
+        what = f"holds no pictures ({', '.join(sorted(PICTURE_ENDINGS))})"
+        raise ProspectError(what, where=str(folder), remedy="name videos and .arrow files themselves")
     numbers = sorted(by_number)
     missing = numbers[-1] - numbers[0] + 1 - len(numbers)
     if missing and warn:
@@ -275,24 +252,19 @@ def _arrow_columns(path: Path) -> Iterator[Sequence]:
     pyarrow = _optional("pyarrow", "Arrow files")
     try:
         with pyarrow.memory_map(str(path)) as file:
-            is_file_format = (
-                file.read(6) == b"ARROW1"
-            )  # with an index at the end; the `datasets` library writes streams
+            # With an index at the end. The `datasets` library writes streams, which have none.
+            is_file_format = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)
             if "frame" not in reader.schema.names:
-                raise ProspectError(
-                    f"has columns {', '.join(reader.schema.names)[:200]}, none named 'frame'",
-                    where=str(path),
-                    remedy="give ProAssist's frames, not its features",
-                )
+                what = f"has columns {', '.join(reader.schema.names)[:200]}, none named 'frame'"
+                raise ProspectError(what, where=str(path), remedy="give ProAssist's frames, not its features")
             batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file_format else reader
             for batch in batches:
                 yield batch.column("frame")
     except (OSError, pyarrow.ArrowException) as error:
-        raise ProspectError(
-            f"cannot be read as an Arrow file: {error}", where=str(path), remedy="copy it again"
-        ) from None
+        what = f"cannot be read as an Arrow file: {error}"
+        raise ProspectError(what, where=str(path), remedy="copy it again") from None
 
 
 def _decode_row(value: object, where: str) -> Tensor:
@@ -304,12 +276,10 @@ def _decode_row(value: object, where: str) -> Tensor:
     return decode_picture(data, where)
 
 
-def _optional(package: str, what: str):
-    """Import a package of requirements-vision.txt, or say that it is needed for `what`."""
+def _optional(package: str, use: str):
+    """Import a package of requirements-vision.txt, or report that it is needed for `use`."""
     try:
         return __import__(package)
     except ImportError:
-        raise ProspectError(
-            f"{what} need the package {package}, which is not installed",
-            remedy="pip install -r requirements-vision.txt",
-        ) from None
+        what = f"{use} need the package {package}, which is not installed"
+        raise ProspectError(what, remedy="pip install -r requirements-vision.txt") from None

@@ -27,7 +27,6 @@ Dimensions: B pictures, P patches, C width of the tower, D width of what comes o
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable
@@ -41,12 +40,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prospect.errors import ProspectError
+from prospect.files import read_json
 
 POOLS = {"siglip": ("pooled",), "smolvlm": ("mean", "all", "top-left-tile")}  # the first of each is the default
 GRID_OF_TOKENS = {1: 0, 5: 2, 10: 3}  # SigLIP: I vectors a frame = the pooled one + this many squared means
 
 
-# ---- What the directory says ---------------------------------------------------------------------
+WANTED = "give the directory of a downloaded SigLIP or SmolVLM2 checkpoint"
+
+# ---- what the directory says ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -87,16 +89,12 @@ class Preprocessing:
 def read_config(directory: Path) -> VisionConfig:
     """The tower's shape from `directory`/config.json. ProspectError when it is not a SigLIP or SmolVLM checkpoint."""
     where = str(directory / "config.json")
-    whole = _read_json(directory / "config.json")
-    model_type = {"siglip": "siglip", "siglip_vision_model": "siglip", "smolvlm": "smolvlm"}.get(
-        whole.get("model_type")
-    )
+    whole = read_json(directory / "config.json", if_missing=WANTED)
+    families = {"siglip": "siglip", "siglip_vision_model": "siglip", "smolvlm": "smolvlm"}
+    model_type = families.get(whole.get("model_type"))
     if model_type is None:
-        raise ProspectError(
-            f"model_type {whole.get('model_type')!r} is not a vision tower that is known here",
-            where=where,
-            remedy="give the directory of a SigLIP or SmolVLM2 checkpoint",
-        )
+        what = f"model_type {whole.get('model_type')!r} is not a vision tower that is known here"
+        raise ProspectError(what, where=where, remedy=WANTED)
     # Files leave out what equals the family's default, so the defaults belong to the format.
     defaults = {
         "hidden_act": "gelu_pytorch_tanh",
@@ -113,17 +111,14 @@ def read_config(directory: Path) -> VisionConfig:
     if fields.get("vision_use_head", True) is False:
         raise ProspectError("this SigLIP has no pooling head", where=where, remedy="use a checkpoint that has one")
     if fields["hidden_act"] not in ("gelu_pytorch_tanh", "gelu"):
-        raise ProspectError(
-            f"activation {fields['hidden_act']!r} is not known here", where=where, remedy="use a GELU tower"
-        )
-    output_size = (
-        fields["hidden_size"] if model_type == "siglip" else (whole.get("text_config") or {}).get("hidden_size")
-    )
+        what = f"activation {fields['hidden_act']!r} is not known here"
+        raise ProspectError(what, where=where, remedy="use a GELU tower")
+    text_width = (whole.get("text_config") or {}).get("hidden_size")
+    output_size = fields["hidden_size"] if model_type == "siglip" else text_width
     for name, value in [*((name, fields[name]) for name in defaults), ("text_config.hidden_size", output_size)]:
         if name not in ("hidden_act", "layer_norm_eps") and (type(value) is not int or value < 1):
-            raise ProspectError(
-                f"{name} is {value!r}, wanted a positive whole number", where=where, remedy="copy it again"
-            )
+            what = f"{name} is {value!r}, wanted a positive whole number"
+            raise ProspectError(what, where=where, remedy="copy it again")
     config = VisionConfig(
         model_type=model_type,
         scale_factor=1 if model_type == "siglip" else whole.get("scale_factor", 2),
@@ -131,12 +126,9 @@ def read_config(directory: Path) -> VisionConfig:
         **{name: fields[name] for name in defaults},
     )
     if config.hidden_size % config.num_attention_heads or config.grid < 1 or config.grid % config.scale_factor:
-        raise ProspectError(
-            f"width {config.hidden_size} with {config.num_attention_heads} heads, a grid of {config.grid} patches with "
-            f"scale_factor {config.scale_factor}: one does not divide the other",
-            where=where,
-            remedy="copy the checkpoint again",
-        )
+        heads, grid = f"width {config.hidden_size} with {config.num_attention_heads} heads", f"a grid of {config.grid}"
+        what = f"{heads}, {grid} patches with scale_factor {config.scale_factor}: one does not divide the other"
+        raise ProspectError(what, where=where, remedy="copy the checkpoint again")
     return config
 
 
@@ -148,7 +140,7 @@ def read_preprocessing(directory: Path, config: VisionConfig) -> Preprocessing:
     path = directory / "preprocessor_config.json"
     if not path.exists() and (directory / "processor_config.json").exists():
         path = directory / "processor_config.json"
-    settings = _read_json(path)
+    settings = read_json(path, if_missing=WANTED)
     settings = settings.get("image_processor", settings)
     where = str(path)
 
@@ -161,18 +153,14 @@ def read_preprocessing(directory: Path, config: VisionConfig) -> Preprocessing:
     missing = [name for name in ("do_resize", "do_normalize") if not settings.get(name, True)]
     missing += [name for name in ("do_center_crop",) if settings.get(name)]
     if kernel is None or missing or (config.model_type == "smolvlm" and type(longest_edge) is not int):
-        raise ProspectError(
-            f"resample {settings.get('resample')!r}, size {size}, {', '.join(missing) or 'no crop'}: "
-            "not a preprocessing that is known here",
-            where=where,
-            remedy="give the preprocessor_config.json that was published with the checkpoint",
-        )
+        asked = f"resample {settings.get('resample')!r}, size {size}, {', '.join(missing) or 'no crop'}"
+        what = f"{asked}: not a preprocessing that is known here"
+        remedy = "give the preprocessor_config.json that was published with the checkpoint"
+        raise ProspectError(what, where=where, remedy=remedy)
     if any(side != config.image_size for side in sides):
-        raise ProspectError(
-            f"pictures become {' x '.join(map(str, sides))} pixels, the tower has positions for {config.image_size}",
-            where=where,
-            remedy="give the preprocessor_config.json that was published with the checkpoint",
-        )
+        what = f"pictures become {' x '.join(map(str, sides))} pixels, the tower has positions for {config.image_size}"
+        remedy = "give the preprocessor_config.json that was published with the checkpoint"
+        raise ProspectError(what, where=where, remedy=remedy)
     mean, std = tuple(settings.get("image_mean", ())), tuple(settings.get("image_std", ()))
     if len(mean) != 3 or len(std) != 3 or 0 in std:
         raise ProspectError("image_mean or image_std is not three numbers", where=where, remedy="copy the file again")
@@ -187,36 +175,22 @@ def read_preprocessing(directory: Path, config: VisionConfig) -> Preprocessing:
     )
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ProspectError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy="give the directory of a downloaded checkpoint"
-        ) from None
-    except ValueError as error:
-        raise ProspectError(f"is not JSON: {error}", where=str(path), remedy="copy it again") from None
-    if not isinstance(content, dict):
-        raise ProspectError("is not a JSON object", where=str(path), remedy="copy it again")
-    return content
+# ---- preparing a picture -------------------------------------------------------------------------
 
 
-# ---- Preparing a picture -------------------------------------------------------------------------
+def bicubic(x: Tensor) -> Tensor:
+    """The cubic convolution of Keys (1981) with a = -1/2."""
+    x = x.abs()
+    return torch.where(x < 1, (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2)
 
 
 KERNELS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {  # name: (how far it reaches, weight at distance x)
     "bilinear": (1.0, lambda x: 1 - x.abs()),
-    "bicubic": (  # Keys (1981) with a = -1/2
-        2.0,
-        lambda x: torch.where(
-            x.abs() < 1, (1.5 * x.abs() - 2.5) * x**2 + 1, ((-0.5 * x.abs() + 2.5) * x.abs() - 4) * x.abs() + 2
-        ),
-    ),
+    "bicubic": (2.0, bicubic),
     "lanczos": (3.0, lambda x: torch.sinc(x) * torch.sinc(x / 3)),
 }
-FIXED_POINT = (
-    22  # Pillow's weights are integers of 1/2^22: 8 bits of pixel + 22 + room for a sign and an overshoot = 32
-)
+# Pillow's weights are integers of 1/2^22: 8 bits of pixel + 22 + room for a sign and an overshoot = 32.
+FIXED_POINT = 22
 
 
 @lru_cache(maxsize=64)
@@ -284,9 +258,8 @@ def prepare(pictures: list[Tensor], preprocessing: Preprocessing, tile: bool = F
         for i, picture in zip(members, group):
             out[i] = picture
     pixels = torch.stack(out).float() * preprocessing.rescale  # [B, 3, S, S]
-    mean, std = (
-        torch.tensor(values, device=pixels.device)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean = torch.tensor(preprocessing.mean, device=pixels.device)[:, None, None]
+    std = torch.tensor(preprocessing.std, device=pixels.device)[:, None, None]
     return (pixels - mean) / std
 
 
@@ -309,7 +282,7 @@ def whole_tiles_size(height: int, width: int, side: int) -> tuple[int, int]:
     return height, math.ceil(int(height * aspect) / side) * side
 
 
-# ---- The tower -----------------------------------------------------------------------------------
+# ---- the tower -----------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -323,9 +296,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, P, C = x.shape
-        q, k, v = (
-            self.qkv(x).view(B, P, 3, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        )  # 3 x [B, N, P, C/N]
+        qkv = self.qkv(x).view(B, P, 3, self.n_heads, C // self.n_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 x [B, N, P, C/N]
         mixed = F.scaled_dot_product_attention(q, k, v)  # no mask: the picture is all there at once
         return self.out(mixed.transpose(1, 2).reshape(B, P, C))
 
@@ -392,9 +364,8 @@ class PoolingHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, P, C = x.shape
         q = self.query(self.probe).view(1, 1, self.n_heads, C // self.n_heads).transpose(1, 2)  # [1, N, 1, C/N]
-        k, v = (
-            self.key_value(x).view(B, P, 2, self.n_heads, C // self.n_heads).permute(2, 0, 3, 1, 4)
-        )  # 2 x [B, N, P, C/N]
+        key_value = self.key_value(x).view(B, P, 2, self.n_heads, C // self.n_heads)
+        k, v = key_value.permute(2, 0, 3, 1, 4)  # 2 x [B, N, P, C/N]
         mixed = F.scaled_dot_product_attention(q.expand(B, -1, -1, -1), k, v)  # [B, N, 1, C/N]
         pooled = self.out(mixed.transpose(1, 2).reshape(B, C))
         return pooled + self.mlp(self.norm(pooled))
@@ -472,7 +443,7 @@ class VisionEncoder(nn.Module):
         return vectors if self.pool == "all" else vectors[:, :1]
 
 
-# ---- Reading the weights -------------------------------------------------------------------------
+# ---- reading the weights -------------------------------------------------------------------------
 
 
 def tensor_names(config: VisionConfig) -> dict[str, list[str]]:
@@ -522,14 +493,11 @@ def load_vision_encoder(directory: Path, pool: str | None = None, tokens: int | 
     preprocessing = read_preprocessing(directory, config)
     pool = pool or POOLS[config.model_type][0]
     tokens = tokens or 1
-    if pool not in POOLS[config.model_type] or tokens not in (
-        (1,) if config.model_type == "smolvlm" else GRID_OF_TOKENS
-    ):
-        raise ProspectError(
-            f"pooling {pool!r} with {tokens} tokens a frame is not what a {config.model_type} tower gives",
-            where=str(directory),
-            remedy="SigLIP: 1, 5 or 10 tokens, pooled; SmolVLM2: mean, all or top-left-tile",
-        )
+    offered = GRID_OF_TOKENS if config.model_type == "siglip" else (1,)
+    if pool not in POOLS[config.model_type] or tokens not in offered:
+        what = f"pooling {pool!r} with {tokens} tokens a frame is not what a {config.model_type} tower gives"
+        remedy = "SigLIP: 1, 5 or 10 tokens, pooled; SmolVLM2: mean, all or top-left-tile"
+        raise ProspectError(what, where=str(directory), remedy=remedy)
     with torch.device("meta"):  # no memory is filled with random numbers that are replaced at once
         encoder = VisionEncoder(config, preprocessing, pool, tokens)
     encoder.load_state_dict(_read_tensors(directory, encoder), assign=True)
@@ -538,17 +506,14 @@ def load_vision_encoder(directory: Path, pool: str | None = None, tokens: int | 
 
 def _read_tensors(directory: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
     index = directory / "model.safetensors.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     opened = {}
     for name in files:
         try:
             file = safetensors.safe_open(directory / name, framework="pt")
         except Exception as error:  # OSError when it is not there, SafetensorError when it is broken
-            raise ProspectError(
-                f"cannot be read: {error}",
-                where=str(directory / name),
-                remedy="download the safetensors of the checkpoint again",
-            ) from None
+            remedy = "download the safetensors of the checkpoint again"
+            raise ProspectError(f"cannot be read: {error}", where=str(directory / name), remedy=remedy) from None
         opened |= dict.fromkeys(file.keys(), file)
 
     # The tower is called vision_model.X in SigLIP, model.vision_model.X in SmolVLM, or X alone when saved by itself.
@@ -575,17 +540,13 @@ def _read_tensors(directory: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
         problems += [f"{name} is missing" for name in absent]
         if not absent:
             state[ours] = torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
-            if state[ours].shape != parameters[ours].shape:
-                problems.append(
-                    f"{theirs[0]} has shape {list(state[ours].shape)}, wanted {list(parameters[ours].shape)}"
-                )
+            shape, wanted = list(state[ours].shape), list(parameters[ours].shape)
+            if shape != wanted:
+                problems.append(f"{theirs[0]} has shape {shape}, wanted {wanted}")
     if problems:
         more = "; ..." if len(problems) > 8 else ""
-        raise ProspectError(
-            f"{len(problems)} tensors do not fit config.json: {'; '.join(problems[:8])}{more}",
-            where=str(directory),
-            remedy="download the whole checkpoint again",
-        )
+        what = f"{len(problems)} tensors do not fit config.json: {'; '.join(problems[:8])}{more}"
+        raise ProspectError(what, where=str(directory), remedy="download the whole checkpoint again")
     return state
 
 

@@ -42,7 +42,8 @@ import numpy as np
 import torch
 import yaml
 
-from prospect.clips import Clip, parse_clip
+from prospect.clip_files import parse_clip
+from prospect.clips import Clip, unpaired_surrogate
 from prospect.dst import STATES
 from prospect.errors import ProspectError
 from prospect.stream import Frame, FrameRecord, StreamSession, advance
@@ -54,13 +55,13 @@ TASK_KEYS = {"goal", "steps", "knowledge", "system", "say"}
 STEP_KEYS = {"id", "name", "state"}
 SAY_KEYS = {"time", "text"}
 
-Said = dict[int, list[str]]  # by frame: what the user says right before it
+UserTexts = dict[int, list[str]]  # by frame: what the user says right before it
 
 
 # ---- the task ------------------------------------------------------------------------------------
 
 
-def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, Said]:
+def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, UserTexts]:
     """The video as a clip without turns of its own, and what the user says in it.
 
     Frame 0 is the video's beginning. What is said at a time is heard at the first frame at or after it. Without a path
@@ -99,7 +100,7 @@ def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, Said
             raise ProspectError(what, where=f"{where}, say[{number}], time", remedy="write a number, like 12.5")
         text = _text(item, "text", f"{where}, say[{number}]", required=True)
         spoken.append((Fraction(str(seconds)), text))  # by way of text: 0.1 is then a tenth, as it was written
-    said: Said = {}
+    said: UserTexts = {}
     for exact, text in sorted(spoken, key=lambda pair: pair[0]):
         said.setdefault(math.ceil(exact * fps), []).append(text)
     return replace(clip, initial_state=state), said
@@ -143,8 +144,8 @@ def _text(values: dict[str, Any], key: str, where: str, required: bool = False) 
     if not isinstance(text, str) or not text.strip():
         what = f"must be text, not {text!r:.40}"
         raise ProspectError(what, where=f"{where}, {key}", remedy="write it, in quotes if YAML takes it for a number")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ProspectError("holds half a surrogate pair", where=f"{where}, {key}", remedy="write real Unicode")
+    if what := unpaired_surrogate(text):
+        raise ProspectError(what, where=f"{where}, {key}", remedy="write real Unicode")
     return text.strip()
 
 
@@ -162,7 +163,7 @@ def load_encoder(directory: Path, pool: str | None, tokens: int | None, session:
 
 
 @dataclass
-class Report:
+class Pace:
     """How well the stream kept up with the video; seconds count from the first picture."""
 
     fps: Fraction
@@ -187,9 +188,9 @@ class Report:
 
 
 def watch(
-    session: StreamSession, encoder: VisionEncoder, video: Path, said: Said, fps: Fraction, live: bool, report: Report
+    session: StreamSession, encoder: VisionEncoder, video: Path, said: UserTexts, fps: Fraction, live: bool, pace: Pace
 ) -> Iterator[FrameRecord]:
-    """Stream a video, a directory of pictures or an Arrow file, one record a frame; `report` is kept up to date.
+    """Stream a video, a directory of pictures or an Arrow file, one record a frame; `pace` is kept up to date.
 
     Raises ProspectError where the source cannot be decoded further, or a frame cannot be streamed.
     """
@@ -220,10 +221,10 @@ def watch(
                 first = session.frame_idx
                 [records] = advance([session], [frames])
                 frames = frames[len(records) :]
-                report.note(first, len(records), time.perf_counter() - begin)
+                pace.note(first, len(records), time.perf_counter() - begin)
                 yield from records
 
 
-def unheard(said: Said, num_frames: int) -> list[str]:
+def unheard(said: UserTexts, num_frames: int) -> list[str]:
     """What the user would have said after the last frame."""
     return [text for frame in sorted(said) if frame >= num_frames for text in said[frame]]
