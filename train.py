@@ -63,12 +63,14 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_lines, written_whole
-from prospect.lora import parameter_groups, set_trainable
+from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, count_labels, loss_terms
-from prospect.weights import describe_memory, load_state
+from prospect.tune import parameter_groups, set_trainable
+from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to go on
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
+MAX_SKIPS = 20  # with train.nonfinite=skip, steps skipped one after another before the run stops all the same
 SHOWN_LOSSES = {"say": "speaking_gen", "speak?": "speaking_binary", "upd": "dst_gen", "upd?": "dst_binary"}
 
 
@@ -367,7 +369,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                 state.skipped, skips = state.skipped + 1, skips + 1
                 overflow = scaler.is_enabled() and bool(torch.isfinite(loss))  # fp16: the loss scale was too large
                 line = not_finite(state.step + 1, micro, parts, loss, ranks)
-                if skips > config.train.max_skips or (config.train.nonfinite == "stop" and not overflow):
+                if skips > MAX_SKIPS or (config.train.nonfinite == "stop" and not overflow):
                     remedy = "look at these clips' embeddings; lower train.learning_rate; or train.nonfinite=skip"
                     together(lambda: refuse(line, str(run), remedy), ranks)
                 if ranks.main:

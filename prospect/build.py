@@ -8,14 +8,11 @@ from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus
 from prospect.errors import ProspectError
-from prospect.lora import storage_dtype
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
-from prospect.tokenizer import Tokenizer, train_tokenizer
-from prospect.weights import check_vocabulary
-
-_ROLE_MARKS = {"user": "User: ", "assistant": "Assistant: ", "DST_UPDATE": "[DST_UPDATE] "}
+from prospect.tokenizer import SPOKEN, Tokenizer, train_tokenizer
+from prospect.tune import storage_dtype
 
 
 def run_directory(config: Config) -> Path:
@@ -35,7 +32,7 @@ def make_sample_corpus(config: Config) -> None:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The backbone's tokenizer, or for a model from scratch a small BPE trained on the training clips, kept with the run."""
+    """The backbone's tokenizer, or from scratch a small BPE trained on the training clips and kept with the run."""
     if config.model.backbone is not None:
         return Tokenizer(config.model.backbone, config.data.template)
     if config.data.template != "plain":
@@ -43,7 +40,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         raise ProspectError(what, where="config", remedy="data.template=plain for a model trained from scratch")
     directory = run_directory(config) / "tokenizer"
     if not (directory / "tokenizer_config.json").exists():
-        # Bad clips are told of, or left out, before anything is learned from them and written.
+        # Bad clips are refused, or left out, before anything is learned from them and written.
         sources = [
             open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in config.data.train
         ]
@@ -58,7 +55,7 @@ def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
     for clip in clips:
         yield clip_prompt(clip, clip.initial_state, config.data)
         for said in lay_out(clip, config.data, 0.0, 0, 0).said:
-            yield _ROLE_MARKS[said.role] + said.text
+            yield f"{SPOKEN[said.role]} {said.text}"  # as the plain template writes it
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
@@ -90,7 +87,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 
 
 def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
-    """A new model: from the backbone's weights, or from scratch. The same on every rank: all that is random is seeded."""
+    """A new model: from the backbone's weights, or from scratch. Everything random is seeded: all ranks agree."""
     if config.model.backbone is None:
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)
@@ -104,5 +101,5 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         dtype=storage_dtype(config.train),
         seed=config.run.seed,
     )
-    check_vocabulary(tokenizer, model.config)
+    tokenizer.check_vocabulary(model.config.vocab_size)
     return model

@@ -43,15 +43,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from prospect.config import Config, TrainConfig, make_config, to_dict
+from prospect.config import Config, TrainConfig, make_config, to_dict, without_retired
 from prospect.data import Corpus
 from prospect.distributed import Ranks, gather_objects, on_main, shard_like, together, whole
 from prospect.embeddings import find_embeddings
 from prospect.errors import ProspectError, run_entry_point
-from prospect.lora import checkpoint_names
 from prospect.model import Prospect
 from prospect.sequence import generator
 from prospect.tokenizer import Tokenizer
+from prospect.tune import checkpoint_names
 from prospect.weights import hf_config, parse_config, read_json, save_state, write_json
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -299,7 +299,7 @@ def read_config(directory: Path) -> Config:
     """The configuration a checkpoint was trained with."""
     path = directory / "config.yaml"
     try:
-        return make_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return make_config(without_retired(yaml.safe_load(path.read_text(encoding="utf-8"))), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a checkpoint (no config.yaml)"
         raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error

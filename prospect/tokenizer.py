@@ -195,6 +195,17 @@ class Tokenizer:
         written = {id: self.text_backend.decode([id], skip_special_tokens=False) for id in ids}
         return {text: id for id, text in written.items() if text.isascii() and text.isprintable() and text}
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """That a model of `vocab_size` tokens knows every token this can give, <image> apart. Raises ProspectError."""
+        t = self.template
+        beyond = [name for name in (t.bos, t.open, t.close, t.end) if name and self.ids[name] >= vocab_size]
+        words = self.text_backend.get_vocab_size()
+        if beyond or words > vocab_size:
+            what = f"the tokenizer's {', '.join(beyond)}" if beyond else f"the tokenizer's {words} words"
+            what += f" lie beyond the model's vocabulary of {vocab_size}"
+            remedy = "tokenizer and weights must belong together"
+            raise ProspectError(what, where=str(self.directory), remedy=remedy)
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json (with <image>) and the special tokens' names, as Hugging Face names them."""
         (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
