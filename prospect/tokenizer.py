@@ -41,15 +41,15 @@ class Template:
 
     The end token is learned as part of the turn; `after` (the line break of chatml and smolvlm) is not. System, user
     and assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's, llama3
-    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 begin the system turn with
+    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 start the system turn with
     "Cutting Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made.
     """
 
     bos: str  # control token before everything, or ""
-    open: str  # control token that begins a header, or "": then roles are words (SPOKEN)
+    open: str  # control token that starts a header, or "": then roles are words (SPOKEN)
     close: str  # control token behind the role, or ""
     line_break: str  # ends a header that has control tokens
-    gap: str  # begins the content's text
+    gap: str  # starts the content's text
     end: str  # control token that ends a turn
     after: str
     strip: bool = False  # white space around the content is dropped, as in Llama 3's
@@ -74,7 +74,7 @@ SPOKEN = {"system": "System:", "user": "User:", "assistant": "Assistant:", "DST_
 
 
 def make_template(name: str, bos: str, eos: str) -> Template:
-    """The plain template begins with bos and ends turns with eos, the tokenizer's own ("": none)."""
+    """The plain template starts with bos and ends turns with eos, the tokenizer's own ("": none)."""
     if name == "plain":
         return Template(bos, open="", close="", line_break="", gap=" ", end=eos, after="")
     if name == "chatml":

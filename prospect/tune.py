@@ -71,7 +71,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B stand below them."""
+    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B come beside them."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
         nn.Module.__init__(self)  # not Linear's, which would allocate a weight: ours is the base layer's own

@@ -78,7 +78,7 @@ NEUTRAL = {
 # The table of names, both ways: what Hugging Face calls our `model.`, by kind of checkpoint. All that follows it, and
 # all other names, are the same on both sides.
 TEXT_PREFIX = {"llama": "model.", "smolvlm": "model.text_model."}
-# What stands beside the text model and is left alone: SmolVLM2's eyes, and a buffer that old Llama files carry.
+# What is beside the text model and is ignored: SmolVLM2's vision tower, and a buffer that old Llama files carry.
 LEFT_ALONE = ("model.vision_model.", "model.connector.")
 OLD_BUFFER = ".rotary_emb.inv_freq"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "smolvlm": "SmolVLMForConditionalGeneration"}
@@ -112,7 +112,7 @@ class Fields:
         self.values, self.problems = values, problems
 
     def number(self, key: str, default: float | None, low: float, high: float) -> Any:
-        """A number between low and high, and a whole one where the limits are. Absent and null mean the default."""
+        """A number between low and high, an int where the limits are ints. Absent and null mean the default."""
         value = default if self.values.get(key) is None else self.values[key]
         kind = int if isinstance(low, int) else int | float
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
@@ -173,7 +173,7 @@ def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     if shape["head_dim"] % 2:
         problems.append(f"head_dim {shape['head_dim']} is odd")
     shape |= {key: text.flag(key, False) for key in ("attention_bias", "mlp_bias")}
-    # Of a SmolVLM2, the outer field counts: the LM head stands outside the text model.
+    # Of a SmolVLM2, the outer field counts: the LM head is outside the text model.
     shape["tie_word_embeddings"] = outer.flag("tie_word_embeddings", False)
 
     config = ModelConfig(**shape, **parse_rope(text), **parse_settings(outer))
@@ -374,7 +374,7 @@ def load_model(
     config = settled_config(values, given, directory)
     backbone = Path(config.backbone)
 
-    # Which tensors lie in which file, and which are new.
+    # Which tensor is in which file, and which are new.
     model = meta_model(config)
     shapes = expected_shapes(model)
     new = set() if is_checkpoint else {name for name in shapes if is_ours(name)}
@@ -454,7 +454,7 @@ def check_backbone(backbone: Path, config: ModelConfig, where: str) -> None:
 
 
 def check_tied(embeddings: Stored, head: Stored) -> None:
-    """Some files hold the tied LM head a second time: it must then say the same."""
+    """Some files hold the tied LM head a second time: both must then be equal."""
     first, second = (open_file(entry.path).get_tensor(entry.name) for entry in (embeddings, head))
     if not torch.equal(first, second):
         what = "tie_word_embeddings is true, but lm_head.weight differs from the embeddings"
@@ -535,7 +535,7 @@ def probe(model: Prospect) -> Tensor:
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Write a checkpoint as a whole model: transformer with adapters merged in fp32, projector, heads and tokenizer.
+    """Write a checkpoint as a complete model: transformer with adapters merged in fp32, projector, heads and tokenizer.
 
     Returns the largest differences between the answers of the checkpoint, of the merged model, and of what was written
     and read again; `dtype` is the type written, whose rounding the last one shows. `out` appears only when all is well.
