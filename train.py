@@ -34,7 +34,7 @@ from tqdm import tqdm
 from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
-from prospect.config import Config, TrainConfig, load_config, to_dict
+from prospect.config import Config, TrainConfig, load_config, to_dict, torch_dtype
 from prospect.data import (
     Corpus,
     DataOrder,
@@ -63,10 +63,11 @@ from prospect.distributed import (
     without_sync,
 )
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import read_lines, write_whole
-from prospect.lora import parameter_groups, set_trainable
+from prospect.files import read_lines, write_text
+from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms
-from prospect.weights import describe_memory, load_state
+from prospect.tune import parameter_groups, set_trainable
+from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
@@ -167,8 +168,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     log = None
     with together(ranks):
         if ranks.main:
-            with written_whole(run / "config.yaml") as file:
-                file.write(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+            write_text(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
             log = MetricsLog(run / "metrics.jsonl", state)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
@@ -285,7 +285,7 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
     """A context for forward passes: matrices in bf16 or fp16, sums and losses in fp32."""
     if config.precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16 if config.precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, dtype=torch_dtype(config.precision))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -440,8 +440,7 @@ class MetricsLog:
                     numbers = json.loads(line)
                     if numbers["step"] <= (state.evaluated_step if "evaluation" in numbers else state.step):
                         kept.append(line + "\n")
-        with write_whole(path) as file:
-            file.write("".join(kept).encode())
+        write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, numbers: dict) -> None:

@@ -27,9 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from benchmarks.limits import read_bandwidth, synchronise
-from benchmarks.train_step import DTYPES, SHAPES, model_config
+from benchmarks.train_step import PRECISIONS, SHAPES, model_config
 from prospect.clip_files import parse_clip
-from prospect.config import Config
+from prospect.config import Config, torch_dtype
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect, init_weights
@@ -106,13 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of weights and arithmetic, in both")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic, in both")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--frames", type=int, default=64, help="frames a round")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device, dtype = arguments.device, DTYPES[arguments.precision]
+    device, dtype = arguments.device, torch_dtype(arguments.precision)
 
     with tempfile.TemporaryDirectory() as folder:
         train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from benchmarks.limits import matmul_flops, synchronise
+from prospect.config import torch_dtype
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
 from prospect.weights import save_model
@@ -43,7 +44,7 @@ SHAPES = {
 D = 2048  # width of a frame embedding
 FRAMES = 0.32  # share of a sequence's tokens that are frames, as in the real clip
 GEN_KEYS = ("speaking_gen_labels", "dst_gen_labels")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = ["fp32", "bf16"]
 
 
 def model_config(shape: str) -> ModelConfig:
@@ -187,14 +188,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help="of weights and arithmetic, in both")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic, in both")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--labelled", type=float, default=0.33, help="share of tokens that the LM head learns")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in both")
     parser.add_argument("--memory-of", choices=("ours", "theirs", "one pass"), help=argparse.SUPPRESS)
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    dtype = DTYPES[arguments.precision]
+    dtype = torch_dtype(arguments.precision)
     batch = make_batch(arguments.shape, arguments.labelled, arguments.device)
     makers = {"ours": our_step, "theirs": their_step, "one pass": functools.partial(their_step, one_pass=True)}
 

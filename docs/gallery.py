@@ -1,4 +1,4 @@
-"""Makes the pictures of the README from the sample run: docs/timeline.png, timeline-dark.png, tokens.png, curves.png.
+"""Makes the pictures of the README from the sample run: docs/timeline.png, tokens.png, curves.png.
 
     python train.py config.yaml                        the sample run, if it is not there
     python docs/gallery.py [--run runs/sample]
@@ -46,7 +46,7 @@ def tokens_page(run: Path, page: Path) -> None:
     write_settings(page, f"{settings[0].sequences[0].clip_id}, as it is trained on", settings)
 
 
-def photograph(page: Path, picture: Path, scheme: str, *keys: str) -> None:
+def photograph(page: Path, picture: Path, *keys: str) -> None:
     """A picture of what a laptop's window shows of the page, after pressing the keys in its main part."""
     try:
         from selenium import webdriver
@@ -55,9 +55,8 @@ def photograph(page: Path, picture: Path, scheme: str, *keys: str) -> None:
         raise ProspectError("pictures of pages need selenium", remedy="pip install -r requirements-dev.txt") from error
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        raise ProspectError(
-            "pictures of pages need chromium and chromedriver", remedy="apt-get install chromium chromium-driver"
-        )
+        what, remedy = "pictures of pages need chromium and chromedriver", "apt-get install chromium chromium-driver"
+        raise ProspectError(what, remedy=remedy)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     with tempfile.TemporaryDirectory() as profile:
@@ -69,9 +68,8 @@ def photograph(page: Path, picture: Path, scheme: str, *keys: str) -> None:
         try:
             size = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            browser.execute_cdp_cmd(
-                "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-            )
+            light = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", light)
             browser.get(page.as_uri())
             if keys:
                 browser.find_element("css selector", "#time, .sequence, #charts").send_keys(*keys)
@@ -94,10 +92,9 @@ def main() -> int:
         timeline_page(arguments.run, pages["timeline"])
         tokens_page(arguments.run, pages["tokens"])
         write_runs(pages["curves"], [read_run(arguments.run)])
-        photograph(pages["timeline"], arguments.out / "timeline.png", "light", *"nnnnn")
-        photograph(pages["timeline"], arguments.out / "timeline-dark.png", "dark", *"nnnnn")
-        photograph(pages["tokens"], arguments.out / "tokens.png", "light", *"nn")
-        photograph(pages["curves"], arguments.out / "curves.png", "light")
+        photograph(pages["timeline"], arguments.out / "timeline.png", *"nnnnn")
+        photograph(pages["tokens"], arguments.out / "tokens.png", *"nn")
+        photograph(pages["curves"], arguments.out / "curves.png")
     print("written: " + ", ".join(str(path) for path in sorted(arguments.out.glob("*.png"))))
     return 0
 

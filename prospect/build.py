@@ -9,14 +9,11 @@ from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus
 from prospect.errors import ProspectError
-from prospect.lora import storage_dtype
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
-from prospect.tokenizer import Tokenizer, train_tokenizer
-from prospect.weights import check_vocabulary
-
-_ROLE_MARKS = {"user": "User: ", "assistant": "Assistant: ", "DST_UPDATE": "[DST_UPDATE] "}
+from prospect.tokenizer import SPOKEN, Tokenizer, train_tokenizer
+from prospect.tune import storage_dtype
 
 
 def run_directory(config: Config) -> Path:
@@ -58,7 +55,7 @@ def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
     for clip in clips:
         yield clip_prompt(clip, clip.initial_state, config.data)
         for said in lay_out(clip, config.data, 0.0, 0, 0).said:
-            yield _ROLE_MARKS[said.role] + said.text
+            yield f"{SPOKEN[said.role]} {said.text}"  # as the plain template writes it
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
@@ -104,5 +101,5 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         dtype=storage_dtype(config.train),
         seed=config.run.seed,
     )
-    check_vocabulary(tokenizer, model.config)
+    tokenizer.check_vocabulary(model.config.vocab_size)
     return model

@@ -43,16 +43,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from prospect.config import Config, TrainConfig, make_config, to_dict
+from prospect.config import Config, TrainConfig, make_config, to_dict, without_retired
 from prospect.data import Corpus
 from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
-from prospect.embeddings import find_embeddings
 from prospect.errors import ProspectError, run_entry_point
-from prospect.lora import checkpoint_names
+from prospect.files import WRITING, read_json, to_disk, tree_to_disk, write_json, write_text
 from prospect.model import Prospect
 from prospect.sequence import generator
 from prospect.tokenizer import Tokenizer
-from prospect.weights import hf_config, parse_config, read_json, save_state, write_json
+from prospect.tune import checkpoint_names
+from prospect.weights import hf_config, parse_config, save_state
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
@@ -97,7 +97,7 @@ def step_directory(run: Path, step: int) -> Path:
 
 def staged(final: Path) -> Path:
     """Where a checkpoint is written before it gets its name."""
-    return final.with_name(f".{final.name}.writing")
+    return final.with_name(f".{final.name}{WRITING}")
 
 
 def begin_checkpoint(final: Path) -> Path:
@@ -111,8 +111,7 @@ def begin_checkpoint(final: Path) -> Path:
 def finish_checkpoint(final: Path) -> None:
     """Put what was written aside on the disk, give it its name, and point `last` to it."""
     with disk_errors(final):
-        for path in [*staged(final).rglob("*"), staged(final)]:
-            to_disk(path)
+        tree_to_disk(staged(final))
         replaced = final.with_name(f".{final.name}.replaced")  # the same step again, say with its evaluation
         if final.exists():
             os.rename(final, replaced)
@@ -127,11 +126,11 @@ def disk_errors(final: Path) -> Iterator[None]:
     """A full or read-only disk as one ProspectError; what was written aside is removed, earlier checkpoints stay."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError, CheckpointException, ProspectError) as error:
         shutil.rmtree(staged(final), ignore_errors=True)
         if isinstance(error, CheckpointException):  # of shards: what went wrong first, on whichever rank
             error, _ = next(iter(error.failures.values()))
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or getattr(error, "what", None) or str(error)
         remedy = "make room and start again: earlier checkpoints are intact"
         what = f"the checkpoint could not be written: {reason}"
         raise ProspectError(what, where=str(final), remedy=remedy) from error
@@ -160,16 +159,8 @@ def clean_up_after_crash(run: Path) -> None:
         final = run / replaced.name.removeprefix(".").removesuffix(".replaced")
         if not final.exists():
             os.rename(replaced, final)
-    for leftover in [*run.glob(".step-*.writing"), *run.glob(".step-*.removing"), *run.glob(".step-*.replaced")]:
+    for leftover in [*run.glob(f".step-*{WRITING}"), *run.glob(".step-*.removing"), *run.glob(".step-*.replaced")]:
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- where to resume -----------------------------------------------------------------------------
@@ -233,15 +224,13 @@ def fingerprint(corpus: Corpus, name: str) -> dict[str, str]:
     Embeddings are not read, which would take minutes: another file of the same size under the same name passes.
     """
     digests = {}
-    for number, file in enumerate(corpus.files):
+    for number, source in enumerate(corpus.sources):
         content, embeddings = hashlib.sha256(), hashlib.sha256()
-        with open(file.path, "rb") as bytes_of_file:
+        with open(source.file.path, "rb") as bytes_of_file:
             for block in iter(lambda: bytes_of_file.read(1 << 20), b""):
                 content.update(block)
-        folder = Path(corpus.config.embeddings or file.path.parent / "embeddings")
         for index in sorted({entry.clip for entry in corpus.entries if entry.file == number}):
-            clip = file.clip(index)
-            path = find_embeddings(clip.id, folder, clip.embeddings, allow_outside=corpus.config.embeddings_outside)
+            path = source.embeddings_path(source.file.clip(index))
             embeddings.update(f"{path.name} {path.stat().st_size}\n".encode())
         digests[f"data.{name} file {number}"] = content.hexdigest()
         digests[f"the embeddings of data.{name} file {number}"] = embeddings.hexdigest()
@@ -264,9 +253,9 @@ def versions() -> dict[str, str]:
 
 
 def write_state(directory: Path, state: TrainState, config: Config) -> None:
-    (directory / "state.json").write_text(json.dumps(asdict(state), indent=2, sort_keys=True), encoding="utf-8")
+    write_json(directory / "state.json", asdict(state))
     text = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-    (directory / "config.yaml").write_text(text, encoding="utf-8")
+    write_text(directory / "config.yaml", text)
 
 
 def read_state(directory: Path) -> TrainState:
@@ -299,7 +288,7 @@ def read_config(directory: Path) -> Config:
     """The configuration a checkpoint was trained with."""
     path = directory / "config.yaml"
     try:
-        return make_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+        return make_config(without_retired(yaml.safe_load(path.read_text(encoding="utf-8"))), str(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a checkpoint (no config.yaml)"
         raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
@@ -447,7 +436,7 @@ def save(
             with disk_errors(final):
                 directory = staged(final)
                 if config.train.sharded_checkpoints:
-                    write_json(hf_config(model.config, tokenizer.end_id), directory / "config.json")
+                    write_json(directory / "config.json", hf_config(model.config, tokenizer.end_id))
                 else:
                     save_state(weights, model.config, directory, eos_token_id=tokenizer.end_id)
                     write_optimizer(directory, moments)

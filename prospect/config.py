@@ -1,6 +1,7 @@
-"""The configuration: dataclasses whose fields carry meaning and unit, read from YAML, overridden by `section.key=value`.
+"""The configuration: dataclasses whose fields carry meaning and unit, from YAML and `section.key=value` overrides.
 
-Unknown keys and values of the wrong type are errors, told all at once. config.yaml at the root comments every field.
+Unknown keys and values of the wrong type are errors; all of them are reported together. config.yaml at the root holds
+every field with the same comment as here.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from prospect.errors import ProspectError
 
 @dataclass
 class RunConfig:
-    name: str = "sample"  # the run's directory is {out}/{name}
+    name: str = "sample"  # checkpoints and logs go to {out}/{name}
     out: str = "runs"
     seed: int = 0  # of weights, data order and negative sampling
 
@@ -27,10 +28,10 @@ class RunConfig:
 class ModelSection:
     """A backbone directory, or the shape of a small model trained from scratch."""
 
-    backbone: str | None = None  # Hugging Face directory; its config.json then gives the shape
-    vision_dim: int = 2048  # D, width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
-    dst_state_head: bool = False  # a head for the state of the most recently started step
-    # from scratch only:
+    backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
+    vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
+    dst_state_head: bool = False  # a third head: the state of the most recently started step
+    # used only from scratch; a backbone brings its own
     vocab_size: int = 1024  # tokens of the byte-level BPE trained on the training clips
     hidden_size: int = 128
     intermediate_size: int = 352
@@ -38,14 +39,14 @@ class ModelSection:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     rope_theta: float = 10000.0
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = True  # the LM head shares the token embeddings' weights
 
 
 @dataclass
 class HybridConfig:
-    """`data.frames: hybrid` (seed 002's sampling). Frames of DST_UPDATE turns are always kept."""
+    """The frames kept by `data.frames: hybrid`, besides those of task-state updates, which always are."""
 
-    speaking_window: float = 1.0  # seconds kept on either side of an assistant turn
+    speaking_window: float = 1.0  # seconds kept before and after each assistant turn
     regular_interval: int = 50  # every n-th frame of the clip
     random_share: float = 0.2  # of the remaining frames
     max_frames_per_clip: int = 200
@@ -53,105 +54,99 @@ class HybridConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = field(default_factory=lambda: ["data/sample/train.json"])  # clip files
+    train: list[str] = field(default_factory=lambda: ["data/sample/train.json"])  # clip files: JSON list, clip or JSONL
     val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
-    embeddings: str | None = None  # folder of embedding files; default: `embeddings/` beside each clip file
-    embeddings_outside: bool = False  # allow a clip's `embeddings` field to point outside that folder
-    sample: Literal["easy", "long", "hard"] | None = (
-        None  # make the sample corpus at this difficulty when data.train is absent
-    )
-    on_bad: Literal["stop", "skip"] = "stop"  # what to do about a bad clip
+    embeddings: str | None = None  # folder of embedding files; null: embeddings/ beside each clip file
+    embeddings_outside: bool = False  # allow a clip's own `embeddings` path to leave that folder
+    # make the sample corpus, at this difficulty, when data.train is absent: easy, long, hard or null
+    sample: Literal["easy", "long", "hard"] | None = None
+    on_bad: Literal["stop", "skip"] = "stop"  # at a bad clip: stop, or skip it and report it
     workers: int = 0  # processes that prepare batches beside the training loop
     # the sequence
-    layout: Literal["stream", "turns"] = "stream"
-    frames: Literal["all", "turns", "hybrid"] = "all"
+    layout: Literal["stream", "turns"] = "stream"  # stream: every frame once; turns: each turn's frames, then its text
+    frames: Literal["all", "turns", "hybrid"] = "all"  # all; turns: only frames of turns; hybrid: sampled as below
     hybrid: HybridConfig = field(default_factory=HybridConfig)
-    template: Literal["plain", "chatml", "llama3", "smolvlm"] = "plain"
-    dst: bool = True  # False: no steps in the prompt, no updates, no second head (ProAssist's architecture)
-    dst_format: Literal["arrow", "json"] = "arrow"
-    recipe: bool = False  # put `inferred_knowledge` into the prompt
-    max_seq_len: int = 1024  # tokens of a sequence, in training and at inference
-    long_clips: Literal["split", "truncate"] = "split"
-    overlap: float = 0.25  # share of a window that is repeated, unlearned, at the start of the next
+    template: Literal["plain", "chatml", "llama3", "smolvlm"] = "plain"  # plain, chatml, llama3 or smolvlm
+    dst: bool = True  # false: no steps in the prompt, no updates, no second head (ProAssist's architecture)
+    dst_format: Literal["arrow", "json"] = "arrow"  # arrow (S5->complete) or json
+    recipe: bool = False  # put the clip's inferred_knowledge into the prompt
+    max_seq_len: int = 1024  # tokens of a sequence, in training and when streaming
+    long_clips: Literal["split", "truncate"] = "split"  # split a longer clip into windows, or truncate it by priority
+    overlap: float = 0.25  # share of a window repeated, unlearned, at the start of the next
     # the labels
-    binary_at: Literal["frames", "text"] = "frames"
-    positive_frames: Literal["range", "last"] = "range"
-    neg_frame_sampling_rate: float = 0.5  # share of a clip's silent frames that are learned from, in training
-    val_neg_frame_sampling_rate: float = 1.0
-    silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decision mode)
+    binary_at: Literal["frames", "text"] = "frames"  # decide at <image> tokens, or (text) on every token of a turn
+    positive_frames: Literal["range", "last"] = "range"  # 1 on every frame of a turn's range, or on its last alone
+    neg_frame_sampling_rate: float = 0.5  # share of a clip's silent frames learned from, in training
+    val_neg_frame_sampling_rate: float = 1.0  # and in validation
+    silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decisions)
     # the batches
     batch_tokens: int = 4096  # tokens of a micro-batch, padding included
 
 
 @dataclass
 class LossConfig:
-    """total = sum of weight * loss."""
-
-    speaking_gen_weight: float = 1.0
-    speaking_binary_weight: float = 1.0
-    dst_gen_weight: float = 1.0
-    dst_binary_weight: float = 1.0
+    speaking_gen_weight: float = 1.0  # what to say
+    speaking_binary_weight: float = 1.0  # speak now?
+    dst_gen_weight: float = 1.0  # which step changes
+    dst_binary_weight: float = 1.0  # update now?
     dst_state_weight: float = 1.0  # only with model.dst_state_head
-    bce: Literal["mean", "balanced", "focal"] = "mean"
+    bce: Literal["mean", "balanced", "focal"] = "mean"  # of the binary losses: mean, balanced or focal
 
 
 @dataclass
 class TrainConfig:
-    max_steps: int | None = None  # optimizer steps; default: as many as num_epochs need
-    num_epochs: int = 10
-    learning_rate: float = 3e-3
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_steps: int | None = None  # optimizer steps; null: as many as num_epochs need
+    num_epochs: int = 10  # used when max_steps is null
+    learning_rate: float = 3e-3  # its peak
+    projector_learning_rate: float | None = None  # peak for the projector; null: learning_rate
+    heads_learning_rate: float | None = None  # peak for the decision heads; null: learning_rate
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # cosine, linear or constant
     warmup_steps: int = 20
-    min_lr_ratio: float = 0.05  # the schedule ends at this share of learning_rate
-    weight_decay: float = 0.01  # on matrices; never on norms and biases
+    min_lr_ratio: float = 0.05  # the schedule ends at this share of the peak
+    weight_decay: float = 0.01  # on matrices, never on norms and biases
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0  # largest norm of the whole gradient; 0: no clipping
     gradient_accumulation_steps: int = 1  # micro-batches of an optimizer step, on each rank
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    tune: Literal["full", "heads", "lora"] = "full"  # heads and lora leave the backbone as it is
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # fp32, bf16, or fp16 (for cards without bf16)
+    tune: Literal["full", "heads", "lora"] = "full"  # full, heads or lora; the last two freeze a backbone
+    # used only with tune: lora
     lora_rank: int = 16
-    lora_alpha: float = 32.0  # what an adapter says is multiplied by alpha / rank
+    lora_alpha: float = 32.0  # an adapter's output is multiplied by alpha / rank
     lora_dropout: float = 0.0  # of an adapter's input, in training
     lora_targets: list[str] = field(  # layers that get an adapter
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
-    backbone_learning_rate: float | None = None  # peak of each part; default: learning_rate
-    adapter_learning_rate: float | None = None
-    projector_learning_rate: float | None = None
-    heads_learning_rate: float | None = None
-    activation_checkpointing: bool = False
-    compile: bool = False
-    parallel: Literal["ddp", "fsdp"] = (
-        "ddp"  # with several ranks: each holds the whole model, or a share of every weight
-    )
-    nonfinite: Literal["stop", "skip"] = "stop"  # what to do about a loss or gradient that is not finite
-    max_skips: int = 20  # steps skipped one after another before the run stops all the same
+    # the machine
+    activation_checkpointing: bool = False  # recompute blocks in backward: less memory, a third more time
+    compile: bool = False  # torch.compile the blocks
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun each rank holds the whole model, or (fsdp) a share of it
+    nonfinite: Literal["stop", "skip"] = "stop"  # at a loss or gradient that is not finite: stop, or skip that step
     device: str = "auto"  # auto: cuda when there is one, else cpu
-    log_every: int = 1  # steps
-    eval_every: int = 200  # steps; and always after the last
-    save_every: int = 200  # steps; and always after the last
+    log_every: int = 1  # steps between lines of metrics.jsonl
+    eval_every: int = 200  # steps; and after the last
+    save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
-    sharded_checkpoints: bool = (
-        False  # every rank writes its share; `python -m prospect.checkpoint` makes a full one of it
-    )
-    resume: str = "auto"  # auto: go on from the run's last checkpoint; never; or a checkpoint directory
+    # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it
+    sharded_checkpoints: bool = False
+    resume: str = "auto"  # auto: resume from the run's newest checkpoint; never; or a checkpoint directory
 
 
 @dataclass
 class InferConfig:
-    # what happens when the context is full; slide is exactly what training shows
+    # when the context is full: slide (just what training shows), none (an error), drop_all, drop_middle,
+    # summarize_and_drop or summarize_with_dst
     strategy: Literal["none", "drop_all", "drop_middle", "summarize_and_drop", "summarize_with_dst", "slide"] = "slide"
-    decision: Literal["heads", "lm"] = "heads"  # lm: speak when P(end token) at the frame falls below 1 - threshold
-    speaking_threshold: float | None = None  # default: the best on validation, stored in the checkpoint
-    dst_threshold: float | None = None
+    decision: Literal["heads", "lm"] = "heads"  # heads, or lm: speak when P(end token) falls below 1 - threshold
+    speaking_threshold: float | None = None  # null: the best on validation, stored in the checkpoint
+    dst_threshold: float | None = None  # null: likewise
     reserved: int = 128  # tokens of the context kept free for what is written at one frame
     max_reply_tokens: int = 64
     max_update_tokens: int = 40
     constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
     lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights, cache and arithmetic
-    device: str = "auto"
+    device: str = "auto"  # auto: cuda when there is one, else cpu
 
 
 @dataclass
@@ -159,26 +154,32 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelSection = field(default_factory=ModelSection)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=LossConfig)  # total = sum of weight * loss
     train: TrainConfig = field(default_factory=TrainConfig)
     infer: InferConfig = field(default_factory=InferConfig)
 
 
+RETIRED = {"train": ("backbone_learning_rate", "adapter_learning_rate", "max_skips")}  # in older checkpoints
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names of precisions, and torch's
+
+
 # A limit that a value must keep, by field: (lowest, highest), both allowed.
 _BOUNDS = {
-    "model.vision_dim": (1, 1_000_000), "model.vocab_size": (259, 10_000_000), "model.hidden_size": (1, 1_000_000),
-    "model.num_hidden_layers": (1, 10_000), "model.num_attention_heads": (1, 10_000), "model.num_key_value_heads": (1, 10_000),
-    "data.workers": (0, 1024), "data.max_seq_len": (16, 10_000_000), "data.overlap": (0, 0.9),
-    "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1), "data.batch_tokens": (16, 100_000_000),
-    "data.hybrid.random_share": (0, 1), "data.hybrid.regular_interval": (1, 1_000_000), "data.hybrid.max_frames_per_clip": (1, 10_000_000),
-    "train.max_steps": (1, 10**9), "train.num_epochs": (1, 10**6), "train.learning_rate": (0, 10), "train.min_lr_ratio": (0, 1),
-    "train.warmup_steps": (0, 10**9), "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9),
-    "train.eval_every": (1, 10**9), "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
-    "train.max_skips": (1, 10**6),
+    "model.vision_dim": (1, 10**6), "model.vocab_size": (259, 10**7), "model.hidden_size": (1, 10**6),
+    "model.num_hidden_layers": (1, 10**4), "model.num_attention_heads": (1, 10**4),
+    "model.num_key_value_heads": (1, 10**4),
+    "data.workers": (0, 1024), "data.max_seq_len": (16, 10**7), "data.overlap": (0, 0.9),
+    "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1),
+    "data.batch_tokens": (16, 10**8), "data.hybrid.random_share": (0, 1),
+    "data.hybrid.regular_interval": (1, 10**6), "data.hybrid.max_frames_per_clip": (1, 10**7),
+    "train.max_steps": (1, 10**9), "train.num_epochs": (1, 10**6), "train.learning_rate": (0, 10),
+    "train.min_lr_ratio": (0, 1), "train.warmup_steps": (0, 10**9),
+    "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9), "train.eval_every": (1, 10**9),
+    "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
     "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
-    "train.backbone_learning_rate": (0, 10), "train.adapter_learning_rate": (0, 10), "train.projector_learning_rate": (0, 10),
-    "train.heads_learning_rate": (0, 10),
-    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.reserved": (1, 10_000_000),
+    "train.projector_learning_rate": (0, 10), "train.heads_learning_rate": (0, 10),
+    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.reserved": (1, 10**7),
     "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
 }  # fmt: skip
 
@@ -260,7 +261,7 @@ def _fill(kind: type, values: Any, prefix: str, problems: list[str]) -> Any:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
-    """`value` as the type of its field, strictly: "False" is no bool and 1.5 no int. Raises ValueError saying what is expected."""
+    """`value` as its field's type, strictly: "False" is no bool, 1.5 no int. Raises ValueError (what it must be)."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
         if value is None and type(None) in options:
@@ -298,23 +299,20 @@ def _cross_checks(config: Config) -> list[str]:
     problems = []
     m, d = config.model, config.data
     if d.max_seq_len > d.batch_tokens:
-        problems.append(
-            f"data.batch_tokens {d.batch_tokens} cannot hold one sequence of data.max_seq_len {d.max_seq_len}"
-        )
+        what = f"cannot hold one sequence of data.max_seq_len {d.max_seq_len}"
+        problems.append(f"data.batch_tokens {d.batch_tokens} {what}")
     if config.infer.reserved >= d.max_seq_len:
         problems.append(f"infer.reserved {config.infer.reserved} leaves nothing of data.max_seq_len {d.max_seq_len}")
     if m.backbone is None and m.hidden_size % m.num_attention_heads:
-        problems.append(
-            f"model.hidden_size {m.hidden_size} is not a multiple of model.num_attention_heads {m.num_attention_heads}"
-        )
+        what = f"is not a multiple of model.num_attention_heads {m.num_attention_heads}"
+        problems.append(f"model.hidden_size {m.hidden_size} {what}")
     elif m.backbone is None and (m.hidden_size // m.num_attention_heads) % 2:
         problems.append("model.hidden_size / model.num_attention_heads must be even (RoPE turns pairs)")
     if m.backbone is None and m.num_attention_heads % m.num_key_value_heads:
         problems.append("model.num_attention_heads is not a multiple of model.num_key_value_heads")
     if m.backbone is None and config.train.tune != "full":
-        problems.append(
-            f"train.tune={config.train.tune} needs a pretrained model.backbone; from scratch everything is trained"
-        )
+        what = "needs a pretrained model.backbone; from scratch everything is trained"
+        problems.append(f"train.tune={config.train.tune} {what}")
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
     if m.dst_state_head and not d.dst:
@@ -322,6 +320,22 @@ def _cross_checks(config: Config) -> list[str]:
     if d.frames != "all" and d.layout == "turns":
         problems.append("data.frames belongs to data.layout=stream; the turns layout has its own frames")
     return problems
+
+
+def without_retired(values: Any) -> Any:
+    """The values of an older checkpoint's config.yaml, without the settings that are gone."""
+    for section, keys in RETIRED.items():
+        found = values.get(section) if isinstance(values, dict) else None
+        for key in keys if isinstance(found, dict) else ():
+            found.pop(key, None)
+    return values
+
+
+def torch_dtype(precision: str) -> "torch.dtype":  # noqa: F821
+    """fp32, bf16 or fp16 as torch's type."""
+    import torch  # here, because checking clips needs this file, but neither torch nor its memory
+
+    return getattr(torch, DTYPES[precision])
 
 
 def to_dict(config: Config) -> dict[str, Any]:

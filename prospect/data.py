@@ -58,7 +58,6 @@ class Corpus:
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
         self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
-        self.files = [source.file for source in self.sources]
         usable = usable_clips(self.sources, config, vision_dim)
         self.warnings, self.skipped = usable.warnings, usable.skipped
         self.entries: list[Entry] = []

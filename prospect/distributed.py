@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from prospect.config import TrainConfig
+from prospect.config import TrainConfig, torch_dtype
 from prospect.errors import ProspectError
 from prospect.model import Prospect
 
@@ -144,7 +144,7 @@ def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # Weights are gathered and used in the 16-bit type, gradients summed over ranks in fp32. What goes into a block is
     # left as it is: the angles of RoPE stay in fp32, as on one rank.
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    dtype = None if config.precision == "fp32" else torch_dtype(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in model.model.layers:

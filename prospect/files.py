@@ -25,6 +25,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{WRITING}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as file:
                 yield file

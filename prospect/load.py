@@ -6,7 +6,7 @@ import torch
 
 from prospect.checkpoint import read_config, read_state
 from prospect.clip_files import Source
-from prospect.config import Config, apply_overrides, make_config, to_dict
+from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.distributed import pick_device
 from prospect.embeddings import check_finite
 from prospect.model import Prospect
@@ -30,7 +30,7 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     if config.infer.dst_threshold is None:
         config.infer.dst_threshold = thresholds.get("dst", 0.5)
     tokenizer = Tokenizer(directory, config.data.template)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.infer.precision]
+    dtype = torch_dtype(config.infer.precision)
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
     store_wide_weights_by_column(model)
     return config, tokenizer, model

@@ -46,7 +46,7 @@ class RopeScaling:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters beside frozen weights (see lora.py)."""
+    """Low-rank adapters beside frozen weights (see tune.py)."""
 
     rank: int
     alpha: float

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prospect.clips import Clip
+from prospect.clips import Clip, unpaired_surrogate
 from prospect.config import Config
 from prospect.dst import (
     TRANSITIONS,
@@ -152,8 +152,8 @@ class StreamSession:
         text, where = text.strip(), f"frame {self.frame_idx}"
         if not text:
             raise ProspectError("the user said nothing", where=where, remedy="say some text")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ProspectError("the user's text holds half a surrogate pair", where=where, remedy="send real Unicode")
+        if what := unpaired_surrogate(text):
+            raise ProspectError(f"the user's text {what}", where=where, remedy="send real Unicode")
         needed, room = len(self.user_ids([*self.pending, text])), self.limit - self.prompt_tokens
         if needed >= room:
             what = f"the user's text has {needed} tokens, the context has room for {room}"

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Encoding, decoders, models, pre_tokenizers, t
 from tokenizers import Tokenizer as Backend
 
 from prospect.errors import ProspectError
+from prospect.files import write_json, write_text
 
 IMAGE = "<image>"
 
@@ -41,15 +42,15 @@ class Template:
 
     The end token is learned as part of the turn; `after` (the line break of chatml and smolvlm) is not. System, user
     and assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's, llama3
-    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 begin the system turn with
+    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 start the system turn with
     "Cutting Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made.
     """
 
     bos: str  # control token before everything, or ""
-    open: str  # control token that begins a header, or "": then roles are words (SPOKEN)
+    open: str  # control token that starts a header, or "": then roles are words (SPOKEN)
     close: str  # control token behind the role, or ""
     line_break: str  # ends a header that has control tokens
-    gap: str  # begins the content's text
+    gap: str  # starts the content's text
     end: str  # control token that ends a turn
     after: str
     strip: bool = False  # white space around the content is dropped, as in Llama 3's
@@ -74,7 +75,7 @@ SPOKEN = {"system": "System:", "user": "User:", "assistant": "Assistant:", "DST_
 
 
 def make_template(name: str, bos: str, eos: str) -> Template:
-    """The plain template begins with bos and ends turns with eos, the tokenizer's own ("": none)."""
+    """The plain template starts with bos and ends turns with eos, the tokenizer's own ("": none)."""
     if name == "plain":
         return Template(bos, open="", close="", line_break="", gap=" ", end=eos, after="")
     if name == "chatml":
@@ -195,11 +196,22 @@ class Tokenizer:
         written = {id: self.text_backend.decode([id], skip_special_tokens=False) for id in ids}
         return {text: id for id, text in written.items() if text.isascii() and text.isprintable() and text}
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """That a model of `vocab_size` tokens knows every token this can give, <image> apart. Raises ProspectError."""
+        t = self.template
+        beyond = [name for name in (t.bos, t.open, t.close, t.end) if name and self.ids[name] >= vocab_size]
+        words = self.text_backend.get_vocab_size()
+        if beyond or words > vocab_size:
+            what = f"the tokenizer's {', '.join(beyond)}" if beyond else f"the tokenizer's {words} words"
+            what += f" lie beyond the model's vocabulary of {vocab_size}"
+            remedy = "tokenizer and weights must belong together"
+            raise ProspectError(what, where=str(self.directory), remedy=remedy)
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json (with <image>) and the special tokens' names, as Hugging Face names them."""
-        (directory / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        write_text(directory / "tokenizer.json", self.backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names}
-        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        write_json(directory / "tokenizer_config.json", config)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -215,6 +227,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     )
     backend.train_from_iterator(texts, trainer)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+    write_text(directory / "tokenizer.json", backend.to_str(pretty=True))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "pad_token": "<pad>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", config)

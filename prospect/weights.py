@@ -9,9 +9,9 @@ Everything is safetensors and JSON. One layout serves checkpoints and exports:
     adapter_model.safetensors
 
 A backbone has only the first two. A checkpoint of `tune: full` has the first three. A checkpoint of `tune: heads` or
-`lora` leaves the transformer out and names the directory where it lies in config.json: loading puts the two together.
-An export (`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and all of its transformer, so
-that `LlamaForCausalLM.from_pretrained` opens it.
+`lora` leaves the transformer out and names its directory in config.json: loading puts the two together. An export
+(`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and all of its transformer, so that
+`LlamaForCausalLM.from_pretrained` opens it.
 
 The model is built on the meta device, where it has shapes but no memory; tensors are then mapped from their files and
 assigned, so that nothing is allocated twice and nothing initialised that a file overwrites. Names, shapes and types are
@@ -21,7 +21,6 @@ all compared before the first tensor is read.
 import argparse
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,25 +33,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prospect.config import Config
 from prospect.errors import ProspectError, run_entry_point
-from prospect.lora import (
+from prospect.files import WRITING, read_json, write_json
+from prospect.model import LoraConfig, ModelConfig, Prospect, RopeScaling, init_weights
+from prospect.tune import (
     PEFT_PREFIX,
     TARGETS,
-    add_lora,
+    count_parameters,
     is_adapter,
     is_ours,
     merge_lora,
-    part_of,
+    meta_model,
     peft_config,
-    storage_dtype,
 )
-from prospect.model import LoraConfig, ModelConfig, Prospect, RopeScaling, init_weights
-from prospect.tokenizer import Tokenizer
 
 MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OUR_FILE = "prospect.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 FLOAT_TYPES = ("F32", "BF16", "F16")  # how safetensors calls what a Llama may be stored in
 
 
@@ -80,28 +78,19 @@ NEUTRAL = {
 # The table of names, both ways: what Hugging Face calls our `model.`, by kind of checkpoint. All that follows it, and
 # all other names, are the same on both sides.
 TEXT_PREFIX = {"llama": "model.", "smolvlm": "model.text_model."}
-# What stands beside the text model and is left alone: SmolVLM2's eyes, and a buffer that old Llama files carry.
+# What is beside the text model and is ignored: SmolVLM2's vision tower, and a buffer that old Llama files carry.
 LEFT_ALONE = ("model.vision_model.", "model.connector.")
 OLD_BUFFER = ".rotary_emb.inv_freq"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "smolvlm": "SmolVLMForConditionalGeneration"}
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ProspectError(f"no {path.name}", where=str(path.parent), remedy="is this a model directory?") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="copy the file again") from error
-    if not isinstance(values, dict):
-        raise ProspectError("is not a JSON object", where=str(path), remedy="copy the file again")
-    return values
+# ModelConfig's fields that are not the transformer's: our settings, and where its weights came from.
+NOT_SHAPE = ("vision_dim", "image_token_id", "dst", "dst_state_head", "lora", "backbone", "backbone_mark")
 
 
 def read_config(directory: str | Path) -> ModelConfig:
     """The config.json of a backbone or of one of our checkpoints. Raises what `parse_config` raises."""
     path = Path(directory) / "config.json"
-    return parse_config(read_json(path), str(path))
+    return parse_config(read_json(path, if_missing="is this a model directory?"), str(path))
 
 
 class Fields:
@@ -111,7 +100,7 @@ class Fields:
         self.values, self.problems = values, problems
 
     def number(self, key: str, default: float | None, low: float, high: float) -> Any:
-        """A number between low and high, and a whole one where the limits are. Absent and null mean the default."""
+        """A number between low and high, an int where the limits are ints. Absent and null mean the default."""
         value = default if self.values.get(key) is None else self.values[key]
         kind = int if isinstance(low, int) else int | float
         if not isinstance(value, kind) or isinstance(value, bool) or not low <= value <= high:
@@ -172,7 +161,7 @@ def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     if shape["head_dim"] % 2:
         problems.append(f"head_dim {shape['head_dim']} is odd")
     shape |= {key: text.flag(key, False) for key in ("attention_bias", "mlp_bias")}
-    # Of a SmolVLM2, the outer field counts: the LM head stands outside the text model.
+    # Of a SmolVLM2, the outer field counts: the LM head is outside the text model.
     shape["tie_word_embeddings"] = outer.flag("tie_word_embeddings", False)
 
     config = ModelConfig(**shape, **parse_rope(text), **parse_settings(outer))
@@ -230,20 +219,26 @@ def parse_settings(outer: Fields) -> dict[str, Any]:
 
 def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict[str, Any]:
     """config.json of a checkpoint. The RoPE fields are in the old style, which every version of transformers reads."""
-    shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig)}
-    ours = {key: shape.pop(key) for key in ("vision_dim", "image_token_id", "dst", "dst_state_head")}
-    lora, scaling = shape.pop("lora"), shape.pop("rope_scaling")
-    del shape["backbone"], shape["backbone_mark"]  # a checkpoint without a transformer adds them
+    ours = {key: getattr(config, key) for key in ("vision_dim", "image_token_id", "dst", "dst_state_head")}
+    if config.lora:
+        ours["lora"] = dataclasses.asdict(config.lora)
+    shape = transformer_shape(config)
+    scaling = shape.pop("rope_scaling")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **shape,
-        "rope_scaling": {"rope_type": "llama3", **dataclasses.asdict(scaling)} if scaling else None,
+        "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
         "hidden_act": "silu",
         "bos_token_id": None,
         "eos_token_id": eos_token_id,
-        "prospect": ours | ({"lora": dataclasses.asdict(lora)} if lora else {}),
+        "prospect": ours,
     }
+
+
+def transformer_shape(config: ModelConfig) -> dict[str, Any]:
+    """The fields that Hugging Face has too: not our settings, nor where the weights came from."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in NOT_SHAPE}
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -251,7 +246,7 @@ def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: a safetensors file, and the tensor's name in it."""
+    """Where a tensor is stored: a safetensors file, and the tensor's name in it."""
 
     path: Path
     name: str
@@ -272,14 +267,10 @@ def transformer_tensors(directory: Path) -> dict[str, Stored]:
     files = [directory / MODEL_FILE]
     if not files[0].exists() and (directory / INDEX_FILE).exists():
         shards = read_json(directory / INDEX_FILE).get("weight_map")
-        if (
-            not isinstance(shards, dict)
-            or not shards
-            or not all(Path(str(name)).name == name for name in shards.values())
-        ):
-            raise ProspectError(
-                "weight_map is not one of names to files", where=str(directory / INDEX_FILE), remedy="copy it again"
-            )
+        is_map = isinstance(shards, dict) and shards
+        if not is_map or not all(Path(str(name)).name == name for name in shards.values()):
+            what = "weight_map is not one of names to files"
+            raise ProspectError(what, where=str(directory / INDEX_FILE), remedy="copy it again")
         files = [directory / name for name in sorted(set(shards.values()))]
         missing = [path.name for path in files if not path.exists()]
         if missing:
@@ -334,11 +325,8 @@ def checked_tensors(
         if names
     ]
     if problems:
-        raise ProspectError(
-            f"tensors do not fit. {'. '.join(problems)}",
-            where=where,
-            remedy="config.json and files must belong together",
-        )
+        what = f"tensors do not fit. {'. '.join(problems)}"
+        raise ProspectError(what, where=where, remedy="config.json and files must belong together")
     for name in expected:
         yield name, files[stored[name].path].get_tensor(stored[name].name)
 
@@ -368,42 +356,21 @@ def load_model(
     for what this Llama does not do, or when tensors are missing, unexpected, mis-shaped or of a strange type.
     """
     directory = Path(directory)
-    values = read_json(directory / "config.json")
-    config = parse_config(values, str(directory / "config.json"))
     given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "dst": dst, "dst_state_head": dst_state_head}
-    given = {key: value for key, value in given.items() if value is not None}
+    values = read_json(directory / "config.json")
     is_checkpoint = "prospect" in values
-    if is_checkpoint:
-        other = [
-            f"{key} {getattr(config, key)}, not {value}"
-            for key, value in given.items()
-            if getattr(config, key) != value
-        ]
-        if other:
-            raise ProspectError(
-                f"this checkpoint has {', '.join(other)}", where=str(directory), remedy="use its own settings"
-            )
-    config = dataclasses.replace(config, **given, backbone=config.backbone or str(directory.resolve()))
+    config = settled_config(values, given, directory)
     backbone = Path(config.backbone)
-    with torch.device("meta"):
-        model = Prospect(config)
-        if config.lora:
-            add_lora(model, config.lora)
 
-    if config.backbone_mark:
-        check_backbone(backbone, config, str(directory / "config.json"))
-    stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
+    # Which tensor is in which file, and which are new.
+    model = meta_model(config)
     shapes = expected_shapes(model)
-    tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     new = set() if is_checkpoint else {name for name in shapes if is_ours(name)}
-    expected = {name: shape for name, shape in shapes.items() if name not in new}
-    state = {}
-    for name, tensor in checked_tensors(stored, expected, str(directory)):
-        state[name] = tensor.to(device, dtype)
-        if dtype == torch.float16 and tensor.dtype != dtype and not state[name].isfinite().all():
-            raise ProspectError(
-                f"{name} holds values beyond fp16's range", where=str(directory), remedy="choose bf16 or fp32"
-            )
+    stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
+    tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+
+    # Their values, assigned in place of the meta tensors.
+    state = read_tensors(stored, {name: shapes[name] for name in shapes if name not in new}, dtype, device, directory)
     if tied_copy is not None:
         check_tied(stored["model.embed_tokens.weight"], tied_copy)
     state |= {name: torch.empty(shapes[name], device=device, dtype=dtype) for name in new}
@@ -412,35 +379,70 @@ def load_model(
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.to(device)  # the RoPE frequencies, which are in no file
     init_weights(model, seed, new)
-    config.backbone_mark = mark(backbone)
+    config.backbone_mark = fingerprint(backbone)
     return model
 
 
-def mark(backbone: Path) -> str:
-    """A short fingerprint of a backbone: two fine-tunings of one model share their config, but not these weights."""
+def settled_config(values: dict[str, Any], given: dict[str, Any], directory: Path) -> ModelConfig:
+    """What a config.json says together with the settings asked for (None: not asked for), and where the backbone is.
+
+    Raises ProspectError when a checkpoint has other settings, or when its backbone is no longer what it was.
+    """
+    where = str(directory / "config.json")
+    config = parse_config(values, where)
+    given = {key: value for key, value in given.items() if value is not None}
+    there = {key: getattr(config, key) for key in given}
+    if "prospect" in values and there != given:
+        other = [f"{key} {there[key]}, not {given[key]}" for key in given if there[key] != given[key]]
+        what = f"this checkpoint has {', '.join(other)}"
+        raise ProspectError(what, where=str(directory), remedy="use its own settings")
+    config = dataclasses.replace(config, **given, backbone=config.backbone or str(directory.resolve()))
+    if config.backbone_mark:
+        check_backbone(Path(config.backbone), config, where)
+    return config
+
+
+def read_tensors(
+    stored: dict[str, Stored],
+    expected: dict[str, torch.Size],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    directory: Path,
+) -> dict[str, Tensor]:
+    """The expected tensors as `dtype` on `device`. Raises what `checked_tensors` raises, and on overflow in fp16."""
+    state = {}
+    for name, tensor in checked_tensors(stored, expected, str(directory)):
+        state[name] = tensor.to(device, dtype)
+        if dtype == torch.float16 and tensor.dtype != dtype and not state[name].isfinite().all():
+            what = f"{name} holds values beyond fp16's range"
+            raise ProspectError(what, where=str(directory), remedy="choose bf16 or fp32")
+    return state
+
+
+def fingerprint(backbone: Path) -> str:
+    """16 hex digits of a backbone's first weight: two fine-tunings of one model share their config, but not this."""
     stored = transformer_tensors(backbone).get("model.layers.0.self_attn.q_proj.weight")
     if stored is None:
-        return ""  # not a whole backbone: the comparison of names will say so
+        return ""  # not a complete backbone: the comparison of names reports it
     weight = open_file(stored.path).get_tensor(stored.name)
     return hashlib.sha256(weight.contiguous().view(torch.uint8).numpy()).hexdigest()[:16]
 
 
 def check_backbone(backbone: Path, config: ModelConfig, where: str) -> None:
-    """That the transformer a checkpoint was trained on is still there, and still the same one by its config."""
+    """That the transformer a checkpoint was trained on is still there, and still the same one. Raises ProspectError."""
     if not (backbone / "config.json").exists():
         what = f"the backbone of this checkpoint is not at {backbone}"
-        raise ProspectError(what, where=where, remedy='write where it lies now into "backbone" under "prospect"')
-    there = dataclasses.asdict(read_config(backbone)) | {"backbone_mark": mark(backbone)}
-    here = dataclasses.asdict(config)
-    free = ("vision_dim", "image_token_id", "dst", "dst_state_head", "lora", "backbone")  # not the transformer's
-    other = [f"{key} {there[key]}, not {here[key]}" for key in here if key not in free and there[key] != here[key]]
+        raise ProspectError(what, where=where, remedy='write where it is now into "backbone" under "prospect"')
+    there = transformer_shape(read_config(backbone)) | {"backbone_mark": fingerprint(backbone)}
+    here = transformer_shape(config) | {"backbone_mark": config.backbone_mark}
+    other = [f"{key} {there[key]}, not {here[key]}" for key in here if there[key] != here[key]]
     if other:
         what = f"{backbone} is not the backbone that this checkpoint was trained on: {', '.join(other)}"
         raise ProspectError(what, where=where, remedy="put the right one there")
 
 
 def check_tied(embeddings: Stored, head: Stored) -> None:
-    """Some files hold the tied LM head a second time: it must then say the same."""
+    """Some files hold the tied LM head a second time: both must then be equal."""
     first, second = (open_file(entry.path).get_tensor(entry.name) for entry in (embeddings, head))
     if not torch.equal(first, second):
         what = "tie_word_embeddings is true, but lm_head.weight differs from the embeddings"
@@ -491,22 +493,16 @@ def save_state(
     values = hf_config(config, eos_token_id)
     if not transformer:
         values["prospect"] |= {"backbone": config.backbone, "backbone_mark": config.backbone_mark}
-    write_json(values, directory / "config.json")
+    write_json(directory / "config.json", values)
     if adapters:
-        write_json(peft_config(config), directory / ADAPTER_CONFIG)
+        write_json(directory / ADAPTER_CONFIG, peft_config(config))
     for name, tensors in ((MODEL_FILE, transformer), (OUR_FILE, ours), (ADAPTER_FILE, adapters)):
         if tensors:
             save_file(tensors, directory / name, metadata={"format": "pt"})
             shutil.copymode(directory / "config.json", directory / name)  # save_file's own would be for the owner alone
 
 
-def write_json(values: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 # ---- export --------------------------------------------------------------------------------------
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @torch.no_grad()
@@ -523,7 +519,7 @@ def probe(model: Prospect) -> Tensor:
 
 
 def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
-    """Write a checkpoint as a whole model: transformer with adapters merged in fp32, projector, heads and tokenizer.
+    """Write a checkpoint as a complete model: transformer with adapters merged in fp32, projector, heads and tokenizer.
 
     Returns the largest differences between the answers of the checkpoint, of the merged model, and of what was written
     and read again; `dtype` is the type written, whose rounding the last one shows. `out` appears only when all is well.
@@ -531,9 +527,8 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> d
     """
     values = read_json(checkpoint / "config.json")
     if "prospect" not in values:
-        raise ProspectError(
-            "is a backbone, not a checkpoint of PROSPECT", where=str(checkpoint), remedy="nothing needs exporting"
-        )
+        what = "is a backbone, not a checkpoint of PROSPECT"
+        raise ProspectError(what, where=str(checkpoint), remedy="nothing needs exporting")
     if out.exists():
         raise ProspectError("exists already", where=str(out), remedy="name a new directory")
     missing = [name for name in TOKENIZER_FILES if not (checkpoint / name).exists()]
@@ -543,7 +538,7 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> d
     adapted = probe(model)
     merge_lora(model)
     merged = probe(model)
-    aside = out.with_name(f".{out.name}.writing")
+    aside = out.with_name(f".{out.name}{WRITING}")
     try:
         shutil.rmtree(aside, ignore_errors=True)
         save_model(model.to(dtype), aside, eos_token_id=values.get("eos_token_id"))
@@ -552,9 +547,8 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> d
         reloaded = probe(load_model(aside).eval())
         os.rename(aside, out)
     except (OSError, SafetensorError) as error:
-        raise ProspectError(
-            f"cannot be written: {error}", where=str(out), remedy="make room, or choose another place"
-        ) from error
+        remedy = "make room, or choose another place"
+        raise ProspectError(f"cannot be written: {error}", where=str(out), remedy=remedy) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {
@@ -564,100 +558,16 @@ def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> d
     }
 
 
-# ---- what a backbone will need -------------------------------------------------------------------
+def checked(directory: Path, template: str) -> str:
+    """Load a model directory together with its tokenizer, and describe it in one line."""
+    from prospect.tokenizer import Tokenizer  # imported here: weights need no tokenizer, only this command does
 
-# Sizes of the models that configs/ is made for, as their config.json has them: enough to tell what a run will take.
-PUBLISHED = {
-    "SmolLM2-1.7B": {
-        "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": True},
-    "SmolVLM2-2.2B": {  # its text model
-        "vocab_size": 49280, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
-        "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False},
-    "Llama-3.2-1B": {
-        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
-    "Llama-3.2-3B": {
-        "vocab_size": 128256, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
-        "num_attention_heads": 24, "num_key_value_heads": 8, "tie_word_embeddings": True},
-    "Llama-3.1-8B": {
-        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
-}  # fmt: skip
-
-
-def published_config(backbone: str) -> ModelConfig:
-    """The shape of a backbone that is not here, by its directory's name. Raises ProspectError for an unknown name."""
-    name = Path(backbone).name.removeprefix("Meta-")
-    known = [key for key in PUBLISHED if name.startswith(key)]
-    if not known:
-        what = f"no such directory, and no published shape of that name ({', '.join(PUBLISHED)})"
-        raise ProspectError(what, where=backbone, remedy="download the model there, or correct model.backbone")
-    return parse_config(PUBLISHED[known[0]] | {"model_type": "llama"}, backbone)
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of a model of this shape by part: backbone, adapters, projector, heads. Nothing is allocated."""
-    with torch.device("meta"):
-        model = Prospect(config)
-        if config.lora:
-            add_lora(model, config.lora)
-    counts = {"backbone": 0, "adapters": 0, "projector": 0, "heads": 0}
-    for name, parameter in model.named_parameters():
-        counts[part_of(name)] += parameter.numel()
-    return counts
-
-
-# What a block keeps of one token until its backward pass, in bytes: (for each of H, for each of intermediate_size).
-# In 16 bits a frozen layer does not keep its input, and its residual stream is 16 bits wide too. Dropout makes every
-# adapter keep a copy of its input and a mask.
-BLOCK_BYTES = {"full": (30, 8), "lora": (16, 8), "lora with dropout": (37, 10), "heads": (12, 6)}
-BLOCK_BYTES_FP32 = (32, 16)
-
-
-def describe_memory(config: Config) -> list[str]:
-    """What a run keeps in each GPU's memory, for a backbone not yet downloaded too: lines for `--dry-run`.
-
-    Frozen weights take the bytes of their type. What is trained takes 16 bytes a parameter (weight, gradient and
-    AdamW's two moments in fp32) and in bf16 or fp16 two more, the copy that autocast computes with. With activation
-    checkpointing only a block's input is kept, and one block at a time is computed again.
-    """
-    m, t = config.model, config.train
-    shape = read_config(m.backbone) if (Path(m.backbone) / "config.json").exists() else published_config(m.backbone)
-    lora = LoraConfig(t.lora_rank, t.lora_alpha, t.lora_dropout, t.lora_targets) if t.tune == "lora" else shape.lora
-    shape = dataclasses.replace(
-        shape, vision_dim=m.vision_dim, dst=config.data.dst, dst_state_head=m.dst_state_head, lora=lora
-    )
-    counts = count_parameters(shape)
-    total = sum(counts.values())
-    trained = total if t.tune == "full" else total - counts["backbone"]
-    kind = "lora with dropout" if t.tune == "lora" and t.lora_dropout else t.tune
-    by_hidden, by_inner = BLOCK_BYTES_FP32 if t.precision == "fp32" else BLOCK_BYTES[kind]
-    block = by_hidden * shape.hidden_size + by_inner * shape.intermediate_size
-    block_input = storage_dtype(t).itemsize * shape.hidden_size
-    layers, tokens = shape.num_hidden_layers, config.data.batch_tokens
-    kept = layers * block_input + block if t.activation_checkpointing else layers * block
-    frozen_gb = (total - trained) * storage_dtype(t).itemsize / 1e9
-    trained_gb = trained * (16 if t.precision == "fp32" else 18) / 1e9
-    kept_gb = kept * tokens / 1e9
+    tokenizer = Tokenizer(directory, template)
+    config = load_model(directory).config
+    tokenizer.check_vocabulary(config.vocab_size)
+    counts = count_parameters(config)
     parts = ", ".join(f"{count:,} {part}" for part, count in counts.items() if count)
-    return [
-        f"parameters {total / 1e9:.3f} B: {parts}; {trained / 1e6:,.1f} M are trained",
-        f"memory     {frozen_gb + trained_gb + kept_gb:.1f} GB: {frozen_gb:.1f} frozen weights, "
-        f"{trained_gb:.1f} trained parameters with AdamW, {kept_gb:.1f} activations of {tokens:,} tokens; "
-        "logits and workspace come on top",
-    ]
-
-
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """That the model knows every token the tokenizer can give, <image> apart. Raises ProspectError."""
-    t = tokenizer.template
-    beyond = [name for name in (t.bos, t.open, t.close, t.end) if name and tokenizer.ids[name] >= config.vocab_size]
-    words = tokenizer.text_backend.get_vocab_size()
-    if beyond or words > config.vocab_size:
-        what = f"the tokenizer's {', '.join(beyond)}" if beyond else f"the tokenizer's {words} words"
-        what += f" lie beyond the model's vocabulary of {config.vocab_size}"
-        raise ProspectError(what, where=str(tokenizer.directory), remedy="tokenizer and weights must belong together")
+    return f"{directory}: {sum(counts.values()):,} parameters: {parts}"
 
 
 def main() -> None:
@@ -665,7 +575,7 @@ def main() -> None:
         prog="python -m prospect.weights", description="Look at a model directory, or export a checkpoint."
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("check", help="load a backbone or a checkpoint and say what it is")
+    look = commands.add_parser("check", help="load a backbone or a checkpoint and count its parameters")
     look.add_argument("directory", type=Path)
     look.add_argument(
         "--template", choices=["plain", "chatml", "llama3", "smolvlm"], default="plain", help="data.template to be used"
@@ -678,12 +588,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.command == "check":
-        tokenizer = Tokenizer(arguments.directory, arguments.template)
-        model = load_model(arguments.directory)
-        check_vocabulary(tokenizer, model.config)
-        counts = count_parameters(model.config)
-        parts = ", ".join(f"{count:,} {part}" for part, count in counts.items() if count)
-        print(f"{arguments.directory}: {sum(counts.values()):,} parameters: {parts}")
+        print(checked(arguments.directory, arguments.template))
         return
     differences = export(arguments.checkpoint, arguments.out, getattr(torch, arguments.dtype))
     print(f"{arguments.out}: written in {arguments.dtype}; largest differences of logits:")

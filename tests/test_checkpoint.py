@@ -44,6 +44,17 @@ def write(final: Path, text: str = "weights") -> None:
     ckpt.finish_checkpoint(final)
 
 
+def test_an_older_configuration_is_read_without_the_settings_that_are_gone(copy):
+    path = copy / "runs/tiny/last/config.yaml"
+    config = ckpt.read_config(path.parent)
+    older = "\ntrain:\n  adapter_learning_rate: null\n  backbone_learning_rate: null\n  max_skips: 20\n"
+    path.write_text(path.read_text().replace("\ntrain:\n", older))
+    assert "  max_skips: 20\n" in path.read_text() and ckpt.read_config(path.parent) == config
+    path.write_text("- 1")
+    with pytest.raises(ProspectError, match="must be a section"):
+        ckpt.read_config(path.parent)
+
+
 def test_every_file_is_on_the_disk_before_the_directory_gets_its_name(tmp_path, monkeypatch):
     """A power cut after the rename must find the files' bytes there: fsync of each file and folder comes first."""
     done: list[str] = []

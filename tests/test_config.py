@@ -1,5 +1,8 @@
 """The configuration: every field commented in config.yaml, overrides, and what is refused."""
 
+import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,64 @@ def keys(values: dict, prefix: str = "") -> set[str]:
 
 def test_config_yaml_holds_every_field_and_no_other():
     assert keys(yaml.safe_load((ROOT / "config.yaml").read_text())) == keys(to_dict(Config()))
+
+
+def test_config_yaml_differs_from_the_defaults_only_for_the_short_run():
+    """Five hundred steps on the sample corpus; everything else says what is the default anyway."""
+    shipped, default = load_config(ROOT / "config.yaml"), Config()
+    default.data.sample, default.train.max_steps = "easy", 500
+    default.train.eval_every = default.train.save_every = 125
+    assert shipped == default
+
+
+def comments_in_code() -> dict[str, str]:
+    """The comment of every field in config.py by its key: the lines of their own above it, then what is beside it."""
+    source = (ROOT / "prospect/config.py").read_text()
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    by_line = {token.start[0]: token.string.strip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    found = {}
+
+    def read(section: ast.ClassDef, prefix: str) -> None:
+        last = section.lineno  # of what came before a field
+        for node in section.body:
+            if isinstance(node, ast.AnnAssign):
+                key, kind = prefix + node.target.id, ast.unparse(node.annotation)
+                lines = range(last + 1, node.end_lineno + 1)
+                found[key] = " ".join(by_line[line] for line in lines if line in by_line)
+                if kind in classes:
+                    read(classes[kind], f"{key}.")
+            last = node.end_lineno
+
+    read(classes["Config"], "")
+    return found
+
+
+def comments_in_yaml(text: str) -> dict[str, str]:
+    """The same of config.yaml. A comment above a blank line belongs to no key; no value holds a '#'."""
+    found, path, above = {}, [], []
+    for line in text.splitlines():
+        content, _, comment = line.partition("#")
+        key = content.partition(":")[0].strip()
+        if not key:
+            above = [*above, comment.strip()] if comment else []
+            continue
+        path = [*path[: (len(line) - len(line.lstrip())) // 2], key]
+        found[".".join(path)] = " ".join([*above, comment.strip()]).strip()
+        above = []
+    return found
+
+
+def test_a_yaml_comment_is_found_above_and_beside_its_key():
+    text = "# the file\n\na:  # all of a\n  # first\n  # second\n  b: 1    # third\n  c:\n    d: 2\n  e: 3  # last\n"
+    assert comments_in_yaml(text) == {
+        "a": "all of a", "a.b": "first second third", "a.c": "", "a.c.d": "", "a.e": "last"}  # fmt: skip
+
+
+def test_config_yaml_and_config_py_comment_every_field_in_the_same_words():
+    text = (ROOT / "config.yaml").read_text()
+    assert comments_in_yaml(text) == comments_in_code()
+    assert max(map(len, text.splitlines())) <= 120
 
 
 def test_the_shipped_configurations_load():

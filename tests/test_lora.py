@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 
 from prospect.config import TrainConfig, load_config
 from prospect.errors import ProspectError
-from prospect.lora import (
+from prospect.memory import describe_memory
+from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
+from prospect.tune import (
     LoRALinear,
     add_lora,
     checkpoint_names,
@@ -22,8 +24,7 @@ from prospect.lora import (
     set_trainable,
     storage_dtype,
 )
-from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
-from prospect.weights import describe_memory, load_model, load_state, save_model
+from prospect.weights import load_model, load_state, save_model
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -189,7 +190,7 @@ def test_training_changes_what_it_says_and_nothing_else_by_a_single_byte(tune):
 
 
 def test_groups_have_their_own_rates_and_decay_matrices_alone():
-    config = lora_config(learning_rate=1.0, weight_decay=0.1, adapter_learning_rate=2.0, heads_learning_rate=4.0)
+    config = lora_config(learning_rate=2.0, weight_decay=0.1, projector_learning_rate=1.0, heads_learning_rate=4.0)
     model = load("biases")
     set_trainable(model, config)
     groups = parameter_groups(model, config)
@@ -207,7 +208,7 @@ def test_groups_have_their_own_rates_and_decay_matrices_alone():
     assert in_group["heads", 0.1] == ["dst_update_head.weight", "speaking_decision_head.weight"]
     assert len(in_group["adapters", 0.1]) == 2 * 7 * 2
 
-    full = lora_config(tune="full", learning_rate=1.0, weight_decay=0.1, backbone_learning_rate=0.25)
+    full = lora_config(tune="full", learning_rate=0.25, weight_decay=0.1)
     model = load("biases")
     set_trainable(model, full)
     groups = parameter_groups(model, full)

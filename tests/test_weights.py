@@ -17,17 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from prospect import weights
 from prospect.errors import ProspectError, run_entry_point
-from prospect.lora import add_lora, is_ours
+from prospect.memory import published_config
 from prospect.model import KVCache, LoraConfig, ModelConfig, Prospect, RopeScaling
-from prospect.weights import (
-    count_parameters,
-    hf_config,
-    load_model,
-    load_state,
-    published_config,
-    read_config,
-    save_model,
-)
+from prospect.tune import add_lora, count_parameters, is_ours
+from prospect.weights import hf_config, load_model, load_state, read_config, save_model
 
 ROOT = Path(__file__).parent.parent
 BACKBONES = ROOT / "tests" / "fixtures" / "backbones"

@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prospect.clip_files import ClipFile, clip_id
+from prospect.config import DTYPES, torch_dtype
 from prospect.embeddings import write_embeddings
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, read_json, write_json
@@ -45,7 +46,6 @@ from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
 END = object()  # what the decoding thread sends after the last batch
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def encode_source(
 def encode_batch(encoder: VisionEncoder, pictures: list[Tensor], precision: str) -> np.ndarray:
     """Pictures, uint8 [3, H, W] on the CPU -> float16 [B, I, D]; arithmetic in `precision` where that is safe (amp)."""
     device = next(encoder.parameters()).device
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with torch.autocast(device.type, torch_dtype(precision), enabled=precision != "fp32"):
         return encoder([picture.to(device, non_blocking=True) for picture in pictures]).half().cpu().numpy()
 
 
@@ -284,7 +284,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--pool", choices=every_pool, help=pool_help)
     add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
     add("--batch-size", type=int, default=32, help="pictures at a time (default 32)")
-    add("--precision", choices=sorted(PRECISIONS), help="default: fp16 on a GPU, fp32 on the CPU")
+    add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 on the CPU")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
         parser.error("--batch-size must be at least 1")

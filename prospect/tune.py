@@ -1,11 +1,6 @@
-"""Low-rank adaptation (LoRA: Hu et al. 2021, arXiv 2106.09685), and which part of the model a run trains.
+"""What a run trains, how that is stored, and low-rank adapters (LoRA: Hu et al. 2021, arXiv 2106.09685).
 
-A frozen weight W [out,in] gets a trainable product beside it, of rank r much smaller than either side:
-
-    y = x W^T + (alpha / r) * dropout(x) A^T B^T          A [r,in], B [out,r], B = 0 at the start
-
-so that at the start nothing has changed, and in the end the product is added into W and nothing of it remains at
-inference. `tune` chooses what a run trains, and so what its checkpoints hold:
+`train.tune` chooses what a run trains, and so what its checkpoints hold:
 
     tune    transformer, LM head    adapters    projector, heads
     heads   frozen                  -           trained
@@ -14,6 +9,12 @@ inference. `tune` chooses what a run trains, and so what its checkpoints hold:
 
 What is frozen may be stored in 16 bits, for it is only read. What is trained is in fp32, where small steps are not
 rounded away; so forward passes of such a mixed model run under autocast.
+
+An adapter puts a trainable product beside a frozen weight W [out,in], of rank r much smaller than either side:
+
+    y = x W^T + (alpha / r) * dropout(x) A^T B^T          A [r,in], B [out,r], B = 0 at the start
+
+so that at the start nothing has changed. At the end the product can be added into W, and inference costs nothing extra.
 """
 
 import math
@@ -25,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from prospect.config import TrainConfig
+from prospect.config import TrainConfig, torch_dtype
 from prospect.errors import ProspectError
 from prospect.model import LoraConfig, ModelConfig, Prospect
 
@@ -49,11 +50,28 @@ def part_of(name: str) -> str:
     return "adapters" if is_adapter(name) else "backbone"
 
 
+def meta_model(config: ModelConfig) -> Prospect:
+    """A model on the meta device, adapters included: it has names and shapes, but no memory."""
+    with torch.device("meta"):
+        model = Prospect(config)
+        if config.lora:
+            add_lora(model, config.lora)
+    return model
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of a model of this shape by part: backbone, adapters, projector, heads. Nothing is allocated."""
+    counts = {"backbone": 0, "adapters": 0, "projector": 0, "heads": 0}
+    for name, parameter in meta_model(config).named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return counts
+
+
 # ---- adapters ------------------------------------------------------------------------------------
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B stand below them."""
+    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B come beside them."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
         nn.Module.__init__(self)  # not Linear's, which would allocate a weight: ours is the base layer's own
@@ -96,11 +114,8 @@ def add_lora(model: Prospect, config: LoraConfig, seed: int = 0) -> None:
         old = model.config.lora
         if (old.rank, old.alpha, set(old.targets)) != (config.rank, config.alpha, set(config.targets)):
             what = f"the backbone has adapters already, of rank {old.rank} and alpha {old.alpha:g}"
-            raise ProspectError(
-                what,
-                where="train.lora_rank",
-                remedy="keep their rank, alpha and targets, or export it first: that merges them",
-            )
+            remedy = "keep their rank, alpha and targets, or export it first: that merges them"
+            raise ProspectError(what, where="train.lora_rank", remedy=remedy)
         for _, _, layer in linear_layers(model):
             layer.dropout = config.dropout
         model.config.lora = config
@@ -159,20 +174,21 @@ def storage_dtype(config: TrainConfig) -> torch.dtype:
     """How to store the backbone on the device: 16 bits where it is frozen and the precision allows it, else fp32."""
     if config.tune == "full":
         return torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return torch_dtype(config.precision)
+
+
+def lora_config(config: TrainConfig) -> LoraConfig:
+    return LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, list(config.lora_targets))
 
 
 def set_trainable(model: Prospect, config: TrainConfig, seed: int = 0) -> None:
     """Freeze what `tune` does not train, add the adapters where it is lora, and keep what is trained in fp32."""
     if config.tune == "full" and has_adapters(model):
         what = "train.tune=full on a backbone with adapters"
-        raise ProspectError(
-            what, where="config", remedy="python -m prospect.weights export merges them; or train.tune=lora"
-        )
+        remedy = "python -m prospect.weights export merges them; or train.tune=lora"
+        raise ProspectError(what, where="config", remedy=remedy)
     if config.tune == "lora":
-        add_lora(
-            model, LoraConfig(config.lora_rank, config.lora_alpha, config.lora_dropout, list(config.lora_targets)), seed
-        )
+        add_lora(model, lora_config(config), seed)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.tune == "full" or is_ours(name) or (config.tune == "lora" and is_adapter(name)))
         if parameter.requires_grad:
@@ -187,21 +203,16 @@ def checkpoint_names(model: Prospect, config: TrainConfig) -> set[str] | None:
 
 
 def parameter_groups(model: Prospect, config: TrainConfig) -> list[dict[str, Any]]:
-    """What is trained, as the optimizer's groups: backbone, adapters, projector and heads, each with its own peak
-    learning rate (`peak_lr`, which the schedule multiplies), and no weight decay on norms and biases."""
-    rates = {
-        "backbone": config.backbone_learning_rate,
-        "adapters": config.adapter_learning_rate,
-        "projector": config.projector_learning_rate,
-        "heads": config.heads_learning_rate,
-    }
+    """What is trained, as the optimizer's groups: each part with its own peak learning rate (`peak_lr`, which the
+    schedule multiplies), and no weight decay on norms and biases."""
+    rates = {"projector": config.projector_learning_rate, "heads": config.heads_learning_rate}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             members.setdefault((part_of(name), parameter.ndim >= 2), []).append(parameter)
     groups = []
     for (part, decayed), parameters in members.items():
-        rate = config.learning_rate if rates[part] is None else rates[part]
+        rate = config.learning_rate if rates.get(part) is None else rates[part]
         decay = config.weight_decay if decayed else 0.0
         groups.append({"name": part, "params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay})
     return groups
