@@ -46,7 +46,6 @@ from prospect.data import (
     padding_share,
     received,
 )
-from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.distributed import (
     Ranks,
     StopRequest,
@@ -66,12 +65,17 @@ from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_lines, write_text
 from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms
+from prospect.thresholds import decision_report, teacher_forced, traces
 from prospect.tune import parameter_groups, set_trainable
 from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
 MAX_SKIPS = 20  # steps skipped one after another before the run stops even with train.nonfinite=skip
+VALIDATION_SHOWN = {
+    "speaking_event_f1": "speaking F1", "dst_event_f1": "update F1",
+    "joint_goal_accuracy": "joint goal", "replies_right_f1": "replies right",
+}  # fmt: skip
 SHOWN_LOSSES = {"say": "speaking_gen", "speak?": "speaking_binary", "upd": "dst_gen", "upd?": "dst_binary"}
 
 
@@ -345,9 +349,51 @@ def validate(
     numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
     numbers["loss"] = float(total_loss(terms, config))
     sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
-    clips = traces(corpus, [sequence for part in sequences for sequence in part])
-    decisions, thresholds = decision_report(clips, ("speaking", "dst") if config.data.dst else ("speaking",))
-    return numbers | decisions, thresholds
+    clips = traces(corpus, [sequence for part in sequences for sequence in part])  # by head
+    numbers |= decision_report(clips)
+    thresholds = {head: numbers[f"{head}_threshold"] for head in clips}
+    tuned = tune_on_stream(model, corpus, config, thresholds, ranks, stop)
+    if any_rank(stop.requested, ranks):
+        return None
+    if tuned is not None:
+        thresholds, streamed = tuned
+        numbers |= {f"streamed_{name}": value for name, value in streamed.items()}
+    return numbers, thresholds
+
+
+def tune_on_stream(
+    model: Prospect, corpus: Corpus, config: Config, start: dict[str, float], ranks: Ranks, stop: StopRequest
+) -> tuple[dict[str, float], dict[str, float]] | None:
+    """The heads' thresholds as prospect/tuning.py chooses them on a few validation clips, and what these scored.
+
+    None where nothing is streamed, and the teacher-forced thresholds `start` must do: under FSDP, whose ranks can only
+    run forward together; where a clip cannot be streamed with these settings; or when asked to stop.
+    """
+    if ranks.world > 1 and config.train.parallel == "fsdp":
+        return None
+    from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
+    from prospect.tuning import best_tried, some_of, try_thresholds
+
+    clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
+    jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
+    tried = []
+    was_training = model.training
+    model.eval()
+    try:
+        for one in try_thresholds(
+            model, corpus.tokenizer, jobs, config, start, lambda mine: gather_objects(mine, ranks)
+        ):
+            tried.append(one)
+            if any_rank(stop.requested, ranks):
+                return None
+    except ProspectError as error:
+        if ranks.main:
+            tqdm.write(f"thresholds are teacher-forced, for the validation clips cannot be streamed: {error}")
+        return None
+    finally:
+        model.train(was_training)
+    best = best_tried(tried, config.infer.tuned_for)
+    return best.thresholds, best.numbers
 
 
 def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:
@@ -423,10 +469,12 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
 
 
 def validation_line(step: int, numbers: dict[str, float]) -> str:
-    heads = [head for head in ("speaking", "dst") if f"{head}_event_f1" in numbers]
-    f1, threshold = "{}_event_f1", "{}_threshold"
-    shown = [f"{h} event F1 {numbers[f1.format(h)]:.3f} at {numbers[threshold.format(h)]:.2f}" for h in heads]
-    return "  ".join([f"step {step}: validation loss {numbers['loss']:.4f}", *shown])
+    """What the terminal shows of a validation: its loss, and how the heads do on streamed clips (else teacher-forced)."""
+    shown = [f"step {step}: validation loss {numbers['loss']:.4f}"]
+    for name, title in VALIDATION_SHOWN.items():
+        value = numbers.get(f"streamed_{name}", numbers.get(name))
+        shown += [] if value is None else [f"{title} {value:.3f}"]
+    return "  ".join(shown)
 
 
 class MetricsLog:

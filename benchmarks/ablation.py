@@ -4,21 +4,22 @@
 
 Most tables are of the hard sample corpus (prospect/sample.py): whole tasks, several times as long as the context, in
 which the step to name next depends on what was completed minutes ago. Those on memory are of the long corpus, the same
-stories in clear pictures. Each variant is the default in all but the settings its row names, is trained by train.py with
-every seed (of weights, data order and negatives) for the same number of steps and tokens, and is streamed on clips of
-another corpus seed. The threshold of each head is the one with the best event F1 on the validation clips, found for
-every variant in the same way: teacher-forced, in the stream layout.
+stories in clear pictures. Each variant is the default in all but the settings its row names, is trained by train.py
+with every seed (of weights, data order, negatives and text places) for the same number of steps and tokens, and is
+streamed on clips of another corpus seed. The decisions of every row are tuned in the same way, on streamed validation
+clips (prospect/tuning.py), unless the row says otherwise.
 
-Columns, over all held-out clips streamed live; an event is in time within 1 s of its reference:
+Columns, over all held-out clips streamed live; an event is in time within 1 s of its range, and every decision to write
+is one predicted event:
 
     speaking F1      events at which the assistant spoke
     update F1        events at which it updated the task state
-    joint goal       share of frames at which the state of every step is right
+    joint goal       share of frames at which the state of every step is right; while an update is due, with and without
     next step        of the replies that come in time after a completed step, the share that name the right next step
                      (or that all is done): what was completed before decides it, and timing plays no part
     replies right    F1 of all replies; a reply is right when it comes in time and names the right step
 
-Interrupted and started again, it goes on: finished runs and their measurements are kept under --out, and refused when
+Interrupted and started again, it resumes: finished runs and their measurements are kept under --out, and refused when
 they were made with other settings. --jobs runs are trained side by side, on one thread each.
 """
 
@@ -32,7 +33,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -44,16 +45,16 @@ from prospect.checkpoint import flatten, read_config
 from prospect.clips import Clip
 from prospect.config import load_config, to_dict
 from prospect.data import Corpus, ordered_batches
-from prospect.decisions import decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
 from prospect.evaluate import load_jobs
-from prospect.files import read_json, write_json
+from prospect.files import write_json
 from prospect.load import load_for_inference
-from prospect.metrics import match_events, ratio
-from prospect.sample import named_step, says_the_same, write_sample
-from prospect.score import score_clip, summarise
-from prospect.stream import stream_jobs
+from prospect.metrics import ratio
+from prospect.sample import write_sample
+from prospect.score import decision_numbers, named_step, score_clip, timely_replies
+from prospect.stream import streamed_clips
 from prospect.text_metrics import load_similarity
+from prospect.tuning import best_tried, some_of, teacher_forced_thresholds, try_thresholds, with_thresholds
 
 PAGE = ROOT / "docs" / "ablation.md"
 BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
@@ -75,22 +76,18 @@ class Variant:
 
 
 NO_DST = "data.dst=false"
+NO_HEAD = "model.dst_state_head=false"
+OLD_LABELS = "data.text_at=range"
 TRAINED = {
     "default": Variant(),
     "no-dst": Variant((NO_DST,)),
-    "silence-lm": Variant((NO_DST, "data.silence_lm=true")),
+    "old-labels": Variant((OLD_LABELS, NO_HEAD)),
+    "old-labels-head": Variant((OLD_LABELS,)),
+    "no-head": Variant((NO_HEAD,)),
+    "last": Variant(("data.text_at=last",)),
     "default-clear": Variant(difficulty="long"),
     "no-dst-clear": Variant((NO_DST,), difficulty="long"),
-    "no-dst-recipe": Variant((NO_DST, "data.recipe=true"), difficulty="long"),
     "no-dst-whole": Variant((NO_DST, WHOLE), difficulty="long"),
-    "turns": Variant(("data.layout=turns",)),
-    "text": Variant(("data.binary_at=text",)),
-    "last": Variant(("data.positive_frames=last",)),
-    "bce-balanced": Variant(("loss.bce=balanced",)),
-    "bce-focal": Variant(("loss.bce=focal",)),
-    "negatives-1.0": Variant(("data.neg_frame_sampling_rate=1.0",)),
-    "negatives-0.1": Variant(("data.neg_frame_sampling_rate=0.1",)),
-    "state-head": Variant(("model.dst_state_head=true",)),
 }
 
 
@@ -101,26 +98,41 @@ class Row:
     title: str
     trained: str
     streamed: tuple[str, ...] = ()
+    tuned: bool = True  # False: the thresholds of a teacher-forced pass
 
     @property
     def key(self) -> str:
-        return " ".join((self.trained, *self.streamed))
+        return " ".join((self.trained, *self.streamed, *(() if self.tuned else ("teacher-forced",))))
 
 
-DEFAULT = Row("default", "default")
+NO_MEAN, ALONE = "infer.smoothing=1", "infer.coupling=0"
 STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop")  # those that need no task state
 SECTIONS = {
+    "What is trained is what is streamed, one change after another": (
+        Row("labels over the whole range, text behind it; thresholds teacher-forced", "old-labels", (NO_MEAN, ALONE), False),
+        Row("the same, thresholds tuned on streamed clips", "old-labels", (NO_MEAN, ALONE)),
+        Row("+ the heads coupled", "old-labels", (NO_MEAN,)),
+        Row("+ a running mean of the probabilities", "old-labels"),
+        Row("+ labels where the text may stand (`text_at: drawn`)", "no-head"),
+        Row("+ the state head (default)", "default"),
+    ),
+    "The default with one thing changed": (
+        Row("default", "default"),
+        Row("`text_at: range` (labels over the whole range, text behind it)", "old-labels-head"),
+        Row("`text_at: last` (1 on the last frame alone)", "last"),
+        Row("`dst_state_head: false`", "no-head"),
+        Row("`smoothing: 1`", "default", (NO_MEAN,)),
+        Row("`coupling: 0`", "default", (ALONE,)),
+        Row("thresholds teacher-forced", "default", (), False),
+        Row("`constrain_dst: true`", "default", ("infer.constrain_dst=true",)),
+    ),
     "Task state": (
         Row("with task state (default)", "default"),
         Row("`dst: false`", "no-dst"),
-        Row("`dst: false`, `silence_lm: true`, `decision: lm`", "silence-lm", ("infer.decision=lm",)),
-        Row("the same with `strategy: summarize_and_drop`", "silence-lm",
-            ("infer.decision=lm", "infer.strategy=summarize_and_drop")),
     ),
     "Task state, the same stories in clear pictures": (
         Row("with task state", "default-clear"),
         Row("`dst: false`", "no-dst-clear"),
-        Row("`dst: false`, `recipe: true` (the steps are named in the prompt, without their states)", "no-dst-recipe"),
         Row("`dst: false`, `max_seq_len: 1536` (the whole task in the context)", "no-dst-whole"),
     ),
     "Context strategies with task state, clear pictures": (
@@ -128,24 +140,6 @@ SECTIONS = {
         Row("`summarize_with_dst`", "default-clear", ("infer.strategy=summarize_with_dst",)),
         *(Row(f"`{name}`", "default-clear", (f"infer.strategy={name}",)) for name in STRATEGIES),
     ),
-    "Context strategies without task state, clear pictures": (
-        Row("`slide`", "no-dst-clear"),
-        *(Row(f"`{name}`", "no-dst-clear", (f"infer.strategy={name}",)) for name in STRATEGIES),
-    ),
-    "Layout and labels": (
-        DEFAULT,
-        Row("`layout: turns`", "turns"),
-        Row("`binary_at: text`", "text"),
-        Row("`positive_frames: last`", "last"),
-    ),
-    "The heads' loss": (DEFAULT, Row("`bce: balanced`", "bce-balanced"), Row("`bce: focal`", "bce-focal")),
-    "Share of silent frames learned from": (
-        Row("1.0", "negatives-1.0"),
-        Row("0.5 (default)", "default"),
-        Row("0.1", "negatives-0.1"),
-    ),
-    "A third head": (Row("off (default)", "default"), Row("`dst_state_head: true`", "state-head")),
-    "Updates": (Row("free (default)", "default"), Row("`constrain_dst: true`", "default", ("infer.constrain_dst=true",))),
 }  # fmt: skip
 
 COLUMNS = {
@@ -153,7 +147,7 @@ COLUMNS = {
     "dst_event_f1": "update F1",
     "joint_goal_accuracy": "joint goal",
     "next_step": "next step",
-    "replies_right": "replies right",
+    "replies_right_f1": "replies right",
 }
 
 
@@ -204,35 +198,30 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     """Thresholds from the validation clips, then the held-out clips streamed and scored."""
     corpus, held_out = corpora(row.trained, out)
     config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
-    as_streamed = replace(config.data, layout="stream")
-    val = Corpus([str(corpus / "val.json")], as_streamed, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
+    val = Corpus([str(corpus / "val.json")], config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
     batches = ordered_batches(val.lengths(), config.data.batch_tokens)
-    sequences = [trace for batch in batches for trace in teacher_forced(model, val, batch, config).sequences]
-    _, thresholds = decision_report(traces(val, sequences), ("speaking", "dst") if config.data.dst else ("speaking",))
-    config.infer.speaking_threshold = thresholds["speaking"]
-    config.infer.dst_threshold = thresholds.get("dst", 0.5)
+    thresholds, _ = teacher_forced_thresholds(model, val, config, batches)
+    if row.tuned:
+        some = some_of(load_jobs([str(corpus / "val.json")], config))
+        tried = list(try_thresholds(model, tokenizer, some, config, thresholds))
+        thresholds = best_tried(tried, config.infer.tuned_for).thresholds
+    config = with_thresholds(config, thresholds)
 
-    jobs, similarity = load_jobs([str(held_out / "val.json")], config), load_similarity("lexical")
-    records: dict[int, list[dict]] = {id(job): [] for job in jobs}
-    for job, part in stream_jobs(model, tokenizer, jobs, config, streams=8):
-        records[id(job)] += [record.to_dict() for record in part]
-    numbers = summarise([score_clip(job.clip, records[id(job)], similarity, config.data.dst) for job in jobs])
-    counts = [count_replies(job.clip, records[id(job)]) for job in jobs]
-    right, said, wanted, next_right, next_said = (sum(column) for column in zip(*counts))
-    numbers |= {"replies_right": ratio(2 * right, said + wanted), "next_step": ratio(next_right, next_said)}
-    return numbers | {f"{head}_threshold": threshold for head, threshold in thresholds.items()}
+    similarity, scores, counts = load_similarity("lexical"), [], []
+    for job, records in streamed_clips(model, tokenizer, load_jobs([str(held_out / "val.json")], config), config):
+        scores.append(score_clip(job.clip, records, similarity, config.data.dst))
+        counts.append(next_steps(job.clip, records))
+    right, said = (sum(column) for column in zip(*counts))
+    thresholds = {f"{head}_threshold": threshold for head, threshold in thresholds.items()}
+    return decision_numbers(scores) | {"next_step": ratio(right, said)} | thresholds
 
 
-def count_replies(clip: Clip, records: list[dict]) -> tuple[int, int, int, int, int]:
-    """(replies right, replies, reference replies; in time after a completed step: next step named right, all of them)"""
-    names = [step.name for step in clip.steps]
-    said = [(record["frame_idx"], record["text"]) for record in records if record["text"] is not None]
-    wanted = [(turn.end_frame, turn.text) for turn in clip.turns if turn.role == "assistant"]
+def next_steps(clip: Clip, records: list[dict]) -> tuple[int, int]:
+    """Of the replies in time after a completed step: how many name the right next step, and how many there are."""
+    wanted = list(clip.replies())  # frames
     completed = {u.end_frame for u in clip.updates() if any(t.transition == "complete" for t in u.transitions)}
-    pairs = match_events([frame for frame, _ in said], [frame for frame, _ in wanted], int(clip.fps))
-    right = [says_the_same(said[p][1], wanted[r][1], names) for p, r in pairs]
-    after_completion = [ok for ok, (_, r) in zip(right, pairs) if wanted[r][0] in completed]
-    return sum(right), len(said), len(wanted), sum(after_completion), len(after_completion)
+    right = [ok for _, r, ok in timely_replies(clip, records) if wanted[r] in completed]
+    return sum(right), len(right)
 
 
 def run_variant(trained: str, seed: int, out: Path) -> None:

@@ -82,7 +82,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         vision_dim=m.vision_dim,
         image_token_id=tokenizer.image_id,
         dst=config.data.dst,
-        dst_state_head=m.dst_state_head,
+        dst_state_head=m.dst_state_head and config.data.dst,
     )
 
 
@@ -97,7 +97,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         vision_dim=config.model.vision_dim,
         image_token_id=tokenizer.image_id,
         dst=config.data.dst,
-        dst_state_head=config.model.dst_state_head,
+        dst_state_head=config.model.dst_state_head and config.data.dst,
         dtype=storage_dtype(config.train),
         seed=config.run.seed,
     )

@@ -8,10 +8,13 @@ Frame numbers are absolute and ranges are inclusive at both ends. Row r of a cli
 How clip files are read, checked and refused is in prospect/clip_files.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from prospect.dst import State, Step, Transition, apply_update
+import numpy as np
+
+from prospect.dst import STATES, State, Step, Transition, apply_update
 
 ROLES = ("system", "user", "assistant", "DST_UPDATE")
 
@@ -64,14 +67,42 @@ class Clip:
                 state = apply_update(state, turn.transitions)
         return state
 
-    def states_after(self) -> list[State]:
-        """The state after each frame, [F]: updates at the frame are applied."""
+    def states_after(self, moment: Callable[[Turn], int] = lambda turn: turn.end_frame) -> list[State]:
+        """The state after each frame, [F]. moment: the frame from which an update counts, by default its turn's last."""
         states, state, updates = [], self.initial_state, self.updates()
         for frame in range(self.start_frame, self.end_frame + 1):
-            while updates and updates[0].end_frame <= frame:
+            while updates and moment(updates[0]) <= frame:
                 state = apply_update(state, updates.pop(0).transitions)
             states.append(state)
         return states
+
+    def latest_step_state(self, moment: Callable[[Turn], int] = lambda turn: turn.end_frame) -> np.ndarray:
+        """At every frame the state of the most recently started step, [F], as an index into STATES.
+
+        Before the clip's first start it is that of the step under way when the clip began, else of the last one
+        completed, else not_started.
+        """
+        begun = [id for id, state in self.initial_state.items() if state != "not_started"]
+        under_way = [id for id in begun if self.initial_state[id] == "in_progress"]
+        latest = (under_way or begun or [None])[-1]
+        now = STATES.index(self.initial_state[latest]) if latest else 0
+        states = np.full(self.num_frames, now)
+        for turn in self.updates():
+            for t in turn.transitions:
+                if t.transition == "start":
+                    latest, now = t.id, STATES.index("in_progress")
+                elif t.id == latest:
+                    now = STATES.index("completed")
+            states[max(moment(turn) - self.start_frame, 0) :] = now
+        return states
+
+    def events(self, role: str) -> list[tuple[int, int]]:
+        """The frames (first, last) in which each text of `role` is due; turns that end together are one text."""
+        ranges: dict[int, int] = {}  # by last frame
+        for turn in self.turns:
+            if turn.role == role:
+                ranges[turn.end_frame] = min(turn.start_frame, ranges.get(turn.end_frame, turn.start_frame))
+        return [(first, last) for last, first in sorted(ranges.items())]
 
     def replies(self) -> dict[int, str]:
         """What the assistant says, by frame, in order; several replies at one frame are one text, as in training."""

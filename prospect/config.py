@@ -30,7 +30,7 @@ class ModelSection:
 
     backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
     vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
-    dst_state_head: bool = False  # a third head: the state of the most recently started step
+    dst_state_head: bool = True  # a third head, with data.dst: the state of the most recently started step
     # used only from scratch; a backbone brings its own
     vocab_size: int = 1024  # tokens of the byte-level BPE trained on the training clips
     hidden_size: int = 128
@@ -75,7 +75,9 @@ class DataConfig:
     overlap: float = 0.25  # share of a window repeated, unlearned, at the start of the next
     # the labels
     binary_at: Literal["frames", "text"] = "frames"  # decide at <image> tokens, or (text) on every token of a turn
-    positive_frames: Literal["range", "last"] = "range"  # 1 on every frame of a turn's range, or on its last alone
+    # where a reply or an update stands, and its head learns 1: drawn from the middle of the turn's range on; last, behind
+    # its last frame alone; or range, the same with 1 from its start (for comparison: taught is not what is streamed)
+    text_at: Literal["drawn", "last", "range"] = "drawn"
     neg_frame_sampling_rate: float = 0.5  # share of a clip's silent frames learned from, in training
     val_neg_frame_sampling_rate: float = 1.0  # and in validation
     silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decisions)
@@ -140,6 +142,11 @@ class InferConfig:
     decision: Literal["heads", "lm"] = "heads"  # heads, or lm: speak when P(end token) falls below 1 - threshold
     speaking_threshold: float | None = None  # null: the best on validation, stored in the checkpoint
     dst_threshold: float | None = None  # null: likewise
+    smoothing: float = 0.5  # weight of the new frame in a head's score, the running mean of its probability; 1: none
+    coupling: float = 2.0  # logits: when one head fires, so does the other this close below its threshold; 0: never
+    # what the thresholds are chosen for, on streamed validation clips: events (their F1), replies (right ones, F1), state
+    # (joint goal accuracy), or the mean of those that the model has
+    tuned_for: Literal["mean", "events", "replies", "state"] = "mean"
     reserved: int = 128  # tokens of the context kept free for what is written at one frame
     max_reply_tokens: int = 64
     max_update_tokens: int = 40
@@ -159,7 +166,10 @@ class Config:
     infer: InferConfig = field(default_factory=InferConfig)
 
 
-RETIRED = {"train": ("backbone_learning_rate", "adapter_learning_rate", "max_skips")}  # in older checkpoints
+RETIRED = {  # settings that only older checkpoints have
+    "data": ("positive_frames",),
+    "train": ("backbone_learning_rate", "adapter_learning_rate", "max_skips"),
+}
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names of precisions, and torch's
 
@@ -179,7 +189,8 @@ _BOUNDS = {
     "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
     "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
     "train.projector_learning_rate": (0, 10), "train.heads_learning_rate": (0, 10),
-    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.reserved": (1, 10**7),
+    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.smoothing": (0.01, 1),
+    "infer.coupling": (0, 100), "infer.reserved": (1, 10**7),
     "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
 }  # fmt: skip
 
@@ -315,8 +326,6 @@ def _cross_checks(config: Config) -> list[str]:
         problems.append(f"train.tune={config.train.tune} {what}")
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
-    if m.dst_state_head and not d.dst:
-        problems.append("model.dst_state_head needs data.dst")
     if d.frames != "all" and d.layout == "turns":
         problems.append("data.frames belongs to data.layout=stream; the turns layout has its own frames")
     return problems

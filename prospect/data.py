@@ -91,7 +91,7 @@ class Corpus:
         epoch, index = key
         entry = self.entries[index]
         clip, embeddings = self.load(entry.file, entry.clip)
-        layout = lay_out(clip, self.config, self.rate, self.seed, epoch)
+        layout = lay_out(clip, self.config, self.rate, self.seed, epoch, entry.window)
         return make_sample(clip, layout, entry.window, embeddings, self.tokenizer, self.config)
 
     def lengths(self) -> np.ndarray:

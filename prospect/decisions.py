@@ -1,138 +1,67 @@
-"""When would the heads have fired? One teacher-forced pass over clips, each head's numbers and its best threshold.
+"""When a head fires: the causal rule between a head's probability at a frame and the decision to write.
 
-    teacher_forced     sequences, with the reference conversation in place -> losses, and probabilities at every frame
-    traces             the sequences of each clip put together again
-    decision_report    precision, recall, F1, ... of each head, and the threshold with the best event F1
+    raw probability   .1  .7  .2  .8  .9  .1        of one head, frame by frame
+    score             .05 .38 .29 .54 .72 .1        running mean, weight .5 on the new frame (infer.smoothing)
+    fires at .6                       ^             then the evidence starts again from nothing
 
-train.py runs this at every validation, `python -m prospect.evaluate --sweep` on any clips. What a number means stands in
-prospect/metrics.py.
+A single noisy frame rarely says which step has changed, and a text that is written once stays in the context. So a head
+gathers evidence: its *score* is a running mean of its probabilities since something was last written. A frame right
+behind a user's text is decided by itself, for the user is waiting.
+
+The two heads know of each other: training shows an update and the reply that rests on it behind one frame, in this
+order. So when one head fires and the other's score is within `infer.coupling` logits of its own threshold, both fire.
+
+The rule sees the past alone, frame after frame, so look-ahead and several streams at once change no decision.
 """
 
-import contextlib
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from prospect.config import Config
-from prospect.data import Corpus, collate
-from prospect.metrics import DecisionCounts, auroc, average_precision, best_threshold, decision_metrics
-from prospect.model import IGNORE, Prospect, count_labels, loss_sums
-from prospect.sequence import Sample, frame_labels
+from prospect.config import InferConfig
+from prospect.metrics import fires, logit
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
-FRAMES_AT_ONCE = 256  # whose LM logits are held at the same time, with infer.decision=lm
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided at one frame, and on what: the scores that were compared with the thresholds."""
+
+    speak: bool
+    update: bool
+    speaking_score: float
+    dst_score: float | None  # None: a model without task state, or nothing left to update
 
 
 @dataclass
-class SequenceTrace:
-    """Both heads' probabilities at the frames of one sequence, and where in the corpus it stands."""
+class Evidence:
+    """The scores of one stream so far, since something was last written."""
 
-    file: int
-    clip: int
-    first_unit: int  # of the sequence's window
-    frames: np.ndarray  # [F] absolute numbers
-    probabilities: dict[str, np.ndarray]  # by head, [F]; without a dst head, zeros
+    speaking: float = 0.0
+    dst: float = 0.0
 
 
-@dataclass
-class TeacherForced:
-    """One batch with the reference conversation in place: loss sums and label counts by class, and each sequence."""
+def decide(infer: InferConfig, evidence: Evidence, speaking: float, dst: float | None, asked: bool) -> Decision:
+    """The decision at one frame; `evidence` is brought forward to the next.
 
-    sums: dict[str, Tensor]  # float64, on the CPU
-    counts: dict[str, Tensor]
-    sequences: list[SequenceTrace]
-
-
-@dataclass
-class ClipTrace:
-    """Both heads' probabilities at every frame of a clip, given the reference conversation.
-
-    probabilities and labels [F] by head, row 0 being the clip's first frame. At a frame that the sequence leaves out
-    (`data.frames`, the turns layout, truncation) the probability is 0 and the label -100. events: the rows at which the
-    reference speaks or updates.
+    speaking, dst: the heads' probabilities, dst None where no update can be written. asked: the user's text stands
+    right before this frame.
     """
-
-    clip_id: str
-    fps: float
-    probabilities: dict[str, np.ndarray]  # "speaking", "dst"
-    labels: dict[str, np.ndarray]
-    events: dict[str, list[int]]
-
-
-@torch.no_grad()
-def teacher_forced(
-    model: Prospect,
-    corpus: Corpus,
-    batch: list[int],
-    config: Config,
-    autocast: contextlib.AbstractContextManager | None = None,
-) -> TeacherForced:
-    """One forward over sequences with the reference conversation in place.
-
-    With `infer.decision: lm` the probability of speaking is 1 - P(end token) at the frame instead of the head's, as
-    when streaming, so the threshold is tuned on the quantity that streaming compares it with. An LM taught by
-    `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. At the frames
-    of a reply's range before its last it has no label; if it fires there, the event is found early, in most ranges
-    within EVENT_TOLERANCE. It is for models without task state: before an update comes no end token either.
-    """
-    device = model.lm_head.weight.device
-    samples: list[Sample] = [corpus[(0, index)] for index in batch]
-    tensors = collate(samples, corpus.tokenizer.pad_id)
-    with autocast or contextlib.nullcontext():
-        hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
-        sums = loss_sums(model, hidden, tensors, config.loss.bce)
-    sequences = []
-    for b, (index, sample) in enumerate(zip(batch, samples)):
-        states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
-        parts = [
-            model.decision_probabilities(part, config.infer.decision, corpus.tokenizer.end_id)
-            for part in states.split(FRAMES_AT_ONCE)
-        ]
-        found = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
-        found.setdefault("dst", np.zeros(len(sample.frames), np.float32))
-        entry = corpus.entries[index]
-        sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found))
-    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), sequences)
+    weight = 1.0 if asked else infer.smoothing
+    evidence.speaking = weight * speaking + (1 - weight) * evidence.speaking
+    speak, update = fires(evidence.speaking, infer.speaking_threshold), False
+    if dst is not None:
+        evidence.dst = weight * dst + (1 - weight) * evidence.dst
+        update = fires(evidence.dst, infer.dst_threshold)
+        if update and not speak:
+            speak = nearly(evidence.speaking, infer.speaking_threshold, infer.coupling)
+        elif speak and not update:
+            update = nearly(evidence.dst, infer.dst_threshold, infer.coupling)
+    decision = Decision(speak, update, evidence.speaking, None if dst is None else evidence.dst)
+    if speak or update:
+        evidence.speaking = evidence.dst = 0.0
+    return decision
 
 
-def traces(corpus: Corpus, sequences: list[SequenceTrace]) -> list[ClipTrace]:
-    """Put the sequences of each clip together again; a frame that a window repeats counts where it was first shown."""
-    found: list[ClipTrace] = []
-    sequences = sorted(sequences, key=lambda part: (part.file, part.clip, part.first_unit))
-    for (file, number), group in itertools.groupby(sequences, key=lambda part: (part.file, part.clip)):
-        parts = list(group)
-        frames, first = np.unique(np.concatenate([part.frames for part in parts]), return_index=True)
-        clip, _ = corpus.load(file, number)
-        shown = frames - clip.start_frame  # rows
-        all_labels = dict(zip(HEADS, frame_labels(clip, corpus.config, 1.0, corpus.seed, 0)))
-        trace = ClipTrace(clip.id, clip.fps, {}, {}, {})
-        for head, role in HEADS.items():
-            trace.probabilities[head] = np.zeros(clip.num_frames)
-            trace.probabilities[head][shown] = np.concatenate([part.probabilities[head] for part in parts])[first]
-            trace.labels[head] = np.full(clip.num_frames, IGNORE)
-            trace.labels[head][shown] = all_labels[head][shown]
-            ends = {turn.end_frame - clip.start_frame for turn in clip.turns if turn.role == role}
-            trace.events[head] = sorted(ends.intersection(shown.tolist()))
-        found.append(trace)
-    return found
-
-
-def decision_report(clips: list[ClipTrace], heads: Iterable[str]) -> tuple[dict[str, float], dict[str, float]]:
-    """Numbers of each head over all clips, and each head's best threshold (by event F1)."""
-    numbers: dict[str, float] = {}
-    thresholds: dict[str, float] = {}
-    for head in heads:
-        threshold, _ = best_threshold([(c.probabilities[head], c.events[head], c.fps) for c in clips])
-        thresholds[head] = threshold
-        counts = DecisionCounts()
-        for c in clips:
-            counts += decision_metrics(c.probabilities[head], c.labels[head], c.events[head], threshold, c.fps)
-        numbers |= {f"{head}_{name}": value for name, value in counts.summary().items()}
-        pooled = [np.concatenate([getattr(c, part)[head] for c in clips]) for part in ("probabilities", "labels")]
-        numbers[f"{head}_average_precision"], numbers[f"{head}_auroc"] = average_precision(*pooled), auroc(*pooled)
-        numbers[f"{head}_threshold"] = threshold
-    return numbers, thresholds
+def nearly(score: float, threshold: float, logits: float) -> bool:
+    """Whether a score is at most so many logits below its threshold. None at all: 0 logits."""
+    return logits > 0 and logit(score) >= logit(threshold) - logits

@@ -1,12 +1,12 @@
-"""Evaluation: every clip streamed and scored; and the teacher-forced pass that picks the heads' thresholds.
+"""Evaluation: every clip streamed and scored; and the choice of the heads' thresholds on streamed clips.
 
     python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
 and metrics.md under --out, and prints the table. Interrupted and started again, it goes on with the clips that are
-missing. The second picks each head's threshold on these clips from one teacher-forced pass, prints the curve and stores
-the choice in the checkpoint.
+missing. The second chooses the heads' thresholds on some of these clips (prospect/tuning.py), prints what was tried and
+stores the choice in the checkpoint.
 
 What each number means stands in prospect/metrics.py. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
@@ -33,16 +33,16 @@ from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
-from prospect.decisions import HEADS, decision_report, teacher_forced, traces
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, read_lines, write_json, write_text
 from prospect.load import load_for_inference, load_job
-from prospect.metrics import THRESHOLDS, by_dataset, threshold_curve
+from prospect.metrics import by_dataset
 from prospect.model import Prospect
-from prospect.score import ClipScore, not_computed, score_clip, summarise, table
-from prospect.stream import FrameRecord, Job, stream_jobs
+from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
+from prospect.stream import FrameRecord, Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
+from prospect.tuning import best_tried, some_of, target_value, teacher_forced_thresholds, try_thresholds
 
 STREAMS = 8  # clips streamed at once, by default
 RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
@@ -73,16 +73,11 @@ def stream_and_score(
             missing.append(job)
         else:
             yield score_clip(job.clip, records, similarity, config.data.dst)
-    collected: dict[int, list[dict]] = {}
-    for job, records in stream_jobs(model, tokenizer, missing, config, streams=min(streams, max(1, len(missing)))):
-        done = collected.setdefault(id(job), [])
-        done += [record.to_dict() for record in records]
-        if len(done) == len(job.embeddings):
-            del collected[id(job)]
-            if records_dir is not None:
-                lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in done]
-                write_text(records_file(records_dir, job.clip.id), "".join(lines))
-            yield score_clip(job.clip, done, similarity, config.data.dst)
+    for job, records in streamed_clips(model, tokenizer, missing, config, streams=min(streams, max(1, len(missing)))):
+        if records_dir is not None:
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+            write_text(records_file(records_dir, job.clip.id), "".join(lines))
+        yield score_clip(job.clip, records, similarity, config.data.dst)
 
 
 def records_file(records_dir: Path, clip_id: str) -> Path:
@@ -139,37 +134,47 @@ def footing(
     return "  \n".join(lines)
 
 
-def sweep(checkpoint: Path, corpus: Corpus, model: Prospect, config: Config) -> None:
-    """Pick each head's threshold by event F1 from one teacher-forced pass, print the curve, store the choice.
+def sweep(
+    checkpoint: Path, corpus: Corpus, jobs: list[Job], model: Prospect, tokenizer: Tokenizer, config: Config
+) -> None:
+    """Pick the heads' thresholds by streaming some of the clips, print what was tried, store the choice.
 
     The speaking threshold of a checkpoint belongs to its own infer.decision. One found for the other is only printed.
     """
-    decision = config.infer.decision
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
-    clips = traces(corpus, [trace for batch in bar for trace in teacher_forced(model, corpus, batch, config).sequences])
-    heads = list(HEADS) if config.data.dst else ["speaking"]
-    numbers, thresholds = decision_report(clips, heads)
-    for head in heads:
-        curve = threshold_curve([(c.probabilities[head], c.events[head], c.fps) for c in clips])
-        print(f"\n{head}: event precision, recall and F1 by threshold")
-        print("| threshold | P | R | F1 |\n|---:|---:|---:|---:|")
-        for threshold, counts in list(zip(THRESHOLDS, curve))[::10]:
-            print(f"| {threshold:.4f} | {counts.precision:.3f} | {counts.recall:.3f} | {counts.f1:.3f} |")
+    start, report = teacher_forced_thresholds(model, corpus, config, bar)
+    for head in start:
         print(
-            f"chosen: {thresholds[head]:.4f}, event F1 {numbers[f'{head}_event_f1']:.3f}; "
-            f"average precision {numbers[f'{head}_average_precision']:.3f}, AUROC {numbers[f'{head}_auroc']:.3f}"
+            f"{head}, teacher-forced: event F1 {report[f'{head}_event_f1']:.3f} at {start[head]:.4f}; average precision "
+            f"{report[f'{head}_average_precision']:.3f}, AUROC {report[f'{head}_auroc']:.3f}"
         )
-    own = read_config(checkpoint).infer.decision
+    target, jobs = config.infer.tuned_for, some_of(jobs)
+    print(
+        f"\nstreamed, {len(jobs)} clips:\n| thresholds | {target} | speaking F1 | update F1 | joint goal | replies right |"
+    )
+    print("|---|---:|---:|---:|---:|---:|")
+    tried = []
+    for one in try_thresholds(model, tokenizer, jobs, config, start):
+        tried.append(one)
+        shown = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
+        cells = [target_value(one.numbers, target), *(one.numbers.get(name) for name in shown)]
+        thresholds = ", ".join(f"{head} {threshold:.4f}" for head, threshold in one.thresholds.items())
+        print(f"| {thresholds} | {' | '.join(map(cell_text, cells))} |", flush=True)
+    thresholds = best_tried(tried, target).thresholds
+    print("chosen: " + ", ".join(f"{head} {threshold:.4f}" for head, threshold in thresholds.items()))
+
+    decision, own = config.infer.decision, read_config(checkpoint).infer.decision
     if decision != own:
         found = thresholds.pop("speaking")
         print(
-            f"\nthe speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
+            f"the speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
             f"use infer.decision={decision} infer.speaking_threshold={found:.6f}"
         )
     state = read_state(checkpoint)
     state.thresholds |= thresholds
     write_json(checkpoint / "state.json", dataclasses.asdict(state))
+    print(f"stored in {checkpoint / 'state.json'}")
 
 
 def main() -> int:
@@ -202,8 +207,7 @@ def main() -> int:
         vision_dim, seed = config.model.vision_dim, config.run.seed
         as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
         corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        tell(corpus.warnings, corpus.skipped)
-        sweep(arguments.checkpoint, corpus, model, config)
+        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0

@@ -57,7 +57,12 @@ def describe_memory(config: Config) -> list[str]:
     m, t = config.model, config.train
     shape = read_config(m.backbone) if (Path(m.backbone) / "config.json").exists() else published_config(m.backbone)
     lora = lora_config(t) if t.tune == "lora" else shape.lora
-    ours = {"vision_dim": m.vision_dim, "dst": config.data.dst, "dst_state_head": m.dst_state_head, "lora": lora}
+    ours = {
+        "vision_dim": m.vision_dim,
+        "dst": config.data.dst,
+        "dst_state_head": m.dst_state_head and config.data.dst,
+        "lora": lora,
+    }
     shape = dataclasses.replace(shape, **ours)
     counts = count_parameters(shape)
     total = sum(counts.values())

@@ -28,11 +28,10 @@ from prospect.errors import ProspectError
 
 Result = TypeVar("Result")
 Update = tuple[int, Transition]  # (row of the frame at which it stands, what it does)
+Event = tuple[int, int]  # the rows in which something is due, both ends included
 
-EVENT_TOLERANCE = 1.0  # seconds: an event counts as found if it is predicted at most this early or late
-# Thresholds tried by default: equal steps of the logit, 0.0025 ... 0.5 ... 0.9975. (A head trained on rare positives
-# lives near 0, where equal steps of the probability would be far too coarse.)
-THRESHOLDS = 1 / (1 + np.exp(-np.linspace(-6, 6, 121)))
+CANDIDATES = 50  # thresholds tried at the most
+EVENT_TOLERANCE = 1.0  # seconds: an event counts as found when it is predicted in its range or this close to it
 
 
 # ---- counts --------------------------------------------------------------------------------------
@@ -161,108 +160,104 @@ def fires(probability: np.ndarray | float, threshold: float) -> np.ndarray | boo
     return probability >= threshold if isinstance(probability, float) else probability.astype(np.float64) >= threshold
 
 
-def runs_to_events(fired: np.ndarray) -> list[int]:
-    """The first frame index of every run of consecutive True in `fired` [F]: 0 1 1 0 1 -> [1, 4]."""
-    fired = np.asarray(fired, bool)
-    before = np.concatenate([[False], fired[:-1]])
-    return np.flatnonzero(fired & ~before).tolist()
+def firing_runs(fired: np.ndarray) -> list[Event]:
+    """Every run of consecutive True in `fired` [F], both ends included: 0 1 1 0 1 -> [(1, 2), (4, 4)]."""
+    edges = np.diff(np.concatenate([[0], np.asarray(fired, np.int8), [0]]))
+    return list(zip(np.flatnonzero(edges == 1).tolist(), (np.flatnonzero(edges == -1) - 1).tolist()))
 
 
-def match_events(predicted: Sequence[int], reference: Sequence[int], tolerance: int) -> list[tuple[int, int]]:
-    """Pair events one to one, each pair at most `tolerance` frames apart: as many pairs as possible, and of all ways to
-    have so many the one with the least total distance.
+def match_events(predicted: Sequence[int], reference: Sequence[Event], tolerance: int) -> list[tuple[int, int]]:
+    """Pair predictions with reference events one to one, each inside the event's range or at most `tolerance` frames
+    from it: as many pairs as possible, and of all ways to have so many the one with the least total distance.
 
-    On a line two crossing pairs can be uncrossed without the larger or the total distance growing, so some best
-    matching keeps the order of both (sorted) lists, and a table over their prefixes finds it:
-
-        best[p, r] = max(best[p-1, r], best[p, r-1], best[p-1, r-1] + gain(p, r))
-
-    where the gain of a pair is so large that no saving of distance is worth losing one. A row needs only the row above,
-    and the term best[p, r-1] is a running maximum, so that a row is a few numpy operations.
-
-    Returns (index into `predicted`, index into `reference`) pairs, in order of time.
+    predicted: rows; reference: ranges of rows, both ends included. A reference that finds no prediction takes a column
+    of its own, at a cost above all distances together. Returns (index into `predicted`, index into `reference`) pairs,
+    in the order of the references.
     """
-    if len(predicted) == 0 or len(reference) == 0:
+    P, R = len(predicted), len(reference)
+    if P == 0 or R == 0:
         return []
-    predicted_order = np.argsort(predicted, kind="stable")
-    reference_order = np.argsort(reference, kind="stable")
-    p_frames = np.asarray(predicted, np.int64)[predicted_order]  # [P]
-    r_frames = np.asarray(reference, np.int64)[reference_order]  # [R]
-    P, R = len(p_frames), len(r_frames)
-
-    distance = np.abs(p_frames[:, None] - r_frames[None, :])  # [P, R]
-    one_pair = 1 + tolerance * min(P, R)  # more than all the distances of any matching
-    gain = np.where(distance <= tolerance, one_pair - distance, -1)
-    best = np.zeros((P + 1, R + 1), np.int64)
-    for p in range(P):
-        best[p + 1, 1:] = np.maximum(best[p, 1:], best[p, :-1] + gain[p])
-        np.maximum.accumulate(best[p + 1], out=best[p + 1])
-
-    pairs = []
-    p, r = P, R
-    while p and r:
-        if best[p, r] == best[p - 1, r]:
-            p -= 1
-        elif best[p, r] == best[p, r - 1]:
-            r -= 1
-        else:
-            p, r = p - 1, r - 1
-            pairs.append((int(predicted_order[p]), int(reference_order[r])))
-    return pairs[::-1]
+    rows = np.asarray(predicted, np.int64)  # [P]
+    first, last = np.asarray(reference, np.int64).T[:, :, None]  # [R,1] each
+    distance = np.maximum(np.maximum(first - rows, rows - last), 0)  # [R,P]
+    unmatched = 1 + tolerance * R
+    cost = np.full((R, P + R), float(unmatched))
+    cost[:, :P] = np.where(distance <= tolerance, distance, np.inf)
+    taken = minimum_cost_assignment(cost)
+    return [(int(p), r) for r, p in enumerate(taken) if p < P]
 
 
-def event_counts(fired: np.ndarray, event_frames: Sequence[int], fps: float) -> Counts:
-    """Counts of the events in `fired` [F] against one reference event per entry of `event_frames`, within +-1 s."""
-    predicted = runs_to_events(fired)
-    pairs = match_events(predicted, event_frames, int(EVENT_TOLERANCE * fps))
-    return Counts(len(pairs), len(predicted), len(event_frames))
+def event_counts(predicted: Sequence[int], reference: Sequence[Event], fps: float) -> Counts:
+    """Counts of predicted events (rows) against reference events, matched within EVENT_TOLERANCE of their ranges."""
+    pairs = match_events(predicted, reference, int(EVENT_TOLERANCE * fps))
+    return Counts(len(pairs), len(predicted), len(reference))
 
 
-def decision_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, event_frames: Sequence[int], threshold: float, fps: float
-) -> DecisionCounts:
-    """One head on one clip at one threshold.
+@dataclass
+class HeadTrace:
+    """One head at every frame of one clip, given the reference conversation.
 
-    probabilities  [F] of the head, one per frame
-    labels         [F] 1, 0 or -100; frames labelled -100 take no part in the frame counts (but may fire an event)
-    event_frames   the decision frame of every turn, as row indices 0..F-1
+    probabilities [F]; labels [F]: 1, 0 or -100, at sampling rate 1.0. No text of the model's own is inserted, so a head
+    goes on firing while it is due: both a run of firing frames and a run of positive labels are one event.
     """
-    fired = fires(probabilities, threshold)
-    labels = np.asarray(labels)
-    frames = Counts(
-        matched=int((fired & (labels == 1)).sum()),
-        predicted=int((fired & (labels != -100)).sum()),
-        reference=int((labels == 1).sum()),
-    )
-    return DecisionCounts(frames, int((labels == 0).sum()), event_counts(fired, event_frames, fps))
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+    fps: float
+
+    def events(self, threshold: float) -> Counts:
+        """Event counts at a threshold. Fed with its own labels as probabilities, a head scores exactly 1."""
+        predicted = [first for first, _ in firing_runs(fires(self.probabilities, threshold))]
+        return event_counts(predicted, firing_runs(self.labels == 1), self.fps)
+
+    def decisions(self, threshold: float) -> "DecisionCounts":
+        """Frame and event counts; frames labelled -100 take no part in the former (but may fire an event)."""
+        fired, labels = fires(self.probabilities, threshold), self.labels
+        frames = Counts(
+            matched=int((fired & (labels == 1)).sum()),
+            predicted=int((fired & (labels != -100)).sum()),
+            reference=int((labels == 1).sum()),
+        )
+        return DecisionCounts(frames, int((labels == 0).sum()), self.events(threshold))
 
 
-def threshold_curve(
-    clips: Sequence[tuple[np.ndarray, Sequence[int], float]], candidates: Sequence[float] = THRESHOLDS
-) -> list[Counts]:
-    """Event counts at every candidate threshold, summed over `clips` of (probabilities [F], event_frames, fps)."""
-    return [
-        sum((event_counts(fires(probs, threshold), events, fps) for probs, events, fps in clips), Counts())
-        for threshold in candidates
-    ]
+def threshold_curve(traces: Sequence[HeadTrace]) -> list[tuple[float, Counts]]:
+    """Event counts over all clips at every threshold that matters: (threshold, counts), thresholds ascending.
 
-
-def best_threshold(
-    clips: Sequence[tuple[np.ndarray, Sequence[int], float]], candidates: Sequence[float] = THRESHOLDS
-) -> tuple[float, Counts]:
-    """The candidate with the best event F1 over all `clips` of (probabilities [F], event_frames, fps), and its counts.
-
-    `candidates` ascend, and neighbours often tie. The middle of the longest tied stretch is taken: it is the choice
-    that a small shift of the probabilities harms least.
+    Lowering a threshold finds another event only when it reaches the highest probability of that event's frames. So
+    those are the candidates, however far out they lie; each is moved half-way, in the logit, to the next lower
+    probability seen, where a small shift of the probabilities harms least. Of many, CANDIDATES evenly spread ones.
     """
-    curve = threshold_curve(clips, candidates)
-    f1 = np.array([counts.f1 for counts in curve])
-    at_best = np.concatenate([[0], f1 == f1.max(), [0]])
-    starts = np.flatnonzero(np.diff(at_best) == 1)
-    ends = np.flatnonzero(np.diff(at_best) == -1)  # exclusive
-    longest = int(np.argmax(ends - starts))
-    middle = int(starts[longest] + ends[longest] - 1) // 2
-    return float(candidates[middle]), curve[middle]
+    peaks = {
+        float(trace.probabilities[first : last + 1].max())
+        for trace in traces
+        for first, last in firing_runs(trace.labels == 1)
+    }
+    seen = np.unique(np.concatenate([trace.probabilities for trace in traces]).astype(np.float64))
+    candidates = sorted({between(peak, seen) for peak in peaks}) or [0.5]
+    if len(candidates) > CANDIDATES:
+        candidates = [candidates[i] for i in np.linspace(0, len(candidates) - 1, CANDIDATES).astype(int)]
+    return [(c, sum((trace.events(c) for trace in traces), Counts())) for c in candidates]
+
+
+def between(peak: float, seen: np.ndarray) -> float:
+    """A threshold half-way, in the logit, between `peak` and the next lower of the ascending numbers in `seen`."""
+    lower = seen[np.searchsorted(seen, peak) - 1] if peak > seen[0] else 0.0
+    middle = 1 / (1 + np.exp(-(logit(peak) + logit(lower)) / 2))
+    return float(min(max(middle, np.nextafter(lower, 1)), peak))
+
+
+def logit(probability: float) -> float:
+    """log(p / (1 - p)), with p kept 1e-9 away from 0 and 1."""
+    p = min(max(float(probability), 1e-9), 1 - 1e-9)
+    return float(np.log(p / (1 - p)))
+
+
+def best_threshold(curve: Sequence[tuple[float, Counts]]) -> float:
+    """The threshold of `threshold_curve` with the best event F1; of several, the middle one."""
+    best = max(counts.f1 for _, counts in curve)
+    at_best = [threshold for threshold, counts in curve if counts.f1 == best]
+    return at_best[len(at_best) // 2]
 
 
 def _hits_by_score(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -470,19 +465,12 @@ class TaskStateCounts:
     def __add__(self, other: "TaskStateCounts") -> "TaskStateCounts":
         return TaskStateCounts(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
-    @property
-    def macro_f1(self) -> float:
-        """The mean F1 of the three states; one that neither occurs nor is predicted is left out."""
-        right, reference, predicted = np.diag(self.states), self.states.sum(1), self.states.sum(0)
-        occurs = (reference + predicted) > 0
-        return ratio((2 * right[occurs] / (reference + predicted)[occurs]).sum(), occurs.sum())
-
     def summary(self) -> dict[str, float]:
         """The numbers by the names under which they are reported; times in seconds."""
         return {
             "joint_goal_accuracy": ratio(self.frames_right, self.frames),
             "step_state_accuracy": ratio(np.trace(self.states), self.states.sum()),
-            "state_macro_f1": self.macro_f1,
+            "state_macro_f1": macro_f1(self.states),
             "transition_precision": self.transitions.precision,
             "transition_recall": self.transitions.recall,
             "transition_f1": self.transitions.f1,
@@ -494,6 +482,20 @@ class TaskStateCounts:
         }
 
 
+def confusion(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How often each state was taken for each, [reference, predicted], from equal arrays of indices into STATES."""
+    counts = np.zeros((3, 3), np.int64)
+    np.add.at(counts, (reference.ravel(), predicted.ravel()), 1)
+    return counts
+
+
+def macro_f1(states: np.ndarray) -> float:
+    """The mean F1 of the three states of a confusion; one that neither occurs nor is predicted is left out."""
+    right, reference, predicted = np.diag(states), states.sum(1), states.sum(0)
+    occurs = (reference + predicted) > 0
+    return ratio((2 * right[occurs] / (reference + predicted)[occurs]).sum(), occurs.sum())
+
+
 def state_matrix(states: Sequence[State], step_ids: Sequence[str]) -> np.ndarray:
     """[F, S] indices into STATES; a step that a state does not mention has not started."""
     rows = [[STATES.index(state.get(step, "not_started")) for step in step_ids] for state in states]
@@ -503,6 +505,7 @@ def state_matrix(states: Sequence[State], step_ids: Sequence[str]) -> np.ndarray
 def task_state_metrics(
     predicted_states: np.ndarray,
     reference_states: np.ndarray,
+    also_right: Sequence[np.ndarray],
     predicted_updates: Sequence[Update],
     reference_updates: Sequence[Update],
     *,
@@ -514,6 +517,7 @@ def task_state_metrics(
     """Task state of one clip.
 
     predicted_states, reference_states    [F, S] indices into STATES, after the updates of each frame (`state_matrix`)
+    also_right                            other states [F, S] that are right: while an update is due, with and without it
     predicted_updates, reference_updates  single transitions, (row, Transition); the predicted are those applied
     num_generated, num_valid              update texts written, and how many of them were applied
     window_seconds                        (l, r) as for dialogue
@@ -524,9 +528,8 @@ def task_state_metrics(
     F, S = reference_states.shape
     if S == 0:  # a clip without a task has no state to be right about
         F = 0
-    same = predicted_states == reference_states  # [F, S]
-    states = np.zeros((3, 3), np.int64)
-    np.add.at(states, (reference_states.ravel(), predicted_states.ravel()), 1)
+    same = np.logical_or.reduce([predicted_states == states for states in (reference_states, *also_right)])  # [F, S]
+    states = confusion(predicted_states, np.where(same, predicted_states, reference_states))
 
     window = tuple(int(seconds * fps) for seconds in window_seconds)
     exact = pair_updates(predicted_updates, reference_updates, window, same_meaning=True)

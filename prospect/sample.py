@@ -374,18 +374,6 @@ def step_times(story: Story) -> list[dict]:
     ]
 
 
-def named_step(text: str, step_names: list[str]) -> int | None:
-    """Index of the one step whose name occurs in `text`, whatever the case; None when none does, or several."""
-    found = [index for index, name in enumerate(step_names) if name.lower() in text.lower()]
-    return found[0] if len(found) == 1 else None
-
-
-def says_the_same(reply: str, wanted: str, step_names: list[str]) -> bool:
-    """Whether a reply names the step that `wanted` names, or, where that names none ("All done. ..."), begins as it."""
-    step = named_step(wanted, step_names)
-    return reply.split(".")[0] == wanted.split(".")[0] if step is None else named_step(reply, step_names) == step
-
-
 # ---- the story in pictures -----------------------------------------------------------------------
 
 

@@ -9,13 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from prospect.clips import Clip
-from prospect.dst import UpdateError, parse_update
+from prospect.clips import Clip, Turn
+from prospect.dst import STATES, UpdateError, parse_update
 from prospect.metrics import (
+    EVENT_TOLERANCE,
     Counts,
+    Event,
     TaskStateCounts,
+    confusion,
     event_counts,
+    macro_f1,
     match_dialogue,
+    match_events,
+    ratio,
     state_matrix,
     sum_dialogue,
     task_state_metrics,
@@ -33,8 +39,10 @@ class ClipScore:
     frames: int
     dialogue: dict[str, Any]  # match_dialogue's counts and rates
     correct_pairs: list[tuple[str, str]]  # (what was said, what should have been), of correct pairs
-    events: dict[str, Counts]  # of each head, as it fired while streaming
+    events: dict[str, Counts]  # of each head: every decision to write is one predicted event
+    replies: Counts  # matched: in time, and naming the right step
     task_state: TaskStateCounts
+    step_state: np.ndarray  # [3,3] confusion of the state head, zeros without one
     refreshes: int  # times the context was full
 
 
@@ -52,18 +60,63 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
     dialogue = match_dialogue(said_rows, wanted_rows, alike, num_frames=F, fps=clip.fps, window_seconds=window)
     pairs = [(said[said_rows[p]], wanted[wanted_rows[r]]) for p, r in dialogue["correct_pairs"]]
 
-    events = {"speaking": event_counts(np.array([r["speaking_decision"] for r in records]), wanted_rows, clip.fps)}
-    task_state = TaskStateCounts()
+    events = {"speaking": event_counts(decided(records, "speaking_decision"), rows_of(clip, "assistant"), clip.fps)}
+    task_state, step_state = TaskStateCounts(), np.zeros((3, 3), np.int64)
     if dst:
-        update_rows = sorted({turn.end_frame - first for turn in clip.updates()})
-        events["dst"] = event_counts(np.array([r["dst_update_decision"] for r in records]), update_rows, clip.fps)
+        events["dst"] = event_counts(decided(records, "dst_update_decision"), rows_of(clip, "DST_UPDATE"), clip.fps)
         task_state = score_task_state(clip, records, window)
-    refreshes = sum(record["context_event"] is not None for record in records)
-    return ClipScore(clip.id, clip.dataset or "unnamed", F, dialogue, pairs, events, task_state, refreshes)
+        step_state = score_step_state(clip, records)
+    replies = Counts(sum(right for _, _, right in timely_replies(clip, records)), len(said), len(wanted))
+    return ClipScore(
+        clip_id=clip.id,
+        dataset=clip.dataset or "unnamed",
+        frames=F,
+        dialogue=dialogue,
+        correct_pairs=pairs,
+        events=events,
+        replies=replies,
+        task_state=task_state,
+        step_state=step_state,
+        refreshes=sum(record["context_event"] is not None for record in records),
+    )
+
+
+def decided(records: list[dict], decision: str) -> list[int]:
+    """The rows at which a head fired."""
+    return [row for row, record in enumerate(records) if record[decision]]
+
+
+def rows_of(clip: Clip, role: str) -> list[Event]:
+    """The rows in which each text of `role` is due."""
+    return [(first - clip.start_frame, last - clip.start_frame) for first, last in clip.events(role)]
+
+
+def timely_replies(clip: Clip, records: list[dict]) -> list[tuple[int, int, bool]]:
+    """The replies said within their event: (index of the reply, of the reference, whether it names the right step)."""
+    said = [(row, record["text"]) for row, record in enumerate(records) if record["text"] is not None]
+    wanted = list(clip.replies().values())
+    names = [step.name for step in clip.steps]
+    pairs = match_events([row for row, _ in said], rows_of(clip, "assistant"), int(EVENT_TOLERANCE * clip.fps))
+    return [(p, r, says_the_same(said[p][1], wanted[r], names)) for p, r in pairs]
+
+
+def named_step(text: str, step_names: list[str]) -> int | None:
+    """Index of the one step whose name occurs in `text`, whatever the case; None when none does, or several."""
+    found = [index for index, name in enumerate(step_names) if name.lower() in text.lower()]
+    return found[0] if len(found) == 1 else None
+
+
+def says_the_same(reply: str, wanted: str, step_names: list[str]) -> bool:
+    """Whether a reply names the step that `wanted` names; where that names none ("All done. ..."), begins as it does."""
+    step = named_step(wanted, step_names)
+    return reply.split(".")[0] == wanted.split(".")[0] if step is None else named_step(reply, step_names) == step
 
 
 def score_task_state(clip: Clip, records: list[dict], window: tuple[float, float]) -> TaskStateCounts:
-    """The predicted state at every frame, and every applied transition, against the reference's."""
+    """The predicted state at every frame, and every applied transition, against the reference's.
+
+    While an update is due, the states before and after it are both right.
+    """
     first = clip.start_frame
     written = [record for record in records if record["dst_update"] is not None]
     applied = [record for record in written if record["invalid_update"] is None]
@@ -71,6 +124,7 @@ def score_task_state(clip: Clip, records: list[dict], window: tuple[float, float
     return task_state_metrics(
         state_matrix([record["dst_state"] for record in records], ids),
         state_matrix(clip.states_after(), ids),
+        [state_matrix(clip.states_after(moment), ids) for moment in (first_frame, frame_behind)],
         [(record["frame_idx"] - first, t) for record in applied for t in read_update(record["dst_update"])],
         [(turn.end_frame - first, t) for turn in clip.updates() for t in turn.transitions],
         num_generated=len(written),
@@ -78,6 +132,25 @@ def score_task_state(clip: Clip, records: list[dict], window: tuple[float, float
         fps=clip.fps,
         window_seconds=window,
     )
+
+
+def first_frame(turn: Turn) -> int:
+    return turn.start_frame
+
+
+def frame_behind(turn: Turn) -> int:
+    return turn.end_frame + 1
+
+
+def score_step_state(clip: Clip, records: list[dict]) -> np.ndarray:
+    """The state head's confusion [3,3] over all frames; while an update is due, before and after are both right."""
+    if any(record["step_state"] is None for record in records):
+        return np.zeros((3, 3), np.int64)
+    predicted = np.array([STATES.index(record["step_state"]) for record in records])
+    reference = clip.latest_step_state()
+    for moment in (first_frame, frame_behind):
+        reference = np.where(predicted == clip.latest_step_state(moment), predicted, reference)
+    return confusion(predicted, reference)
 
 
 def read_update(text: str):
@@ -88,17 +161,27 @@ def read_update(text: str):
         return parse_update(text, "json")
 
 
+def decision_numbers(scores: list[ClipScore]) -> dict[str, float]:
+    """When the heads fired, what the replies named, and the task state: all numbers that no text metric is needed for."""
+    numbers: dict[str, float] = {}
+    parts = {f"{head}_event": [score.events[head] for score in scores] for head in scores[0].events}
+    for part, counts in (parts | {"replies_right": [score.replies for score in scores]}).items():
+        total = sum(counts, Counts())
+        numbers |= {f"{part}_{name}": getattr(total, name) for name in ("precision", "recall", "f1")}
+    if "dst" in scores[0].events:
+        numbers |= sum((score.task_state for score in scores), TaskStateCounts()).summary()
+    if (states := sum(score.step_state for score in scores)).any():
+        numbers["state_head_accuracy"] = ratio(np.trace(states), states.sum())
+        numbers["state_head_macro_f1"] = macro_f1(states)
+    return numbers
+
+
 def summarise(scores: list[ClipScore]) -> dict[str, float]:
     """All numbers of a set of clips. They are added in the order of their ids: rounding makes no difference then."""
     scores = sorted(scores, key=lambda score: score.clip_id)
     dialogue = sum_dialogue([score.dialogue for score in scores])
     numbers: dict[str, float] = {key: value for key, value in dialogue.items() if not key.endswith(("_sum", "_count"))}
-    for head in scores[0].events:
-        counts = sum((score.events[head] for score in scores), Counts())
-        for name in ("precision", "recall", "f1"):
-            numbers[f"{head}_event_{name}"] = getattr(counts, name)
-    if "dst" in scores[0].events:
-        numbers |= sum((score.task_state for score in scores), TaskStateCounts()).summary()
+    numbers |= decision_numbers(scores)
     pairs = [pair for score in scores for pair in score.correct_pairs]
     texts = text_metrics([said for said, _ in pairs], [wanted for _, wanted in pairs])
     numbers |= texts.scores | weighted_by_jaccard(texts.scores, dialogue["jaccard_index"])
@@ -106,18 +189,18 @@ def summarise(scores: list[ClipScore]) -> dict[str, float]:
     return numbers | totals | {"clips": len(scores)}
 
 
-# What the table shows first; metrics.json holds everything.
-
-
 # ---- the table -----------------------------------------------------------------------------------
 
 
+# What the table shows first; metrics.json holds everything.
 TABLE = (
     ("f1", "dialogue F1"), ("precision", "precision"), ("recall", "recall"), ("jaccard_index", "Jaccard"),
     ("missing_rate", "missed"), ("redundant_rate", "redundant"),
     ("time_diff", "time difference, s"), ("semantic_score", "semantic score"),
     ("speaking_event_f1", "speaking event F1"), ("dst_event_f1", "update event F1"),
+    ("replies_right_f1", "replies right (F1)"),
     ("joint_goal_accuracy", "joint goal accuracy"), ("step_state_accuracy", "step-state accuracy"),
+    ("state_head_accuracy", "state head accuracy"),
     ("transition_f1", "transition F1"), ("valid_update_ratio", "valid updates"),
     ("BLEU-4", "BLEU-4"), ("refreshes", "context refreshes"), ("clips", "clips"), ("frames", "frames"),
 )  # fmt: skip

@@ -1,11 +1,12 @@
 """A clip becomes one sequence: what is seen, what is said, and what is learned. This file is the method.
 
     <prompt> <f193> <f194> User: I want to…⏎ <f195> [DST_UPDATE] S1->start⏎ Assistant: Great! …⏎ <f196> <f197> …
-    speak     -100   -100                      1      -100 …                                          0 or -100
-    dst         1      1                       1      -100 …                                          0 or -100
+    speak       0      0                       1      -100 …                                          0 or -100
+    dst         0      1                       1      -100 …                                          0 or -100
 
 Every step is a plain function, in this order:
 
+    text_places        clip -> behind which frame each reply and update stands, and behind which it might
     lay_out            clip -> which frames are shown, what is said between them, the decision labels of each frame
     plan_windows       layout -> stretches that fit max_seq_len, each with the task's state at its first frame
     format_conversation_with_ranges
@@ -13,8 +14,10 @@ Every step is a plain function, in this order:
     label_tokens       token ids + ranges -> label arrays aligned with input_ids (the loss shifts once, not here)
     make_sample        all of it: one window of a clip -> the arrays that prospect/data.py puts into a batch
 
-The model decides at `<image>` tokens, because there inference decides. Assistant and DST_UPDATE text comes right after
-the last frame of its turn, user text right before the last frame of its turn, so that a decision can follow it.
+The model decides at `<image>` tokens, because there inference decides. User text comes right before the last frame of
+its turn, so that a decision can follow it. Where the text of a reply or an update stands, and where its head is taught
+to fire, obey one rule, because live the text stands wherever the head fires: **a frame is labelled 1 only if the text
+may stand right behind it.**
 The method is ProAssist's interleaving (arXiv 2506.05904) extended by task state.
 
 Letters: F frames shown, U units (frames that are never cut from their text), T tokens, I <image> tokens of one frame,
@@ -29,7 +32,7 @@ import numpy as np
 
 from prospect.clips import Clip, Turn
 from prospect.config import DataConfig
-from prospect.dst import STATES, State, Step, write_update
+from prospect.dst import State, Step, write_update
 from prospect.errors import ProspectError
 from prospect.model import IGNORE
 from prospect.tokenizer import IMAGE, Piece, Tokenizer
@@ -82,6 +85,55 @@ def prompt_pieces(prompt: str, tokenizer: Tokenizer) -> list[Piece]:
 # ---- the layout ----------------------------------------------------------------------------------
 
 
+LATE = 0.75  # share of the texts that stand behind the last frame of their turn, with data.text_at=drawn
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the text of a turn stands, in absolute frames: right behind `at`, one of first..last behind which it may."""
+
+    first: int
+    last: int
+    at: int
+
+
+def text_places(
+    clip: Clip, config: DataConfig, shown: np.ndarray, draw: np.random.Generator | None, edges: np.ndarray
+) -> dict[int, Place]:
+    """The place of every reply and update, by the last frame of its turn: turns that end together stand together.
+
+    `data.text_at`: `drawn` from the middle of the turn's range, the annotated moment, to its end, the end with
+    probability LATE; `last`, the end alone; `range`, behind the end but labelled 1 from the start of the range, where
+    training never puts the text (kept for comparison). A text never stands before a user's text in its range, which it
+    answers, nor before the text of an earlier turn, nor on the other side of an edge of its window. shown [F], edges: the
+    frames of the sequence and those at which its window begins or ends, absolute. draw None: at the end, as windows are
+    planned.
+
+        range       a  .  m  .  b                 first = m, last = b; drawn: at = the second dot
+        speaking    0  0  1  1  0     with the text behind the second dot; behind it all has been said
+    """
+    users = [turn.end_frame for turn in clip.turns if turn.role == "user"]
+    earliest: dict[int, int] = {}  # by last frame
+    for turn in clip.turns:
+        if turn.role == "assistant" or (turn.role == "DST_UPDATE" and config.dst):
+            begin, end = turn.start_frame, turn.end_frame
+            first = {"drawn": (begin + end + 1) // 2, "last": end, "range": begin}[config.text_at]
+            first = max([first, *(user for user in users if begin <= user <= end)])
+            earliest[end] = max(first, earliest.get(end, first))
+    places, previous = {}, -1
+    for end, first in sorted(earliest.items()):
+        at = end
+        if config.text_at != "range":
+            first = max([first, previous + 1, *edges[(edges > first) & (edges <= end)].tolist()])
+        if draw is not None and config.text_at == "drawn":
+            late, early = draw.random(2)  # drawn for every turn, so that one draw does not depend on another turn
+            options = shown[(shown >= first) & (shown < end)]
+            if late >= LATE and len(options):
+                at = int(options[int(early * len(options))])
+        places[end], previous = Place(first, end, at), end
+    return places
+
+
 @dataclass(frozen=True)
 class Said:
     """A turn's text and its place: right before frame `at` (an index into Layout.frames) or right after it."""
@@ -99,7 +151,7 @@ class Layout:
     frames   [F]  absolute frame number of each frame shown (the turns layout may show a frame more than once)
     speaking [F]  decision label of the speaking head at each: 1, 0 or -100
     dst      [F]  the same for the DST update head
-    state    [F]  index into STATES of the most recently started step, for the optional state head
+    state    [F]  index into STATES of the most recently started step, for the state head
     said          texts in reading order
     units    [U+1] boundaries: frames[units[u]:units[u+1]] and what is said there are never cut apart
     """
@@ -112,98 +164,82 @@ class Layout:
     units: np.ndarray
 
 
-def lay_out(clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int) -> Layout:
-    """The layout of a whole clip.
+def lay_out(
+    clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int, window: "Window | None" = None
+) -> Layout:
+    """The layout of a whole clip, for one of its windows.
 
-    rate: share of the clip's silent frames that become negatives, drawn anew for every (seed, epoch, clip id).
+    rate: share of the clip's silent frames that become negatives, drawn anew for every (seed, epoch, clip id), as the
+    places of the texts are. window None: nothing of the places is drawn, as windows are planned. A drawn text stays on
+    its side of every edge of the window it was planned in, so no window's length or state changes from epoch to epoch.
     """
-    speaking, dst = frame_labels(clip, config, rate, seed, epoch)
-    labels = {"speaking": speaking, "dst": dst, "state": state_labels(clip, config)}  # [F] each, all frames of the clip
+    shown = kept_frames(clip, config, seed)  # [F] absolute, increasing
+    draw, edges = None, shown[:0]
+    if window is not None and config.layout == "stream":  # where every unit is one frame
+        draw, edges = generator(seed, epoch, clip.id, "text"), shown[window.edges(len(shown))]
+    places = text_places(clip, config, shown, draw, edges)
+    speaking, dst = frame_labels(clip, config, places, rate, seed, epoch)
+    state = clip.latest_step_state(lambda turn: places[turn.end_frame].at) if config.dst else np.full(len(dst), IGNORE)
+    labels = {"speaking": speaking, "dst": dst, "state": state}  # [F] each, all frames of the clip
     turns = [turn for turn in clip.turns if turn.role != "system" and (config.dst or turn.role != "DST_UPDATE")]
     if config.layout == "turns":
         return _turns_layout(clip, config, turns, labels)
 
-    kept = kept_frames(clip, config, seed)  # [F] absolute, increasing
-    place = {int(frame): at for at, frame in enumerate(kept)}
+    # What is said at each frame, by role.
     by_frame: dict[int, dict[str, list]] = {}
     for turn in turns:
-        at_frame = by_frame.setdefault(turn.end_frame, {"user": [], "DST_UPDATE": [], "assistant": []})
+        at = turn.end_frame if turn.role == "user" else places[turn.end_frame].at
+        at_frame = by_frame.setdefault(at, {"user": [], "DST_UPDATE": [], "assistant": []})
         at_frame[turn.role].extend(turn.transitions if turn.role == "DST_UPDATE" else [turn.text])
+
+    # In reading order; several updates at one frame are one text, and so are several replies.
+    index = {int(frame): at for at, frame in enumerate(shown)}
     said = []
     for frame in sorted(by_frame):
-        at, texts = place[frame], by_frame[frame]
+        at, texts = index[frame], by_frame[frame]
         said += [Said("user", text, at, before=True) for text in texts["user"]]
-        if texts["DST_UPDATE"]:  # several updates at one frame are one text, and so are several replies
+        if texts["DST_UPDATE"]:
             said.append(Said("DST_UPDATE", write_update(texts["DST_UPDATE"], config.dst_format), at, before=False))
         if texts["assistant"]:
             said.append(Said("assistant", " ".join(texts["assistant"]), at, before=False))
-    rows = kept - clip.start_frame
-    shown = {name: values[rows] for name, values in labels.items()}
-    return Layout(kept, shown["speaking"], shown["dst"], shown["state"], said, units=np.arange(len(kept) + 1))
+    rows = shown - clip.start_frame
+    of_shown = {name: values[rows] for name, values in labels.items()}
+    return Layout(shown, **of_shown, said=said, units=np.arange(len(shown) + 1))
 
 
-def frame_labels(clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def frame_labels(
+    clip: Clip, config: DataConfig, places: dict[int, Place], rate: float, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Decision labels (speaking, dst) of every frame of the clip, [F] each: 1, 0 or -100.
 
-    1 on every frame of a turn's range (or on its last alone, the earlier ones -100), the other head 0 there unless its
-    own turn covers the frame. Where a turn answers a user whose text stands inside its range, the frames before that
-    text are -100 for speaking: nobody could have answered yet. `rate` of the frames covered by no such turn are 0, the
-    others -100; they are drawn from the whole clip, whichever of its frames `data.frames` shows.
+    1 from the first frame behind which the turn's text may stand to the one behind which it does; 0 on every other
+    frame of a reply or an update; of the frames covered by neither, `rate` are 0 and the others -100. They are drawn
+    from the whole clip, whichever of its frames `data.frames` shows.
 
-        frame              193   194  User…  195
-        assistant turn      '---------------'      speaking  -100  -100   1
-        DST_UPDATE turn     '---------------'      dst          1     1   1
+        frame              193   194  User…  195         the reply may not stand before the user's text
+        assistant turn      '---------------'      speaking     0     0    1
+        DST_UPDATE turn     '---------------'      dst          0     1    1
     """
     F, first = clip.num_frames, clip.start_frame
-    covered = {"assistant": np.zeros(F, bool), "DST_UPDATE": np.zeros(F, bool)}
-    labels = {"assistant": np.full(F, IGNORE), "DST_UPDATE": np.full(F, IGNORE)}
-    user_ends = np.array([turn.end_frame for turn in clip.turns if turn.role == "user"], np.int64)
-    positives = {"assistant": np.zeros(F, bool), "DST_UPDATE": np.zeros(F, bool)}
+    covered = np.zeros(F, bool)
+    positive = {"assistant": np.zeros(F, bool), "DST_UPDATE": np.zeros(F, bool)}
     for turn in clip.turns:
-        if turn.role not in covered or (turn.role == "DST_UPDATE" and not config.dst):
-            continue
-        begin, end = turn.start_frame, turn.end_frame
-        covered[turn.role][begin - first : end - first + 1] = True
-        if turn.role == "assistant":
-            answered = user_ends[(user_ends >= begin) & (user_ends <= end)]
-            begin = max(begin, answered.max(initial=begin))
-        begin = end if config.positive_frames == "last" else begin
-        positives[turn.role][begin - first : end - first + 1] = True
-    either = covered["assistant"] | covered["DST_UPDATE"]
-    for role in labels:
-        labels[role][either & ~covered[role]] = 0
-        labels[role][positives[role]] = 1
-    silent = np.flatnonzero(~either)
+        if turn.role in positive and (turn.role == "assistant" or config.dst):
+            place = places[turn.end_frame]
+            covered[turn.start_frame - first : turn.end_frame - first + 1] = True
+            positive[turn.role][place.first - first : place.at - first + 1] = True
+
+    silent = np.flatnonzero(~covered)
     count = int(rate * len(silent) + 0.5)
     sampled = generator(seed, epoch, clip.id).choice(silent, size=count, replace=False) if count else silent[:0]
-    labels["assistant"][sampled] = 0
-    if config.dst:
-        labels["DST_UPDATE"][sampled] = 0
-        return labels["assistant"], labels["DST_UPDATE"]
-    return labels["assistant"], np.full(F, IGNORE)
-
-
-def state_labels(clip: Clip, config: DataConfig) -> np.ndarray:
-    """At every frame of the clip, the state (index into STATES) of the most recently started step, [F].
-
-    An update counts from the last frame of its turn on, where its text stands. Before the clip's first start it is the
-    state of the step that was under way when the clip began, else of the last one completed, else not_started.
-    """
+    labels = np.full((2, F), IGNORE)
+    labels[:, covered] = 0
+    labels[:, sampled] = 0
+    labels[0, positive["assistant"]] = 1
+    labels[1, positive["DST_UPDATE"]] = 1
     if not config.dst:
-        return np.full(clip.num_frames, IGNORE)
-    begun = [id for id, state in clip.initial_state.items() if state != "not_started"]
-    under_way = [id for id in begun if clip.initial_state[id] == "in_progress"]
-    latest = (under_way or begun or [None])[-1]
-    now = STATES.index(clip.initial_state[latest]) if latest else 0
-    labels = np.full(clip.num_frames, now)
-    for turn in clip.updates():
-        for t in turn.transitions:
-            if t.transition == "start":
-                latest, now = t.id, 1
-            elif t.id == latest:
-                now = 2
-        labels[turn.end_frame - clip.start_frame :] = now
-    return labels
+        labels[1] = IGNORE
+    return labels[0], labels[1]
 
 
 # ---- the windows ---------------------------------------------------------------------------------
@@ -221,6 +257,17 @@ class Window:
     end: int
     num_tokens: int  # of the whole sequence, prompt included
     units: tuple[int, ...] | None = None
+
+    def shows(self, U: int) -> np.ndarray:
+        """Which of the clip's U units it shows, [U] bool."""
+        shown = np.zeros(U, bool)
+        shown[slice(self.first, self.end) if self.units is None else list(self.units)] = True
+        return shown
+
+    def edges(self, U: int) -> np.ndarray:
+        """The units at which it begins, is first learned, ends, or has a gap: no text may cross one."""
+        begins = np.flatnonzero(np.diff(self.shows(U))) + 1
+        return np.union1d(begins, [self.learn])
 
 
 def plan_windows(clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataConfig, per_frame: int) -> list[Window]:
@@ -345,9 +392,8 @@ def format_conversation_with_ranges(
     With silence_lm one more end token closes the sequence: a silent frame is taught that token as the one behind it
     (see label_tokens), and behind a window's last frame there would be none to carry the label.
     """
-    in_window = np.zeros(len(layout.units) - 1, bool)  # [U]
-    in_window[slice(window.first, window.end) if window.units is None else list(window.units)] = True
-    shown = np.flatnonzero(np.repeat(in_window, np.diff(layout.units)))  # [F] indices into layout.frames
+    in_window = np.repeat(window.shows(len(layout.units) - 1), np.diff(layout.units))  # [F] bool
+    shown = np.flatnonzero(in_window)  # [F] indices into layout.frames
     learned = shown >= layout.units[window.learn]  # [F] the others are only repeated
     place = {at: f for f, at in enumerate(shown.tolist())}
 
@@ -475,34 +521,34 @@ def tokens_in_ranges(starts: np.ndarray, ranges: np.ndarray) -> np.ndarray:
 
 
 def _turns_layout(clip: Clip, config: DataConfig, turns: list[Turn], labels: dict[str, np.ndarray]) -> Layout:
-    """Seed 000, literally: for each turn its frames and then its text; other frames are absent.
+    """Each turn as its frames followed by its text; other frames are absent.
 
     Turns come in the order in which they end. One frame may be shown by several turns: each head decides it in the
-    block of its own turn, and in another turn's block it is -100 for that head rather than 1. The user's text stands
-    in front of the assistant's whole block, so no frame of that block is too early to answer.
+    block of its own turn, where the text stands behind the last frame, and in another turn's block it is -100 for that
+    head rather than 1. The user's text stands in front of the assistant's whole block.
 
         turns     user 193..194, assistant 193..195
         text      <f193> <f194> User: Hi. <f193> <f194> <f195> Assistant: Hello.
-        speaking   -100   -100               1      1      1
+        speaking     0      0                0      0      1          (range: 1 1 1)
 
     Turns that share frames are one unit: a window that began between them would have to state the task in the prompt
     in the middle of a frame.
     """
     rows, speaking, dst, said, units = [], [], [], [], [0]
-    covered_until = -1
+    unit_ends: list[int] = []  # the last frame that each unit covers
     for turn in sorted(turns, key=lambda turn: turn.end_frame):
         block = np.arange(turn.start_frame, turn.end_frame + 1) - clip.start_frame
-        own = np.ones(len(block), np.int64)
-        if config.positive_frames == "last":
-            own[:-1] = IGNORE
+        own = np.full(len(block), 1 if config.text_at == "range" else 0)
+        own[-1] = 1
         others = {head: np.where(labels[head][block] == 1, IGNORE, labels[head][block]) for head in ("speaking", "dst")}
         speaking.append(own if turn.role == "assistant" else others["speaking"])
         dst.append(own if turn.role == "DST_UPDATE" else others["dst"])
-        if rows and turn.start_frame <= covered_until:
+        while unit_ends and turn.start_frame <= unit_ends[-1]:  # a long turn may reach over several earlier units
+            unit_ends.pop()
             units.pop()
-        covered_until = turn.end_frame
         rows.append(block)
         units.append(sum(map(len, rows)))
+        unit_ends.append(turn.end_frame)
         text = write_update(turn.transitions, config.dst_format) if turn.role == "DST_UPDATE" else turn.text
         said.append(Said(turn.role, text, units[-1] - 1, before=False))
     if not rows:

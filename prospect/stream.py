@@ -4,7 +4,8 @@
     session.say("What now?")                                    user text, placed before the next frame
     record = session.feed(embedding)                            one frame in, one record out
 
-At every frame one forward pass puts the frame into the cache and both heads are read at it. If the update head fires,
+At every frame one forward pass puts the frame into the cache and the heads are read at it. prospect/decisions.py says
+when they fire. If the update head fires,
 the turn's header is fed and the update generated, parsed, checked and applied; then, if the speaking head fires, the
 reply is generated. The LM head is not touched on a silent frame. The sequence that builds up in the cache is the one
 that training shows (prospect/data.py), token by token, and stays so when the context is refreshed.
@@ -28,7 +29,9 @@ from torch import Tensor
 
 from prospect.clips import Clip, unpaired_surrogate
 from prospect.config import Config
+from prospect.decisions import Evidence, decide
 from prospect.dst import (
+    STATES,
     TRANSITIONS,
     State,
     Transition,
@@ -40,7 +43,6 @@ from prospect.dst import (
     write_update,
 )
 from prospect.errors import ProspectError
-from prospect.metrics import fires
 from prospect.model import Generated, KVCache, Prospect
 from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
 from prospect.tokenizer import Piece, Tokenizer
@@ -69,11 +71,14 @@ class FrameRecord:
     time: float
     speaking_prob: float
     dst_update_prob: float | None  # None: a model without task state
+    speaking_score: float  # what was compared with the threshold, see prospect/decisions.py
+    dst_update_score: float | None
     speaking_decision: bool
     dst_update_decision: bool
     text: str | None  # what the assistant said
     dst_update: str | None  # the update as generated, applied unless invalid_update says why not
     dst_state: State  # after the frame
+    step_state: str | None = None  # what the state head reads: the state of the most recently started step
     user: list[str] = field(default_factory=list)  # what the user said right before the frame
     text_cut: str | None = None  # why a text was cut off: "limit" or "repetition"
     dst_update_cut: str | None = None
@@ -135,6 +140,7 @@ class StreamSession:
         self.frame_idx = clip.start_frame  # of the next frame
         self.units: list[Unit] = []  # the frames in the context, oldest first
         self.pending: list[str] = []  # said by the user since the last frame
+        self.evidence = Evidence()  # for the next decision
         self.limit = config.data.max_seq_len - config.infer.reserved  # a frame that would go beyond it brings a refresh
         self.headers = {role: tokenizer.encode(tokenizer.template.header(role)) for role in ("assistant", "DST_UPDATE")}
         self.end_ids = [tokenizer.end_id, *tokenizer.encode(tokenizer.template.suffix())]
@@ -321,29 +327,34 @@ class StreamSession:
 
     # ---- one frame -------------------------------------------------------------------------------
 
-    def see(self, unit: Unit, user: list[str], speaking: float, dst: float | None, context_tokens: int) -> FrameRecord:
+    def see(self, unit: Unit, frame: Frame, heads: "Heads", context_tokens: int) -> FrameRecord:
         """Take a frame into the context and decide at it; the texts, if any, are written afterwards.
 
-        speaking, dst: the heads' probabilities; context_tokens: tokens in the cache up to and with the frame.
+        heads: what they read at the frame. context_tokens: tokens in the cache up to and with the frame.
         """
         infer = self.config.infer
-        may_update = dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
+        may_update = heads.dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
+        asked = bool(frame.user)
+        decision = decide(infer, self.evidence, heads.speaking, heads.dst if may_update else None, asked)
+        unit.state_before = self.state
+        self.units.append(unit)
         record = FrameRecord(
             clip_id=self.clip.id,
             frame_idx=self.frame_idx,
             time=self.clip.seconds(self.frame_idx),
-            speaking_prob=speaking,
-            dst_update_prob=dst,
-            speaking_decision=fires(speaking, infer.speaking_threshold),
-            dst_update_decision=may_update and fires(dst, infer.dst_threshold),
+            speaking_prob=heads.speaking,
+            dst_update_prob=heads.dst,
+            speaking_score=decision.speaking_score,
+            dst_update_score=decision.dst_score,
+            speaking_decision=decision.speak,
+            dst_update_decision=decision.update,
             text=None,
             dst_update=None,
             dst_state=self.state,
-            user=user,
+            step_state=heads.step_state,
+            user=frame.user,
             context_tokens=context_tokens,
         )
-        unit.state_before = self.state
-        self.units.append(unit)
         self.frame_idx += 1
         self.cache.lengths[self.stream] = context_tokens  # what was run beyond this frame is rolled back
         return record
@@ -401,15 +412,14 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
     streams = [session.stream for session in sessions]
     hidden = session.model(input_ids.to(device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
     hidden = hidden.gather(1, read_at.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
-    found = session.model.decision_probabilities(hidden, session.config.infer.decision, session.tokenizer.end_id)
-    probabilities = torch.stack(list(found.values()), -1).tolist()  # [B][K][heads], fetched in one transfer
+    heads = read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)  # [B][K]
 
     # Frames are taken one after another, up to the first at which something is to be written.
     records: list[list[FrameRecord]] = []
     for b, (session, chunk) in enumerate(zip(sessions, chunks)):
         taken: list[FrameRecord] = []
-        for unit, frame, (speaking, *dst), end in zip(chunk, upcoming[b], probabilities[b], ends[b]):
-            taken.append(session.see(unit, frame.user, speaking, *dst or [None], starts[b] + int(end)))
+        for unit, frame, at_frame, end in zip(chunk, upcoming[b], heads[b], ends[b]):
+            taken.append(session.see(unit, frame, at_frame, starts[b] + int(end)))
             if taken[-1].speaking_decision or taken[-1].dst_update_decision:
                 break
         taken[0].context_event = events[b]
@@ -420,6 +430,28 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
     write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")
     write([pair for pair in last if pair[1].speaking_decision], "assistant")
     return records
+
+
+@dataclass
+class Heads:
+    """What the heads read at one frame: two probabilities, and the state of the most recently started step."""
+
+    speaking: float
+    dst: float | None  # None: a model without task state
+    step_state: str | None  # None: a model without the state head
+
+
+def read_heads(model: Prospect, hidden: Tensor, decision: str, end_id: int) -> list[list[Heads]]:
+    """All heads at hidden [B,K,H], as lists [B][K], fetched from the device in one transfer."""
+    found = model.decision_probabilities(hidden, decision, end_id)  # by head, [B,K]
+    if model.dst_state_head is not None:
+        found["state"] = model.dst_state_head(hidden).argmax(-1).to(found["speaking"].dtype)
+    fetched = torch.stack(list(found.values()), -1).tolist()  # [B][K][heads]
+    named = [[dict(zip(found, numbers)) for numbers in frames] for frames in fetched]
+    return [
+        [Heads(n["speaking"], n.get("dst"), STATES[int(n["state"])] if "state" in n else None) for n in frames]
+        for frames in named
+    ]
 
 
 def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str) -> None:
@@ -539,3 +571,15 @@ def stream_jobs(
             if session.next_row == len(job.embeddings):
                 del running[stream]
                 free.append(stream)
+
+
+def streamed_clips(
+    model: Prospect, tokenizer: Tokenizer, jobs: Iterable[Job], config: Config, *, streams: int = 8
+) -> Iterator[tuple[Job, list[dict]]]:
+    """Each clip with the records of all its frames, as dicts, when it has ended."""
+    collected: dict[int, list[dict]] = {}
+    for job, records in stream_jobs(model, tokenizer, jobs, config, streams=streams):
+        done = collected.setdefault(id(job), [])
+        done += [record.to_dict() for record in records]
+        if len(done) == len(job.embeddings):
+            yield job, collected.pop(id(job))

@@ -37,9 +37,10 @@ def test_a_block_that_raises_leaves_nothing_behind(tmp_path):
 
 
 def test_a_disk_that_refuses_is_one_error(tmp_path):
-    with pytest.raises(ProspectError, match="cannot be written: No such file or directory") as caught:
-        write_text(tmp_path / "absent" / "a.txt", "text")
-    assert caught.value.where == str(tmp_path / "absent" / "a.txt")
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ProspectError, match="cannot be written: Not a directory") as caught:
+        write_text(tmp_path / "file" / "a.txt", "text")
+    assert caught.value.where == str(tmp_path / "file" / "a.txt")
 
 
 def test_a_tree_is_synced_to_its_last_file(tmp_path, monkeypatch):

@@ -1,0 +1,125 @@
+"""When would the heads have fired? One teacher-forced pass over clips, each head's numbers and its best threshold.
+
+    teacher_forced     sequences, with the reference conversation in place -> losses, and probabilities at every frame
+    traces             the sequences of each clip put together again
+    decision_report    precision, recall, F1, ... of each head, and the threshold with the best event F1
+
+train.py runs this at every validation, `python -m prospect.evaluate --sweep` on any clips. What a number means stands in
+prospect/metrics.py.
+"""
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prospect.config import Config
+from prospect.data import Corpus, collate
+from prospect.metrics import DecisionCounts, HeadTrace, auroc, average_precision, best_threshold, threshold_curve
+from prospect.model import IGNORE, Prospect, count_labels, loss_sums
+from prospect.sequence import Sample, lay_out
+
+FRAMES_AT_ONCE = 256  # whose LM logits are held at the same time, with infer.decision=lm
+
+
+@dataclass
+class SequenceTrace:
+    """Both heads' probabilities at the frames of one sequence, and where in the corpus it stands."""
+
+    file: int
+    clip: int
+    first_unit: int  # of the sequence's window
+    frames: np.ndarray  # [F] absolute numbers
+    probabilities: dict[str, np.ndarray]  # by head, [F]
+    labels: dict[str, np.ndarray]  # by head, [F], at sampling rate 1.0
+
+
+@dataclass
+class TeacherForced:
+    """One batch with the reference conversation in place: loss sums and label counts by class, and each sequence."""
+
+    sums: dict[str, Tensor]  # float64, on the CPU
+    counts: dict[str, Tensor]
+    sequences: list[SequenceTrace]
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: Prospect,
+    corpus: Corpus,
+    batch: list[int],
+    config: Config,
+    autocast: contextlib.AbstractContextManager | None = None,
+) -> TeacherForced:
+    """One forward over sequences with the reference conversation in place.
+
+    With `infer.decision: lm` the probability of speaking is 1 - P(end token) at the frame instead of the head's, as
+    when streaming, so the threshold is tuned on the quantity that streaming compares it with. An LM taught by
+    `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. At the frames
+    of a reply's range before its last it has no label; if it fires there, the event is found early, in most ranges
+    within EVENT_TOLERANCE. It is for models without task state: before an update comes no end token either.
+    """
+    device = model.lm_head.weight.device
+    samples: list[Sample] = [corpus[(0, index)] for index in batch]
+    tensors = collate(samples, corpus.tokenizer.pad_id)
+    with autocast or contextlib.nullcontext():
+        hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
+        sums = loss_sums(model, hidden, tensors, config.loss.bce)
+    sequences = []
+    for b, (index, sample) in enumerate(zip(batch, samples)):
+        states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
+        parts = [
+            model.decision_probabilities(part, config.infer.decision, corpus.tokenizer.end_id)
+            for part in states.split(FRAMES_AT_ONCE)
+        ]
+        found = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
+        entry = corpus.entries[index]
+        labels = reference_labels(corpus, index, sample.frames)
+        sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found, labels))
+    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), sequences)
+
+
+def reference_labels(corpus: Corpus, index: int, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """The decision labels of a sequence's frames, by head, with every silent frame a negative."""
+    entry = corpus.entries[index]
+    clip, _ = corpus.load(entry.file, entry.clip)
+    layout = lay_out(clip, corpus.config, 1.0, corpus.seed, 0, entry.window)
+    shown = np.repeat(entry.window.shows(len(layout.units) - 1), np.diff(layout.units))  # [F of the clip] bool
+    return {"speaking": layout.speaking[shown], "dst": layout.dst[shown]}
+
+
+def traces(corpus: Corpus, sequences: list[SequenceTrace]) -> dict[str, list[HeadTrace]]:
+    """Each head's trace of every clip: its sequences put together, a repeated frame counted where it was first shown.
+
+    At a frame that the sequences leave out (`data.frames`, the turns layout, truncation) the probability is 0 and the
+    label -100.
+    """
+    found: dict[str, list[HeadTrace]] = {}
+    sequences = sorted(sequences, key=lambda part: (part.file, part.clip, part.first_unit))
+    for (file, number), group in itertools.groupby(sequences, key=lambda part: (part.file, part.clip)):
+        parts = list(group)
+        frames, first = np.unique(np.concatenate([part.frames for part in parts]), return_index=True)
+        clip, _ = corpus.load(file, number)
+        shown = frames - clip.start_frame  # rows
+        for head in parts[0].probabilities:
+            probabilities, labels = np.zeros(clip.num_frames), np.full(clip.num_frames, IGNORE)
+            probabilities[shown] = np.concatenate([part.probabilities[head] for part in parts])[first]
+            labels[shown] = np.concatenate([part.labels[head] for part in parts])[first]
+            found.setdefault(head, []).append(HeadTrace(probabilities, labels, clip.fps))
+    return found
+
+
+def decision_report(heads: dict[str, list[HeadTrace]]) -> dict[str, float]:
+    """Numbers of each head over all clips, at the threshold with the best event F1, which is among them."""
+    numbers: dict[str, float] = {}
+    for head, clips in heads.items():
+        threshold = best_threshold(threshold_curve(clips))
+        counts = sum((clip.decisions(threshold) for clip in clips), DecisionCounts())
+        numbers |= {f"{head}_{name}": value for name, value in counts.summary().items()}
+        pooled = [np.concatenate([getattr(clip, part) for clip in clips]) for part in ("probabilities", "labels")]
+        numbers[f"{head}_average_precision"], numbers[f"{head}_auroc"] = average_precision(*pooled), auroc(*pooled)
+        numbers[f"{head}_threshold"] = threshold
+    return numbers
