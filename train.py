@@ -356,23 +356,23 @@ def validate(
     if any_rank(stop.requested, ranks):
         return None
     if tuned is not None:
-        thresholds, streamed = tuned
+        thresholds["evidence"], streamed = tuned
         numbers |= {f"streamed_{name}": value for name, value in streamed.items()}
     return numbers, thresholds
 
 
 def tune_on_stream(
-    model: Prospect, corpus: Corpus, config: Config, start: dict[str, float], ranks: Ranks, stop: StopRequest
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """The heads' thresholds as prospect/tuning.py chooses them on a few validation clips, and what these scored.
+    model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
+) -> tuple[float, dict[str, float]] | None:
+    """How much evidence decisions need, as prospect/tuning.py finds on a few validation clips, and what these scored.
 
-    None where nothing is streamed, and the teacher-forced thresholds `start` must do: under FSDP, whose ranks can only
+    None where nothing is streamed, and `infer.evidence` stays at one half: under FSDP, whose ranks can only
     run forward together; where a clip cannot be streamed with these settings; or when asked to stop.
     """
     if ranks.world > 1 and config.train.parallel == "fsdp":
         return None
     from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
-    from prospect.tuning import best_tried, some_of, try_thresholds
+    from prospect.tuning import best_tried, some_of, try_evidence
 
     clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
     jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
@@ -380,20 +380,20 @@ def tune_on_stream(
     was_training = model.training
     model.eval()
     try:
-        for one in try_thresholds(
-            model, corpus.tokenizer, jobs, config, start, lambda mine: gather_objects(mine, ranks)
+        for one in try_evidence(
+            model, corpus.tokenizer, jobs, config, thresholds, lambda mine: gather_objects(mine, ranks)
         ):
             tried.append(one)
             if any_rank(stop.requested, ranks):
                 return None
     except ProspectError as error:
         if ranks.main:
-            tqdm.write(f"thresholds are teacher-forced, for the validation clips cannot be streamed: {error}")
+            tqdm.write(f"infer.evidence is not chosen, for the validation clips cannot be streamed: {error}")
         return None
     finally:
         model.train(was_training)
     best = best_tried(tried, config.infer.tuned_for)
-    return best.thresholds, best.numbers
+    return best.evidence, best.numbers
 
 
 def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:

@@ -54,7 +54,7 @@ from prospect.sample import write_sample
 from prospect.score import decision_numbers, named_step, score_clip, timely_replies
 from prospect.stream import streamed_clips
 from prospect.text_metrics import load_similarity
-from prospect.tuning import best_tried, some_of, teacher_forced_thresholds, try_thresholds, with_thresholds
+from prospect.tuning import best_tried, some_of, teacher_forced_thresholds, try_evidence, with_decisions
 
 PAGE = ROOT / "docs" / "ablation.md"
 BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
@@ -98,7 +98,7 @@ class Row:
     title: str
     trained: str
     streamed: tuple[str, ...] = ()
-    tuned: bool = True  # False: the thresholds of a teacher-forced pass
+    tuned: bool = True  # False: thresholds from a teacher-forced pass alone, evidence one half
 
     @property
     def key(self) -> str:
@@ -109,8 +109,8 @@ NO_MEAN, ALONE = "infer.smoothing=1", "infer.coupling=0"
 STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop")  # those that need no task state
 SECTIONS = {
     "What is trained is what is streamed, one change after another": (
-        Row("labels over the whole range, text behind it; thresholds teacher-forced", "old-labels", (NO_MEAN, ALONE), False),
-        Row("the same, thresholds tuned on streamed clips", "old-labels", (NO_MEAN, ALONE)),
+        Row("labels over the whole range, text behind it; decisions as teacher-forced", "old-labels", (NO_MEAN, ALONE), False),
+        Row("the same, evidence tuned on streamed clips", "old-labels", (NO_MEAN, ALONE)),
         Row("+ the heads coupled", "old-labels", (NO_MEAN,)),
         Row("+ a running mean of the probabilities", "old-labels"),
         Row("+ labels where the text may stand (`text_at: drawn`)", "no-head"),
@@ -123,7 +123,7 @@ SECTIONS = {
         Row("`dst_state_head: false`", "no-head"),
         Row("`smoothing: 1`", "default", (NO_MEAN,)),
         Row("`coupling: 0`", "default", (ALONE,)),
-        Row("thresholds teacher-forced", "default", (), False),
+        Row("decisions as teacher-forced", "default", (), False),
         Row("`constrain_dst: true`", "default", ("infer.constrain_dst=true",)),
     ),
     "Task state": (
@@ -201,19 +201,20 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     val = Corpus([str(corpus / "val.json")], config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
     batches = ordered_batches(val.lengths(), config.data.batch_tokens)
     thresholds, _ = teacher_forced_thresholds(model, val, config, batches)
+    evidence = 0.5
     if row.tuned:
         some = some_of(load_jobs([str(corpus / "val.json")], config))
-        tried = list(try_thresholds(model, tokenizer, some, config, thresholds))
-        thresholds = best_tried(tried, config.infer.tuned_for).thresholds
-    config = with_thresholds(config, thresholds)
+        tried = list(try_evidence(model, tokenizer, some, config, thresholds))
+        evidence = best_tried(tried, config.infer.tuned_for).evidence
+    config = with_decisions(config, thresholds, evidence)
 
     similarity, scores, counts = load_similarity("lexical"), [], []
     for job, records in streamed_clips(model, tokenizer, load_jobs([str(held_out / "val.json")], config), config):
         scores.append(score_clip(job.clip, records, similarity, config.data.dst))
         counts.append(next_steps(job.clip, records))
     right, said = (sum(column) for column in zip(*counts))
-    thresholds = {f"{head}_threshold": threshold for head, threshold in thresholds.items()}
-    return decision_numbers(scores) | {"next_step": ratio(right, said)} | thresholds
+    found = {f"{head}_threshold": threshold for head, threshold in thresholds.items()} | {"evidence": evidence}
+    return decision_numbers(scores) | {"next_step": ratio(right, said)} | found
 
 
 def next_steps(clip: Clip, records: list[dict]) -> tuple[int, int]:

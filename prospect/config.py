@@ -140,11 +140,14 @@ class InferConfig:
     # summarize_and_drop or summarize_with_dst
     strategy: Literal["none", "drop_all", "drop_middle", "summarize_and_drop", "summarize_with_dst", "slide"] = "slide"
     decision: Literal["heads", "lm"] = "heads"  # heads, or lm: speak when P(end token) falls below 1 - threshold
-    speaking_threshold: float | None = None  # null: the best on validation, stored in the checkpoint
+    speaking_threshold: float | None = None  # of one frame; null: the best on validation, stored in the checkpoint
     dst_threshold: float | None = None  # null: likewise
-    smoothing: float = 0.5  # weight of the new frame in a head's score, the running mean of its probability; 1: none
-    coupling: float = 2.0  # logits: when one head fires, so does the other this close below its threshold; 0: never
-    # what the thresholds are chosen for, on streamed validation clips: events (their F1), replies (right ones, F1), state
+    # a head fires when its score, the running mean of its centred probability, reaches this; null: the best on streamed
+    # validation clips, stored in the checkpoint
+    evidence: float | None = None
+    smoothing: float = 0.5  # weight of the new frame in that mean; 1: every frame is decided by itself
+    coupling: float = 2.0  # logits: when one head fires, so does the other if it is this close to firing; 0: never
+    # what evidence is chosen for, on streamed validation clips: events (their F1), replies (right ones, F1), state
     # (joint goal accuracy), or the mean of those that the model has
     tuned_for: Literal["mean", "events", "replies", "state"] = "mean"
     reserved: int = 128  # tokens of the context kept free for what is written at one frame
@@ -189,7 +192,7 @@ _BOUNDS = {
     "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
     "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
     "train.projector_learning_rate": (0, 10), "train.heads_learning_rate": (0, 10),
-    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.smoothing": (0.01, 1),
+    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.evidence": (0, 1), "infer.smoothing": (0.01, 1),
     "infer.coupling": (0, 100), "infer.reserved": (1, 10**7),
     "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
 }  # fmt: skip

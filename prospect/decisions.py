@@ -1,15 +1,16 @@
 """When a head fires: the causal rule between a head's probability at a frame and the decision to write.
 
-    raw probability   .1  .7  .2  .8  .9  .1        of one head, frame by frame
-    score             .05 .38 .29 .54 .72 .1        running mean, weight .5 on the new frame (infer.smoothing)
-    fires at .6                       ^             then the evidence starts again from nothing
+    probability   .1   .7   .2   .8   .9   .1      of one head, frame by frame; its threshold is .5
+    score         .05  .38  .29  .54  .72  .05     running mean, weight .5 on the new frame (infer.smoothing)
+    fires at .6                       ^            (infer.evidence); then the mean starts again from nothing
 
-A single noisy frame rarely says which step has changed, and a text that is written once stays in the context. So a head
-gathers evidence: its *score* is a running mean of its probabilities since something was last written. A frame right
-behind a user's text is decided by itself, for the user is waiting.
+A single noisy frame rarely says which step has changed, and a text once written stays in the context. So a head gathers
+evidence. Its probability is first centred, so that its own threshold, where it separates best frame by frame, becomes
+one half; its *score* is the running mean of that since something was last written. A frame right behind a user's text
+is decided by itself, for the user is waiting.
 
 The two heads know of each other: training shows an update and the reply that rests on it behind one frame, in this
-order. So when one head fires and the other's score is within `infer.coupling` logits of its own threshold, both fire.
+order. So when one head fires and the other's score is within `infer.coupling` logits of firing, both fire.
 
 The rule sees the past alone, frame after frame, so look-ahead and several streams at once change no decision.
 """
@@ -17,14 +18,14 @@ The rule sees the past alone, frame after frame, so look-ahead and several strea
 from dataclasses import dataclass
 
 from prospect.config import InferConfig
-from prospect.metrics import fires, logit
+from prospect.metrics import fires, logit, sigmoid
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is decided at one frame, and on what: the scores that were compared with the thresholds."""
+    """What is decided at one frame, and on what: the scores that were compared with `infer.evidence`."""
 
     speak: bool
     update: bool
@@ -47,21 +48,25 @@ def decide(infer: InferConfig, evidence: Evidence, speaking: float, dst: float |
     right before this frame.
     """
     weight = 1.0 if asked else infer.smoothing
-    evidence.speaking = weight * speaking + (1 - weight) * evidence.speaking
-    speak, update = fires(evidence.speaking, infer.speaking_threshold), False
+    evidence.speaking += weight * (centred(speaking, infer.speaking_threshold) - evidence.speaking)
+    speak, update = fires(evidence.speaking, infer.evidence), False
     if dst is not None:
-        evidence.dst = weight * dst + (1 - weight) * evidence.dst
-        update = fires(evidence.dst, infer.dst_threshold)
-        if update and not speak:
-            speak = nearly(evidence.speaking, infer.speaking_threshold, infer.coupling)
-        elif speak and not update:
-            update = nearly(evidence.dst, infer.dst_threshold, infer.coupling)
+        evidence.dst += weight * (centred(dst, infer.dst_threshold) - evidence.dst)
+        update = fires(evidence.dst, infer.evidence)
+        if speak or update:
+            speak = speak or nearly(evidence.speaking, infer)
+            update = update or nearly(evidence.dst, infer)
     decision = Decision(speak, update, evidence.speaking, None if dst is None else evidence.dst)
     if speak or update:
         evidence.speaking = evidence.dst = 0.0
     return decision
 
 
-def nearly(score: float, threshold: float, logits: float) -> bool:
-    """Whether a score is at most so many logits below its threshold. None at all: 0 logits."""
-    return logits > 0 and logit(score) >= logit(threshold) - logits
+def centred(probability: float, threshold: float) -> float:
+    """The probability with its logit moved so that `threshold` becomes one half."""
+    return sigmoid(logit(probability) - logit(threshold))
+
+
+def nearly(score: float, infer: InferConfig) -> bool:
+    """Whether a score is less than `infer.coupling` logits below firing."""
+    return logit(score) > logit(infer.evidence) - infer.coupling

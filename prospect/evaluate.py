@@ -42,7 +42,7 @@ from prospect.score import ClipScore, cell_text, not_computed, score_clip, summa
 from prospect.stream import FrameRecord, Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
-from prospect.tuning import best_tried, some_of, target_value, teacher_forced_thresholds, try_thresholds
+from prospect.tuning import best_tried, some_of, target_value, teacher_forced_thresholds, try_evidence
 
 STREAMS = 8  # clips streamed at once, by default
 RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
@@ -137,9 +137,9 @@ def footing(
 def sweep(
     checkpoint: Path, corpus: Corpus, jobs: list[Job], model: Prospect, tokenizer: Tokenizer, config: Config
 ) -> None:
-    """Pick the heads' thresholds by streaming some of the clips, print what was tried, store the choice.
+    """Choose the decisions: thresholds from a teacher-forced pass, evidence on streamed clips. Print and store them.
 
-    The speaking threshold of a checkpoint belongs to its own infer.decision. One found for the other is only printed.
+    A checkpoint's decisions belong to its own infer.decision. Those found for the other are only printed.
     """
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
@@ -150,29 +150,27 @@ def sweep(
             f"{report[f'{head}_average_precision']:.3f}, AUROC {report[f'{head}_auroc']:.3f}"
         )
     target, jobs = config.infer.tuned_for, some_of(jobs)
+    print(f"\n{len(jobs)} clips streamed; the choice is for {target}, infer.tuned_for")
     print(
-        f"\nstreamed, {len(jobs)} clips:\n| thresholds | {target} | speaking F1 | update F1 | joint goal | replies right |"
+        "| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |\n|---:|---:|---:|---:|---:|---:|"
     )
-    print("|---|---:|---:|---:|---:|---:|")
     tried = []
-    for one in try_thresholds(model, tokenizer, jobs, config, start):
+    for one in try_evidence(model, tokenizer, jobs, config, start):
         tried.append(one)
         shown = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
         cells = [target_value(one.numbers, target), *(one.numbers.get(name) for name in shown)]
-        thresholds = ", ".join(f"{head} {threshold:.4f}" for head, threshold in one.thresholds.items())
-        print(f"| {thresholds} | {' | '.join(map(cell_text, cells))} |", flush=True)
-    thresholds = best_tried(tried, target).thresholds
-    print("chosen: " + ", ".join(f"{head} {threshold:.4f}" for head, threshold in thresholds.items()))
-
+        print(f"| {one.evidence} | {' | '.join(map(cell_text, cells))} |", flush=True)
+    found = start | {"evidence": best_tried(tried, target).evidence}
+    chosen = " ".join(
+        f"infer.{name if name == 'evidence' else f'{name}_threshold'}={found[name]:.6f}" for name in found
+    )
+    print(f"chosen: {chosen}")
     decision, own = config.infer.decision, read_config(checkpoint).infer.decision
     if decision != own:
-        found = thresholds.pop("speaking")
-        print(
-            f"the speaking threshold is not stored, for the checkpoint's infer.decision is {own}: "
-            f"use infer.decision={decision} infer.speaking_threshold={found:.6f}"
-        )
+        print(f"not stored, for the checkpoint's infer.decision is {own}: use infer.decision={decision} with the above")
+        return
     state = read_state(checkpoint)
-    state.thresholds |= thresholds
+    state.thresholds |= found
     write_json(checkpoint / "state.json", dataclasses.asdict(state))
     print(f"stored in {checkpoint / 'state.json'}")
 

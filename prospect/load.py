@@ -17,18 +17,19 @@ from prospect.tokenizer import Tokenizer
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
 
-    Thresholds that the configuration leaves open are those found best on validation, stored in the checkpoint; the
-    speaking one was found for the checkpoint's own infer.decision, and for another it is 0.5.
+    Decisions that the configuration leaves open (thresholds, evidence) are those found best on validation, stored in
+    the checkpoint. They were found for the checkpoint's own infer.decision; for another they are one half.
     """
     directory = Path(directory)
     own = read_config(directory)
     config = make_config(apply_overrides(to_dict(own), overrides), str(directory / "config.yaml"))
-    thresholds = read_state(directory).thresholds
-    if config.infer.speaking_threshold is None:
-        found_for_it = config.infer.decision == own.infer.decision
-        config.infer.speaking_threshold = thresholds.get("speaking", 0.5) if found_for_it else 0.5
-    if config.infer.dst_threshold is None:
-        config.infer.dst_threshold = thresholds.get("dst", 0.5)
+    found = read_state(directory).thresholds if config.infer.decision == own.infer.decision else {}
+    infer = config.infer
+    infer.speaking_threshold = (
+        found.get("speaking", 0.5) if infer.speaking_threshold is None else infer.speaking_threshold
+    )
+    infer.dst_threshold = found.get("dst", 0.5) if infer.dst_threshold is None else infer.dst_threshold
+    infer.evidence = found.get("evidence", 0.5) if infer.evidence is None else infer.evidence
     tokenizer = Tokenizer(directory, config.data.template)
     dtype = torch_dtype(config.infer.precision)
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()

@@ -226,31 +226,36 @@ def threshold_curve(traces: Sequence[HeadTrace]) -> list[tuple[float, Counts]]:
 
     Lowering a threshold finds another event only when it reaches the highest probability of that event's frames. So
     those are the candidates, however far out they lie; each is moved half-way, in the logit, to the next lower
-    probability seen, where a small shift of the probabilities harms least. Of many, CANDIDATES evenly spread ones.
+    probability of a frame that should be silent, where a small shift harms least. Of many, CANDIDATES evenly spread.
     """
     peaks = {
         float(trace.probabilities[first : last + 1].max())
         for trace in traces
         for first, last in firing_runs(trace.labels == 1)
     }
-    seen = np.unique(np.concatenate([trace.probabilities for trace in traces]).astype(np.float64))
-    candidates = sorted({between(peak, seen) for peak in peaks}) or [0.5]
+    silent = np.unique(np.concatenate([trace.probabilities[trace.labels != 1] for trace in traces]).astype(np.float64))
+    candidates = sorted({between(peak, silent) for peak in peaks}) or [0.5]
     if len(candidates) > CANDIDATES:
         candidates = [candidates[i] for i in np.linspace(0, len(candidates) - 1, CANDIDATES).astype(int)]
     return [(c, sum((trace.events(c) for trace in traces), Counts())) for c in candidates]
 
 
-def between(peak: float, seen: np.ndarray) -> float:
-    """A threshold half-way, in the logit, between `peak` and the next lower of the ascending numbers in `seen`."""
-    lower = seen[np.searchsorted(seen, peak) - 1] if peak > seen[0] else 0.0
-    middle = 1 / (1 + np.exp(-(logit(peak) + logit(lower)) / 2))
-    return float(min(max(middle, np.nextafter(lower, 1)), peak))
+def between(peak: float, silent: np.ndarray) -> float:
+    """A threshold half-way, in the logit, between `peak` and the next lower of the ascending numbers in `silent`."""
+    below = int(np.searchsorted(silent, peak))
+    lower = float(silent[below - 1]) if below else 0.0
+    middle = sigmoid((logit(peak) + logit(lower)) / 2)
+    return min(max(middle, float(np.nextafter(lower, 1))), peak)
 
 
 def logit(probability: float) -> float:
     """log(p / (1 - p)), with p kept 1e-9 away from 0 and 1."""
     p = min(max(float(probability), 1e-9), 1 - 1e-9)
     return float(np.log(p / (1 - p)))
+
+
+def sigmoid(logit: float) -> float:
+    return float(1 / (1 + np.exp(-logit)))
 
 
 def best_threshold(curve: Sequence[tuple[float, Counts]]) -> float:

@@ -183,9 +183,9 @@ class StreamSession:
 
     def _check_settings(self) -> None:
         data, infer = self.config.data, self.config.infer
-        if infer.speaking_threshold is None or infer.dst_threshold is None:
+        if None in (infer.speaking_threshold, infer.dst_threshold, infer.evidence):
+            what = "infer.speaking_threshold, infer.dst_threshold and infer.evidence are not all set"
             remedy = "set them, or load a checkpoint with prospect.load.load_for_inference"
-            what = "infer.speaking_threshold and infer.dst_threshold are not set"
             raise ProspectError(what, where="config", remedy=remedy)
         if data.dst != self.model.config.dst:
             what = f"data.dst is {data.dst}, but the model was made with {self.model.config.dst}"

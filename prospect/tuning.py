@@ -1,13 +1,12 @@
-"""The heads' thresholds, chosen by streaming: validation clips are streamed at a few settings, and the best is kept.
+"""How much evidence a decision needs, chosen by streaming validation clips at a few settings.
 
-A teacher-forced pass (prospect/thresholds.py) finds where each head separates best while context and order are always
-right. Live, a text written too early stays in the context, so waiting pays and the best thresholds lie higher. How much
-higher differs between models, and is the same for both heads to within noise. So one number is searched: a common shift
-of both thresholds, in logits, each head starting from its own teacher-forced threshold. The search begins high, where little is written and streaming is fast, and ends when lower
-thresholds have not helped twice.
+A teacher-forced pass (prospect/thresholds.py) finds each head's threshold, where it separates best frame by frame while
+context and order are always right. Live, a text written too early stays in the context, so waiting pays, by how much
+differs between models. That is one number for both heads, `infer.evidence`, and it is searched here. The search begins
+high, where little is written and streaming is fast, and ends when less evidence has been worse twice in a row.
 
-What is best is named by `infer.tuned_for`: `events`, the mean of the heads' event F1; `replies`, the F1 of replies right;
-`state`, joint goal accuracy; or `mean`, the mean of all that apply to the model.
+What is best is named by `infer.tuned_for`: `events`, the mean of the heads' event F1; `replies`, the F1 of replies
+right; `state`, joint goal accuracy; or `mean`, the mean of all that apply to the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,6 @@ import numpy as np
 from prospect.config import Config
 from prospect.data import Corpus
 from prospect.errors import ProspectError
-from prospect.metrics import logit
 from prospect.model import Prospect
 from prospect.score import ClipScore, decision_numbers, score_clip
 from prospect.stream import Job, streamed_clips
@@ -29,16 +27,16 @@ from prospect.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-SHIFTS = (2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0)  # logits, added to both thresholds
-CLIPS = 8  # validation clips that are streamed at each shift, spread evenly over all
+EVIDENCE = (0.88, 0.82, 0.73, 0.68, 0.62, 0.56, 0.5, 0.38)  # logits 2, 1.5, 1, .75, .5, .25, 0, -.5
+CLIPS = 8  # validation clips that are streamed with each, spread evenly over all
 
 
 @dataclass
 class Tried:
-    """One setting: the thresholds by head, and what the streamed clips scored with them."""
+    """One setting, and what the streamed clips scored with it (see score.decision_numbers)."""
 
-    thresholds: dict[str, float]
-    numbers: dict[str, float]  # see score.decision_numbers
+    evidence: float
+    numbers: dict[str, float]
 
 
 def some_of(clips: list[T]) -> list[T]:
@@ -46,37 +44,30 @@ def some_of(clips: list[T]) -> list[T]:
     return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(CLIPS, len(clips))).astype(int))]
 
 
-def shifted(thresholds: dict[str, float], shift: float) -> dict[str, float]:
-    """Each threshold moved by so many logits."""
-    return {head: float(1 / (1 + np.exp(-(logit(threshold) + shift)))) for head, threshold in thresholds.items()}
+def with_decisions(config: Config, thresholds: dict[str, float], evidence: float) -> Config:
+    """The configuration with these decisions. thresholds: by head."""
+    speaking, dst = thresholds["speaking"], thresholds.get("dst", 0.5)
+    infer = replace(config.infer, speaking_threshold=speaking, dst_threshold=dst, evidence=evidence)
+    return replace(config, infer=infer)
 
 
-def with_thresholds(config: Config, thresholds: dict[str, float]) -> Config:
-    """The configuration with these thresholds; a head that is not named keeps its own, or 0.5."""
-    infer = config.infer
-    speaking = thresholds.get("speaking", infer.speaking_threshold or 0.5)
-    dst = thresholds.get("dst", infer.dst_threshold or 0.5)
-    return replace(config, infer=replace(infer, speaking_threshold=speaking, dst_threshold=dst))
-
-
-def try_thresholds(
+def try_evidence(
     model: Prospect,
     tokenizer: Tokenizer,
     jobs: list[Job],
     config: Config,
-    start: dict[str, float],
+    thresholds: dict[str, float],
     gather: Callable[[list[ClipScore] | ProspectError], list[list[ClipScore] | ProspectError]] = lambda mine: [mine],
 ) -> Iterator[Tried]:
-    """Stream the clips at one shift of the thresholds `start` after another, until two in a row are not the best.
+    """Stream the clips with less and less evidence, until two in a row are worse than the best.
 
     gather: with several ranks, each of which streams clips of its own, the outcomes of all. Raises ProspectError on
     every rank where a clip of any cannot be streamed.
     """
     similarity = load_similarity("lexical")  # decides nothing here; dialogue is scored with the rest
     best, worse = -1.0, 0
-    for shift in SHIFTS:
-        thresholds = shifted(start, shift)
-        trial = with_thresholds(config, thresholds)
+    for evidence in EVIDENCE:
+        trial = with_decisions(config, thresholds, evidence)
         try:
             clips = streamed_clips(model, tokenizer, jobs, trial)
             mine = [score_clip(job.clip, records, similarity, config.data.dst) for job, records in clips]
@@ -87,9 +78,9 @@ def try_thresholds(
             if isinstance(outcome, ProspectError):
                 raise outcome
         numbers = decision_numbers([score for scores in outcomes for score in scores])
-        yield Tried(thresholds, numbers)
+        yield Tried(evidence, numbers)
         value = target_value(numbers, config.infer.tuned_for)
-        best, worse = max(best, value), 0 if value > best else worse + 1
+        best, worse = max(best, value), worse + 1 if value < best else 0
         if worse == 2:
             return
 
