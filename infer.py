@@ -31,7 +31,6 @@ from prospect.config import Config
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference, load_job
 from prospect.model import Prospect
-from prospect.report import timeline, write_timelines
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
 from prospect.vision.encode import parse_fps
@@ -217,21 +216,23 @@ def main() -> int:
         StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
-    pages = []
+    streamed: list[tuple[Clip, list[dict]]] = []  # for --html
     thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
     with open_output(arguments.out, inputs) if arguments.out else contextlib.nullcontext() as out:
         for file, index in chosen:
             job, _ = load_job(file, index, config)
             print(header(job.clip))
-            streamed = []
+            if arguments.html:
+                streamed.append((job.clip, []))
             for _, records in stream_jobs(model, tokenizer, [job], config):
-                streamed += [record.to_dict() for record in records]
+                if arguments.html:
+                    streamed[-1][1].extend(record.to_dict() for record in records)
                 for record in records:
                     show(record, out, sys.stdout)
-            if arguments.html:
-                pages.append(timeline(streamed, job.clip, thresholds))
-    if pages:
-        write_timelines(arguments.html, pages)
+    if arguments.html:
+        from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
+
+        write_timelines(arguments.html, [timeline(records, clip, thresholds) for clip, records in streamed])
     return 0
 
 
