@@ -17,7 +17,7 @@ function el(name, properties = {}, ...children) {
   return node;
 }
 
-/* Text written by people and models: shown in its own direction, whatever stands around it. */
+/* Text written by people and models: shown in its own direction, whatever is around it. */
 function words(text, properties = {}) {
   return el("bdi", { dir: "auto", ...properties }, text);
 }
@@ -81,7 +81,7 @@ function keyHelp(...pairs) {
   return help;
 }
 
-/* A number with its name, as it stands under a page's title. */
+/* A number with its name, as it is shown under a page's title. */
 function namedNumber(name, value) {
   return el("div", {}, el("dt", {}, name), el("dd", {}, value));
 }

@@ -18,7 +18,7 @@ function figure(value) {
   return size < 0.001 ? value.toExponential(2) : value.toPrecision(4);
 }
 
-/* A number as it stands at an axis: 20000 -> 20k, 0.00015 -> 1.5e-4. */
+/* A number as it is written at an axis: 20000 -> 20k, 0.00015 -> 1.5e-4. */
 function tickText(value) {
   const size = Math.abs(value);
   if (size >= 10000) return Number((value / 1000).toPrecision(6)) + "k";
@@ -108,8 +108,8 @@ function chart(title, series, { points = false, isLoss = false, marksSkipped = f
 
   /* The numbers at the cursor. */
   function read() {
-    const told = series.map((one, r) => (one && runShown[r] ? readOff(one, r, points) : null));
-    readout.replaceChildren(...told.filter(Boolean));
+    const texts = series.map((one, r) => (one && runShown[r] ? readOff(one, r, points) : null));
+    readout.replaceChildren(...texts.filter(Boolean));
     cursor.hidden = cursorStep === null;
     if (cursorStep !== null) cursor.style.left = x(cursorStep) * 100 + "%";
   }

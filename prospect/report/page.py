@@ -18,7 +18,7 @@ LOSS_NAMES = {
 def write_page(path: str | Path, kind: str, title: str, data: Any) -> None:
     """Write the page `kind` (a script in prospect/report/) with its data to `path`, whole or not at all.
 
-    The data is escaped so that no text in it can end the script element it stands in; the page shows text as text.
+    The data is escaped so that no text in it can end the script element that holds it; the page shows text as text.
     Raises ProspectError when the file cannot be written.
     """
     embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -24,7 +24,7 @@ let clip; // the one that is shown
 let rows; // its number of frames
 let spoke, updated; // the rows at which a head fired
 let pinned; // the row of the cursor while nothing is pointed at
-let shown; // the row that the frame panel tells about
+let shown; // the row that the frame panel describes
 let zoom; // width of the track in widths of the window
 
 /* The class that colours an event. */
@@ -245,7 +245,7 @@ function showCursor(row, hovering) {
   if (row !== shown) showFrame(row);
 }
 
-/* Jump to a frame: the cursor, the panel, the list of events and what a screen reader is told. */
+/* Jump to a frame: the cursor, the panel, the list of events and what a screen reader announces. */
 function go(row, scroll = true) {
   pinned = clamp(row, 0, rows - 1);
   showCursor(pinned, false);

@@ -154,7 +154,7 @@ def timeline(
 
 
 def frame_rate(records: list[dict]) -> float:
-    """Frames a second, from the records' own clock; a single frame does not tell, and is shown for a second."""
+    """Frames per second, from the clock of the records; a single frame is shown for one second."""
     elapsed = records[-1]["time"] - records[0]["time"]
     return (len(records) - 1) / elapsed if elapsed > 0 else 1.0
 
@@ -165,7 +165,7 @@ def as_far_as_streamed(clip: Clip, records: list[dict]) -> Clip:
     if first != clip.start_frame or last > clip.end_frame:
         what = f"the records are of frames {first}..{last}, the clip has {clip.start_frame}..{clip.end_frame}"
         raise ProspectError(what, where=clip.where, remedy="give the clip that was streamed")
-    if last >= clip.end_frame - 1:  # a file written end-exclusive lacks its last frame; what stands there moves up
+    if last >= clip.end_frame - 1:  # end-exclusive files lack the last frame; its turns move up
         turns = [replace(t, start_frame=min(t.start_frame, last), end_frame=min(t.end_frame, last)) for t in clip.turns]
     else:
         turns = [turn for turn in clip.turns if turn.end_frame <= last]

@@ -4,7 +4,7 @@ const LABEL_KEYS = Object.keys(data.labelNames);
 const [REPLY, SPEAK, UPDATE_TEXT, UPDATE, STATE] = LABEL_KEYS;
 const UNPRINTABLE = /[\u0000-\u001f\u007f\u200b-\u200f\u202a-\u202e\u2066-\u2069]/g;
 
-let selected = null; // {node, position}: the token that the inspector tells about
+let selected = null; // {node, position}: the token that the inspector describes
 
 /* Line breaks and other invisible characters as marks. */
 function visible(text) {
@@ -19,7 +19,7 @@ function tokenNode(sequence, position) {
   return sequence.frames[position] !== null ? frameToken(sequence, position) : textToken(sequence, position);
 }
 
-/* A box whose left half tells the label of "speak now?", its right half that of "update now?". */
+/* A box whose left half shows the label of "speak now?", its right half that of "update now?". */
 function frameToken(sequence, position) {
   const label = (key) => sequence.labels[key][position];
   const classes = ["tok image"];
@@ -56,7 +56,7 @@ function blocks(sequence) {
   return found;
 }
 
-/* Where the labelled loss changes, a turn begins: an update and the reply after it stand on lines of their own. */
+/* Where the labelled loss changes, a turn begins: an update and the reply after it are on lines of their own. */
 function turnBegins(sequence, position) {
   const loss = (at) => [REPLY, UPDATE_TEXT].filter((key) => sequence.labels[key][at] !== null).join();
   return loss(position) !== loss(position - 1) && loss(position) !== "";
@@ -128,7 +128,7 @@ function labelledRun(sequence, at, direction) {
 
 // ---- the inspector ------------------------------------------------------------------------------
 
-/* Mark a token and tell about it at the bottom of the page. */
+/* Mark a token and describe it at the bottom of the page. */
 function inspect(sequence, node, position) {
   for (const other of document.querySelectorAll(".tok.on")) other.classList.remove("on");
   node.querySelector(`[data-at="${position}"]`).classList.add("on");

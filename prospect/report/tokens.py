@@ -49,7 +49,7 @@ def token_table(sample: Sample, tokenizer: Tokenizer) -> TokenTable:
 
 
 def write_settings(path: str | Path, title: str, settings: list[Setting]) -> None:
-    """One page; two settings stand side by side."""
+    """One page; two settings are shown side by side."""
     names = dict(zip(LABEL_KEYS, LOSS_NAMES.values()))
     shown = [asdict(setting) for setting in settings]
     write_page(path, "tokens", title, {"states": STATES, "labelNames": names, "settings": shown})
