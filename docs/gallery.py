@@ -3,7 +3,7 @@
     python train.py config.yaml                        the sample run, if it is not there
     python docs/gallery.py [--run runs/sample]
 
-The three pages of prospect/report.py are written to a temporary folder and photographed by Chromium, driven by selenium
+The three pages of prospect/report/ are written to a temporary folder and photographed by Chromium, driven by selenium
 (requirements-dev.txt).
 """
 
@@ -20,7 +20,9 @@ from prospect.config import load_config
 from prospect.errors import ProspectError, run_entry_point
 from prospect.evaluate import load_jobs
 from prospect.load import load_for_inference
-from prospect.report import read_run, timeline, write_runs, write_settings, write_timelines
+from prospect.report.curves import read_run, write_runs
+from prospect.report.timeline import timeline, write_timelines
+from prospect.report.tokens import write_settings
 from prospect.show import setting
 from prospect.stream import stream_jobs
 

@@ -3,14 +3,15 @@
     python -m prospect.show config.yaml [--clip FILE[:ID or INDEX]] [--split train|val] [--all] [section.key=value ...]
     python -m prospect.show config.yaml --html PAGE.html [--versus section.key=value ...]     the same as a page
 
-Prints one clip's sequence as a table: position, token, the frame at each <image>, and the four labels where something
-is learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
+Prints one clip's sequence as a table: position, token, the frame at each <image>, and the labels where something is
+learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
 corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page
-shows every token; with --versus, the clip is shown under two configurations side by side.
+shows every token; with --versus, it shows the clip under two configurations side by side.
 """
 
 import argparse
 import sys
+from dataclasses import astuple, dataclass
 
 from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
 from prospect.clip_files import parse_clip_name
@@ -18,28 +19,53 @@ from prospect.config import Config, load_config
 from prospect.data import Corpus, collate, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, added, count_labels
-from prospect.report import Setting, token_table, write_settings
+from prospect.report.page import LOSS_NAMES
+from prospect.report.tokens import Setting, token_table, write_settings
 from prospect.sequence import LABEL_KEYS, Sample
 from prospect.tokenizer import Tokenizer
 
 GREEN, BLUE, DIM, PLAIN = "\033[32m", "\033[34m", "\033[2m", "\033[0m"
 
 
-def rows(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, ...]]:
-    """(position, token, frame, speaking_gen, speaking, dst_gen, dst_update, dst_state) of every token, as text."""
-    frame_at = {int(position): int(frame) for position, frame in zip(sample.decision_positions, sample.frames)}
-    table = []
+@dataclass
+class TokenRow:
+    """A token as the table shows it. Every cell is text: "" where there is no frame or nothing is learned."""
+
+    position: str
+    token: str
+    frame: str
+    reply_text: str
+    speak_now: str
+    update_text: str
+    update_now: str
+    step_state: str
+
+    def labels(self) -> tuple[str, ...]:
+        return self.reply_text, self.speak_now, self.update_text, self.update_now, self.step_state
+
+    def colour(self) -> str:
+        if self.reply_text or self.speak_now == "1":
+            return GREEN
+        return BLUE if self.update_text or self.update_now == "1" else DIM
+
+
+TITLES = ("position", "token", "frame", *LOSS_NAMES.values())
+
+
+def token_rows(sample: Sample, tokenizer: Tokenizer) -> list[TokenRow]:
+    frame_at = {int(position): f"f{frame}" for position, frame in zip(sample.decision_positions, sample.frames)}
+    rows = []
     for position, id in enumerate(sample.input_ids.tolist()):
-        labels = [sample.labels[key][position] for key in LABEL_KEYS]
-        written = []
-        for key, label in zip(LABEL_KEYS, labels):
+        labels = []
+        for key in LABEL_KEYS:
+            label = int(sample.labels[key][position])
             if label == IGNORE:
-                written.append("")
+                labels.append("")
             else:
-                written.append(tokenizer.decode([int(label)]) if key.endswith("gen_labels") else str(label))
-        frame = f"f{frame_at[position]}" if position in frame_at else ""
-        table.append((str(position), visible(tokenizer.decode([id])), frame, *map(visible, written)))
-    return table
+                labels.append(visible(tokenizer.decode([label])) if key.endswith("gen_labels") else str(label))
+        token = visible(tokenizer.decode([id]))
+        rows.append(TokenRow(str(position), token, frame_at.get(position, ""), *labels))
+    return rows
 
 
 def visible(text: str) -> str:
@@ -47,23 +73,21 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def print_table(table: list[tuple[str, ...]], colour: bool, fold: bool) -> None:
-    titles = ("position", "token", "frame", "speaking_gen", "speaking", "dst_gen", "dst_update", "dst_state")
-    widths = [max(len(title), *(len(row[i]) for row in table)) for i, title in enumerate(titles)]
-    print("  ".join(title.ljust(width) for title, width in zip(titles, widths)))
+def print_table(rows: list[TokenRow], colour: bool, fold: bool) -> None:
+    """Print the rows; with `fold`, a frame between two frames with the same labels is only counted."""
+    widths = [max(len(title), *map(len, column)) for title, column in zip(TITLES, zip(*map(astuple, rows)))]
+    print("  ".join(title.ljust(width) for title, width in zip(TITLES, widths)))
     hidden = 0
-    for number, row in enumerate(table):
-        alike = 0 < number < len(table) - 1 and row[2] and table[number - 1][2] and table[number + 1][2]
-        if fold and alike and row[3:] == table[number - 1][3:] == table[number + 1][3:]:
+    for number, row in enumerate(rows):
+        around = rows[max(0, number - 1) : number + 2]
+        if fold and len(around) == 3 and all(near.frame and near.labels() == row.labels() for near in around):
             hidden += 1
             continue
         if hidden:
             print(f"{'':{widths[0]}}  ... {hidden} more frames like these")
             hidden = 0
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        if colour:
-            line = (GREEN if row[3] or row[4] == "1" else BLUE if row[5] or row[6] == "1" else DIM) + line + PLAIN
-        print(line)
+        line = "  ".join(cell.ljust(width) for cell, width in zip(astuple(row), widths)).rstrip()
+        print(row.colour() + line + PLAIN if colour else line)
 
 
 def chosen_sequences(corpus: Corpus, which: str | None) -> list[int]:
@@ -122,7 +146,7 @@ def main() -> int:
     for index in chosen_sequences(corpus, which):
         sample = corpus[(0, index)]
         print(f"\n{sample.clip_id}: {len(sample.input_ids)} tokens, {len(sample.frames)} frames")
-        print_table(rows(sample, tokenizer), sys.stdout.isatty(), fold=not arguments.all)
+        print_table(token_rows(sample, tokenizer), sys.stdout.isatty(), fold=not arguments.all)
         print("labels of this sequence:   ", counts_line(count_labels(collate([sample], tokenizer.pad_id))))
     print("labels of one epoch:       ", counts_line(label_counts(corpus)))
     return 0

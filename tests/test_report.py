@@ -5,7 +5,9 @@ a file, read the browser's own log of errors and requests, and use the page as a
 """
 
 import json
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,8 +15,15 @@ import pytest
 from conftest import EOS, IMAGE, raw_clip, read, sample_of
 from tiny import write_tiny_config, write_tiny_corpus
 
-from prospect import report, show
+from prospect import show
 from prospect.errors import ProspectError
+from prospect.report import curves
+from prospect.report.__main__ import main as report_main
+from prospect.report.curves import COUNTS_OF, evaluation_title, read_run
+from prospect.report.page import LOSS_NAMES
+from prospect.report.timeline import read_records, threshold_bounds, thumbnails, timeline, write_timelines
+from prospect.report.tokens import token_table
+from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
 
 NASTY = [
@@ -82,11 +91,46 @@ def embedded(page: Path):
     return json.loads(text[begin : text.index("</script>", begin)])
 
 
+# ---- the scripts ---------------------------------------------------------------------------------
+
+
+def test_scripts_have_the_form_of_the_python():
+    scripts = sorted((Path(show.__file__).parent / "report").glob("*.js"))
+    assert [script.name for script in scripts] == ["common.js", "curves.js", "timeline.js", "tokens.js"]
+    for script in scripts:
+        for at, line in enumerate(script.read_text(encoding="utf-8").splitlines(), start=1):
+            assert len(line) <= 120, f"{script.name}, line {at}: {len(line)} columns"
+            if re.match(r"//.*(--|==)", line):
+                assert re.fullmatch(r"// ---- [a-z ]+ -+", line) and len(line) == 100, (
+                    f"{script.name}, line {at}: {line}"
+                )
+
+
+def test_streaming_starts_without_the_pages():
+    loaded = "import sys, infer; print([name for name in sys.modules if name.startswith('prospect.report')])"
+    root = Path(show.__file__).parent.parent
+    found = subprocess.run([sys.executable, "-c", loaded], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_one_loss_has_one_name_on_every_page():
+    assert dict(zip(LABEL_KEYS, LOSS_NAMES.values())) == {
+        "speaking_gen_labels": "reply text (LM)", "speaking_labels": "speak now?",
+        "dst_gen_labels": "update text (LM)", "dst_update_labels": "update now?", "dst_state_labels": "step state",
+    }  # fmt: skip
+    assert set(COUNTS_OF) == set(LOSS_NAMES)
+    assert show.TITLES[3:] == ("reply text (LM)", "speak now?", "update text (LM)", "update now?", "step state")
+    assert evaluation_title("loss") == "validation loss"
+    assert evaluation_title("loss_dst_binary") == "validation: update now?"
+    assert evaluation_title("dst_event_f1") == "update event F1"
+    assert evaluation_title("speaking_auroc") == "speaking AUROC"
+
+
 # ---- what a time line says -----------------------------------------------------------------------
 
 
 def test_every_mark_of_a_clip_written_by_hand():
-    shown = report.timeline(hand_records(), hand_clip())
+    shown = timeline(hand_records(), hand_clip())
     assert [(e.row, e.lane, e.text, e.status, e.note) for e in shown.events] == [
         (2, "user", "hello", "", ""),
         (3, "wanted", "pour the water", "matched", ""),
@@ -108,7 +152,7 @@ def test_every_mark_of_a_clip_written_by_hand():
 
 
 def test_states_and_numbers_of_a_clip_written_by_hand():
-    shown = report.timeline(hand_records(), hand_clip())
+    shown = timeline(hand_records(), hand_clip())
     [step] = shown.steps
     assert (step.id, step.name) == ("S1", "one")
     assert step.predicted == [(0, 5, 0), (6, 19, 1)]
@@ -122,21 +166,21 @@ def test_states_and_numbers_of_a_clip_written_by_hand():
 
 def test_thresholds_are_as_close_as_the_records_tell():
     records = hand_records()
-    assert report.timeline(records, None).thresholds == {"speaking": (0.1, 0.6), "dst": (0.2, 0.7)}
-    exact = report.timeline(records, None, {"speaking": 0.5, "dst": 0.3}).thresholds
+    assert timeline(records, None).thresholds == {"speaking": (0.1, 0.6), "dst": (0.2, 0.7)}
+    exact = timeline(records, None, {"speaking": 0.5, "dst": 0.3}).thresholds
     assert exact == {"speaking": (0.5, 0.5), "dst": (0.3, 0.3)}
-    assert report.threshold_bounds(records[:3], "speaking") == (0.1, 1.0)  # nothing fired
+    assert threshold_bounds(records[:3], "speaking") == (0.1, 1.0)  # nothing fired
 
 
 def test_without_a_reference_nothing_is_judged():
-    shown = report.timeline(hand_records(), None)
+    shown = timeline(hand_records(), None)
     assert {event.status for event in shown.events} == {"", "refused"}
     assert (shown.has_reference, shown.metrics, shown.fps) == (False, [], 2.0)
     assert [(step.id, step.reference) for step in shown.steps] == [("S1", None)]
 
 
 def test_of_a_header_only_goal_and_steps_are_taken():
-    shown = report.timeline(hand_records(), hand_clip(), header_only=True)
+    shown = timeline(hand_records(), hand_clip(), header_only=True)
     assert (shown.goal, shown.has_reference, shown.metrics) == ("Make tea", False, [])
     assert [(step.name, step.predicted, step.reference) for step in shown.steps] == [
         ("one", [(0, 5, 0), (6, 19, 1)], None)
@@ -154,15 +198,15 @@ def test_a_model_without_task_state_has_no_lanes_for_it():
             "invalid_update": None,
             "dst_state": {},
         }
-    shown = report.timeline(records, read(raw_clip([("assistant", "stir", 20, 20)], 10, 29, steps=0, id="c")))
+    shown = timeline(records, read(raw_clip([("assistant", "stir", 20, 20)], 10, 29, steps=0, id="c")))
     assert (shown.update, shown.steps, list(shown.thresholds)) == (None, [], ["speaking"])
 
 
 def test_a_stream_that_was_stopped_is_compared_with_what_it_saw():
-    shown = report.timeline(hand_records()[:9], hand_clip())
+    shown = timeline(hand_records()[:9], hand_clip())
     assert [(e.row, e.lane) for e in shown.events if e.lane.endswith("wanted")] == [(3, "wanted"), (7, "update_wanted")]
     with pytest.raises(ProspectError, match="frames 11..29"):
-        report.timeline(hand_records()[1:], hand_clip())
+        timeline(hand_records()[1:], hand_clip())
 
 
 def test_records_that_are_none_are_named(tmp_path):
@@ -175,23 +219,23 @@ def test_records_that_are_none_are_named(tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(ProspectError, match=said):
-            report.read_records(path)
+            read_records(path)
     path.write_text("\n".join(lines))
-    assert list(report.read_records(path)) == ["c"] and len(report.read_records(path)["c"]) == 20
+    assert list(read_records(path)) == ["c"] and len(read_records(path)["c"]) == 20
 
 
 def test_no_text_can_leave_its_place(tmp_path):
     """Whatever a text holds, the page has its three elements of script and style, no more, and gives the text back."""
     text = " ".join(NASTY[:-1])
     page = tmp_path / "page.html"
-    report.write_timelines(page, [report.timeline(hand_records(text), hand_clip(text, goal=NASTY[0]))])
+    write_timelines(page, [timeline(hand_records(text), hand_clip(text, goal=NASTY[0]))])
     source = page.read_text(encoding="utf-8")
     assert source.count("</script>") == source.count("<script") == 2
     assert "<title>&lt;/script&gt;&lt;script&gt;" in source
     [clip] = embedded(page)["clips"]
     assert clip["goal"] == NASTY[0]
     assert [event["text"] for event in clip["events"] if event["row"] == 4] == [text]
-    report.write_timelines(page, [report.timeline(hand_records(NASTY[-1]), None)])  # half a character cannot be written
+    write_timelines(page, [timeline(hand_records(NASTY[-1]), None)])  # half a character cannot be written
     assert embedded(page)["clips"][0]["events"][1]["text"] == "?"
 
 
@@ -200,7 +244,7 @@ def test_pictures_are_few_and_at_their_frames(tmp_path):
     Image = pytest.importorskip("PIL.Image", reason="pictures need Pillow (requirements-vision.txt)")
     for frame in range(210):
         Image.new("L", (8, 4), frame).save(tmp_path / f"{frame}.png")
-    found = report.thumbnails(str(tmp_path), fps=2.0, first=10, F=200)
+    found = thumbnails(str(tmp_path), fps=2.0, first=10, F=200)
     assert [row for row, _ in found] == list(range(0, 200, 3))
     import base64
     import io
@@ -217,7 +261,7 @@ def test_the_tokens_of_a_clip_written_by_hand(plain):
     """Frames 7 and 8, two <image> tokens each, and "Hi" after the second: with this tokenizer an id is a byte."""
     clip = read(raw_clip([("assistant", "Hi", 8, 8)], 7, 8, steps=0))
     sample = sample_of(clip, plain, rate=1.0, per_frame=2, dst=False)
-    table = report.token_table(sample, plain)
+    table = token_table(sample, plain)
     begin = table.ids.index(IMAGE)
     assert table.frames[begin : begin + 5] == [7, 7, 8, 8, None]
     assert table.frames[:begin] == [None] * begin
@@ -265,7 +309,7 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
         {"step": 6, "evaluation": {"loss": 1.5, "speaking_auroc": 1.0}},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
-    run = report.read_run(tmp_path)
+    run = read_run(tmp_path)
     assert (run.steps, run.skipped, run.evaluated, run.best_step) == ([1, 3], [3], [2, 4, 6], 4)
     assert run.curves == {
         "loss": [4.0, None],
@@ -277,15 +321,15 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
     assert run.evaluation == {"loss": [2.0, 1.5, 1.5], "speaking_auroc": [0.5, 0.75, 1.0]}
     (tmp_path / "metrics.jsonl").write_text("nonsense\n")
     with pytest.raises(ProspectError, match="line 1"):
-        report.read_run(tmp_path)
+        read_run(tmp_path)
 
 
 def test_a_long_run_is_averaged_over_equal_stretches(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_POINTS", 3)
+    monkeypatch.setattr(curves, "MAX_POINTS", 3)
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(1, 8))
     )
-    run = report.read_run(tmp_path)
+    run = read_run(tmp_path)
     assert (run.steps, run.curves["loss"]) == ([2, 5, 7], [2, 5, 7])  # 1 2 3, 4 5 6, 7
 
 
@@ -350,7 +394,7 @@ def hover(browser, selector: str, row: int, rows: int) -> None:
 
 def test_a_browser_shows_as_many_marks_as_there_are_and_the_frame_under_the_pointer(browser, tmp_path):
     page = tmp_path / "hand.html"
-    report.write_timelines(page, [report.timeline(hand_records(), hand_clip())])
+    write_timelines(page, [timeline(hand_records(), hand_clip())])
     open_page(browser, page)
     marks = {"user": 1, "wanted": 3, "said": 3, "update_wanted": 2, "update": 2, "context": 1}
     assert {lane: count(browser, f"[data-lane={lane}] .chip") for lane in marks} == marks
@@ -371,7 +415,7 @@ def test_the_time_line_is_used_by_keyboard_alone(browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     page = tmp_path / "hand.html"
-    report.write_timelines(page, [report.timeline(hand_records(), hand_clip())])
+    write_timelines(page, [timeline(hand_records(), hand_clip())])
     open_page(browser, page)
     for _ in range(8):  # the buttons stand before the time line
         press(browser, Keys.TAB)
@@ -399,7 +443,7 @@ def test_the_time_line_is_used_by_keyboard_alone(browser, tmp_path):
 def test_a_browser_shows_text_as_text(browser, tmp_path):
     text = " ".join(NASTY[:-1])
     page = tmp_path / "nasty.html"
-    report.write_timelines(page, [report.timeline(hand_records(text), hand_clip(text, goal=text))])
+    write_timelines(page, [timeline(hand_records(text), hand_clip(text, goal=text))])
     open_page(browser, page)
     assert browser.execute_script("return window.stolen") is None
     assert browser.find_element("css selector", "h1").text == text
@@ -421,7 +465,7 @@ def test_two_thousand_frames_open_fast_and_small(browser, tmp_path):
     for row in range(5, 2000, 10):
         records[row] = says(row, "Now pour the water slowly, in circles, until all of it is wet.", dst_state=state)
     page = tmp_path / "long.html"
-    report.write_timelines(page, [report.timeline([one.to_dict() for one in records], None)])
+    write_timelines(page, [timeline([one.to_dict() for one in records], None)])
     assert page.stat().st_size < 2_000_000
     open_page(browser, page)
     assert count(browser, "[data-lane=said] .chip") == 200
@@ -439,7 +483,7 @@ def test_two_thousand_frames_open_fast_and_small(browser, tmp_path):
 
 def test_both_themes(browser, tmp_path):
     page = tmp_path / "hand.html"
-    report.write_timelines(page, [report.timeline(hand_records(), None)])
+    write_timelines(page, [timeline(hand_records(), None)])
 
     def paper() -> str:
         return browser.execute_script("return getComputedStyle(document.documentElement).backgroundColor")
@@ -488,7 +532,7 @@ def test_the_page_of_runs(browser, tmp_path, monkeypatch):
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = tmp_path / "curves.html"
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(page)])
-    report.main()
+    report_main()
     open_page(browser, page)
     assert count(browser, "[data-chart=loss] path.raw") == 2
     assert (
@@ -504,4 +548,4 @@ def test_the_page_of_runs(browser, tmp_path, monkeypatch):
     press(browser, Keys.HOME, Keys.ARROW_RIGHT)
     assert text_of(browser, "#step") == "step 2"
     assert read_off() == ["0.5000", "1"]
-    assert "9 labels" in text_of(browser, "[data-chart='reply words'] figcaption p")
+    assert "9 labels" in text_of(browser, "[data-chart='reply text (LM)'] figcaption p")

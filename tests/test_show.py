@@ -81,3 +81,12 @@ def test_counts_are_those_that_training_logs(folder, monkeypatch, capsys):
     logged = {name: sum(line["counts"][name] for line in log if "counts" in line) for name in LOSS_CLASSES}
     assert shown == logged
     assert shown["speaking_pos"] > 0 and shown["dst_gen"] > 0
+
+
+def test_a_row_takes_the_colour_of_what_is_learned():
+    def colour(*labels: str) -> str:
+        return show.TokenRow("0", "x", "", *labels).colour()
+
+    assert colour("x", "", "", "", "") == show.GREEN and colour("", "1", "", "1", "0") == show.GREEN
+    assert colour("", "", "x", "", "") == show.BLUE and colour("", "0", "", "1", "0") == show.BLUE
+    assert colour("", "0", "", "0", "0") == show.DIM

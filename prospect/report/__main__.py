@@ -1,4 +1,75 @@
-from prospect.errors import run_entry_point
-from prospect.report import main
+"""Pages to look at: a streamed clip on a time line, a clip as it is trained on, the curves of training runs.
 
-run_entry_point(main)
+    python -m prospect.report RECORDS.jsonl [--clip FILE[:ID or INDEX]] [--pictures SOURCE] [--out PAGE.html]
+    python -m prospect.report RUN_DIR [RUN_DIR ...] [--out PAGE.html]
+
+A page is one HTML file that needs nothing else: no network, no service. Python gathers what is to be shown into
+dataclasses, `write_page` puts them into the page as JSON, and JavaScript draws them.
+
+    timeline.py, .js    Timeline    a clip's records (infer.py --out) beside its reference (--clip)
+    tokens.py, .js      Setting     a clip's training sequences, token by token (prospect.show)
+    curves.py, .js      Run         a run's metrics.jsonl
+    page.py, common.js, page.html, page.css    what all pages share
+"""
+
+import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from prospect.clip_files import ClipFile, parse_clip_name
+from prospect.clips import Clip
+from prospect.errors import ProspectError, run_entry_point
+from prospect.report.curves import read_run, write_runs
+from prospect.report.timeline import read_records, timeline, write_timelines
+
+
+def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
+    """The clips of FILE with these ids, or of FILE:ID (or INDEX) that one."""
+    path, which = parse_clip_name(name)
+    file = ClipFile(path)
+    if which is None:
+        return {id: file.clip(file.find(id)) for id in ids}
+    clip = file.clip(file.find(which))
+    return {clip.id: clip}
+
+
+def main() -> int:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m prospect.report", description=__doc__, formatter_class=form)
+    what = "records of one file, or directories of runs"
+    parser.add_argument("source", nargs="+", metavar="RECORDS.jsonl|RUN_DIR", help=what)
+    what = "the reference of the records: what should have happened"
+    parser.add_argument("--clip", metavar="FILE[:ID|INDEX]", help=what)
+    what = "the clip's video, or a directory of pictures, to show frames"
+    parser.add_argument("--pictures", metavar="SOURCE", help=what)
+    parser.add_argument("--out", metavar="PAGE.html", help="default: RECORDS.html, or RUN_DIR/curves.html")
+    arguments = parser.parse_args()
+    source = Path(arguments.source[0])
+    if source.is_dir():
+        out = arguments.out or source / "curves.html"
+        write_runs(out, [read_run(directory) for directory in arguments.source])
+    else:
+        if len(arguments.source) > 1:
+            what = "records are shown one file at a time"
+            raise ProspectError(what, where="command line", remedy="or give directories of runs")
+        records = read_records(source)
+        clips: dict[str, Clip] = {}
+        if arguments.clip:
+            clips = reference_clips(arguments.clip, records)
+            records = {id: records[id] for id in clips if id in records}
+            if not records:
+                what = f"holds no record of clip {', '.join(clips)}"
+                raise ProspectError(what, where=str(source), remedy="name another clip")
+        if arguments.pictures and len(records) > 1:
+            raise ProspectError("--pictures are those of one clip", where="command line", remedy="--clip FILE:ID")
+        out = arguments.out or source.with_suffix(".html")
+        pictures = arguments.pictures
+        shown = [timeline(of_clip, clips.get(id), pictures=pictures) for id, of_clip in records.items()]
+        write_timelines(out, shown)
+    print(f"{out}  ({os.path.getsize(out) / 1000:.0f} kB)")
+    return 0
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -17,8 +17,10 @@ function el(name, properties = {}, ...children) {
   return node;
 }
 
-/* Text written by people and models: shown in its own direction, whatever stands around it. */
-const words = (text, properties = {}) => el("bdi", { dir: "auto", ...properties }, text);
+/* Text written by people and models: shown in its own direction, whatever is around it. */
+function words(text, properties = {}) {
+  return el("bdi", { dir: "auto", ...properties }, text);
+}
 
 /* 1047.5 -> 17:27.5 */
 function clock(seconds) {
@@ -27,22 +29,67 @@ function clock(seconds) {
   return Math.floor(tenths / 600) + ":" + (rest < 10 ? "0" : "") + (tenths % 10 ? rest.toFixed(1) : rest.toFixed(0));
 }
 
-const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+function clamp(value, low, high) {
+  return Math.min(high, Math.max(low, value));
+}
 
-/* Follows the system until pressed; then dark and light in turn. */
+/* "speak now?" -> "Speak now?" */
+function capitalised(text) {
+  return text[0].toUpperCase() + text.slice(1);
+}
+
+/* A key pressed together with one of these belongs to the browser. */
+function hasModifier(event) {
+  return event.ctrlKey || event.metaKey || event.altKey;
+}
+
+/* The button that switches between dark and light. Until it is pressed, the page follows the system. */
 function themeButton() {
   const system = matchMedia("(prefers-color-scheme: dark)");
-  const isDark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
   const button = el("button", { class: "quiet", id: "theme", type: "button" });
-  const name = () => { button.textContent = isDark() ? "Light" : "Dark"; button.title = "Switch to the " + (isDark() ? "light" : "dark") + " theme"; };
-  button.addEventListener("click", () => { document.documentElement.dataset.theme = isDark() ? "light" : "dark"; name(); });
-  system.addEventListener("change", name);
-  name();
+
+  function otherTheme() {
+    const now = document.documentElement.dataset.theme || (system.matches ? "dark" : "light");
+    return now === "dark" ? "light" : "dark";
+  }
+
+  function label() {
+    button.textContent = capitalised(otherTheme());
+    button.title = `Switch to the ${otherTheme()} theme`;
+  }
+
+  button.addEventListener("click", () => {
+    document.documentElement.dataset.theme = otherTheme();
+    label();
+  });
+  system.addEventListener("change", label);
+  label();
   return button;
 }
 
-/* Keys and what they do, as a line of help. */
-const keyHelp = (...pairs) => el("p", { class: "keys" }, ...pairs.map(([keys, does]) => el("span", {}, ...keys.split(" ").map((key) => el("kbd", {}, key)), does)));
+/* The top of a page: a title with a line below it, and the tools at the right. */
+function pageHeader(title, about, ...tools) {
+  return el("header", { class: "top" }, el("div", {}, title, about), el("div", { class: "tools" }, ...tools));
+}
+
+/* Keys and what they do, as a line of help: pairs like ["← →", "frame"]. */
+function keyHelp(...pairs) {
+  const help = el("p", { class: "keys" });
+  for (const [keys, does] of pairs) {
+    help.append(el("span", {}, ...keys.split(" ").map((key) => el("kbd", {}, key)), does));
+  }
+  return help;
+}
+
+/* A number with its name, as it is shown under a page's title. */
+function namedNumber(name, value) {
+  return el("div", {}, el("dt", {}, name), el("dd", {}, value));
+}
+
+/* A coloured mark and what it means, for a legend. */
+function legendEntry(mark, style, text) {
+  return el("span", {}, el("i", { class: mark, style }), text);
+}
 
 /* Ticks at round values: about `count` of them from low to high. */
 function niceTicks(low, high, count) {
@@ -52,4 +99,15 @@ function niceTicks(low, high, count) {
   const ticks = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(k * step);
   return ticks;
+}
+
+/* The d of an SVG path through the points [x, y] (as text); at a null the line is interrupted. */
+function pathThrough(points) {
+  let path = "";
+  let penDown = false;
+  for (const point of points) {
+    if (point !== null) path += (penDown ? "L" : "M") + point[0] + " " + point[1];
+    penDown = point !== null;
+  }
+  return path;
 }

@@ -1,16 +1,30 @@
 // Training curves of one or several runs, laid over each other, with one cursor in all charts.
 
-const TITLES = {
-  loss: "loss", speaking_gen: "reply words", speaking_binary: "speak or not", dst_gen: "update words", dst_binary: "update or not", dst_state: "step state",
-  lr: "learning rate", grad_norm: "gradient norm", tokens_per_second: "tokens a second", padding: "padding share",
-};
-const shownRuns = data.runs.map(() => true);
-let logarithmic = false, at = null; // at: the step under the cursor
-const charts = [];
+const LINES = { curves: "steps", evaluation: "evaluated" }; // where the steps of a run's numbers are
+const lastStep = Math.max(1, ...data.runs.flatMap((run) => [...run.steps, ...run.evaluated]));
+const runShown = data.runs.map(() => true);
+const charts = []; // {draw, read} of each
+let logarithmic = false;
+let cursorStep = null; // the step under the cursor
 
-const figure = (value) => (value === null || value === undefined ? "–" : Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : Number.isInteger(value) ? String(value) : Math.abs(value) < 0.001 ? value.toExponential(2) : value.toPrecision(4));
-const tickText = (value) => (Math.abs(value) >= 10000 ? Number((value / 1000).toPrecision(6)) + "k" : Math.abs(value) > 0 && Math.abs(value) < 0.001 ? value.toExponential().replace(/(\.\d)\d+/, "$1") : String(Number(value.toPrecision(6))));
-const evaluationTitle = (name) => name === "loss" ? "validation loss" : name.startsWith("loss_") ? "validation: " + (TITLES[name.slice(5)] || name.slice(5)) : name.replace(/^dst_/, "update ").replace(/_/g, " ").replace("f1", "F1").replace("auroc", "AUROC");
+// ---- numbers ------------------------------------------------------------------------------------
+
+/* A number as it is read off: a dash where there is none. */
+function figure(value) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  if (size >= 1000) return Math.round(value).toLocaleString("en");
+  if (Number.isInteger(value)) return String(value);
+  return size < 0.001 ? value.toExponential(2) : value.toPrecision(4);
+}
+
+/* A number as it is written at an axis: 20000 -> 20k, 0.00015 -> 1.5e-4. */
+function tickText(value) {
+  const size = Math.abs(value);
+  if (size >= 10000) return Number((value / 1000).toPrecision(6)) + "k";
+  if (size > 0 && size < 0.001) return value.toExponential().replace(/(\.\d)\d+/, "$1");
+  return String(Number(value.toPrecision(6)));
+}
 
 /* Each value with those around it: the mean over a fiftieth of the curve. */
 function smoothed(values) {
@@ -24,74 +38,80 @@ function smoothed(values) {
 
 /* The index of the step nearest to `step`, in increasing `steps`. */
 function nearest(steps, step) {
-  let low = 0, high = steps.length - 1;
+  let low = 0;
+  let high = steps.length - 1;
   while (low < high) {
     const half = (low + high) >> 1;
-    if (steps[half] < step) low = half + 1; else high = half;
+    if (steps[half] < step) low = half + 1;
+    else high = half;
   }
   return low > 0 && step - steps[low - 1] < steps[low] - step ? low - 1 : low;
 }
 
-/* One chart. series: for each run, {steps, values, counts} or null. */
-function chart(title, series, { points = false, isLoss = false }) {
-  const readout = el("p", {}), svg = el("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
-  const plot = el("div", { class: "plot" }, svg), line = el("div", { class: "cursor", hidden: true });
-  const node = el("figure", { class: "chart", "data-chart": title }, el("figcaption", {}, el("b", {}, title), readout), plot);
+// ---- scales -------------------------------------------------------------------------------------
 
+/* Where a step is in a chart, from 0 at the left to 1. */
+function x(step) {
+  return step / lastStep;
+}
+
+/* The vertical scale for these values: {y, ticks}, y from 1 at the bottom to 0. */
+function verticalScale(values, mayBeLogarithmic) {
+  const useLog = logarithmic && mayBeLogarithmic && values.length > 0 && values.every((v) => v > 0);
+  let low = Math.min(...values);
+  let high = Math.max(...values);
+  if (!useLog && low >= 0 && low < 0.6 * high) low = 0; // unless starting from zero would flatten the curve
+  if (low === high) {
+    low -= Math.abs(low) * 0.1 || 0.5;
+    high += Math.abs(high) * 0.1 || 0.5;
+  }
+  const scale = useLog ? Math.log10 : (v) => v;
+  const y = (v) => 1 - (scale(v) - scale(low)) / (scale(high) - scale(low));
+  return { y, ticks: useLog ? logTicks(low, high) : niceTicks(low, high, 4) };
+}
+
+/* Ticks at powers of ten, and where those would be few, also at their doubles and fivefolds. */
+function logTicks(low, high) {
+  const multiples = high / low > 50 ? [1] : [1, 2, 5];
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++) {
+    ticks.push(...multiples.map((m) => m * 10 ** power).filter((tick) => tick >= low && tick <= high));
+  }
+  return ticks.length ? ticks : [low, high];
+}
+
+// ---- charts -------------------------------------------------------------------------------------
+
+/* One chart. series: for each run {steps, values, counts} or null. points: of evaluations, one mark each. */
+function chart(title, series, { points = false, isLoss = false, marksSkipped = false }) {
+  const readout = el("p", {});
+  const svg = el("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const plot = el("div", { class: "plot" }, svg);
+  const cursor = el("div", { class: "cursor", hidden: true });
+
+  /* Everything but the numbers: grid, curves, marks. */
   function draw() {
-    const drawn = series.map((one, r) => (shownRuns[r] ? one : null));
-    const present = drawn.filter(Boolean).flatMap((one) => one.values).filter((v) => v !== null);
-    const useLog = logarithmic && isLoss && present.every((v) => v > 0);
-    const scale = useLog ? Math.log10 : (v) => v;
-    let low = Math.min(...present), high = Math.max(...present);
-    if (!useLog) low = Math.min(low, 0) === 0 && low < 0.6 * high ? 0 : low; // from zero, unless that would flatten the curve
-    if (low === high) { low -= Math.abs(low) * 0.1 || 0.5; high += Math.abs(high) * 0.1 || 0.5; }
-    const y = (v) => 1 - (scale(v) - scale(low)) / (scale(high) - scale(low));
+    const drawn = series.map((one, r) => (runShown[r] ? one : null));
+    const present = drawn.filter(Boolean).flatMap((one) => one.values);
+    const { y, ticks } = verticalScale(present.filter((v) => v !== null), isLoss);
     svg.replaceChildren();
-    plot.replaceChildren(svg, line);
-    const ticks = useLog ? logTicks(low, high) : niceTicks(low, high, 4);
-    for (const tick of ticks) {
-      svg.append(el("line", { class: "grid", x1: 0, x2: 1, y1: y(tick), y2: y(tick) }));
-      plot.append(el("span", { class: "tick", style: `top:${y(tick) * 100}%` }, tickText(tick)));
-    }
-    for (const tick of niceTicks(0, lastStep, 4)) plot.append(el("span", { class: "xtick", style: `left:${x(tick) * 100}%` }, tickText(tick)));
-    const path = (steps, values) => {
-      let d = "", open = false;
-      values.forEach((value, i) => {
-        if (value === null) { open = false; return; }
-        d += (open ? "L" : "M") + x(steps[i]).toFixed(5) + " " + y(value).toFixed(5);
-        open = true;
-      });
-      return d || "M0 0";
-    };
+    plot.replaceChildren(svg, cursor);
+    drawGrid(svg, plot, y, ticks);
     drawn.forEach((one, r) => {
       if (!one) return;
-      const colour = "run" + (r % 6);
-      if (!points) svg.append(el("path", { class: "raw " + colour, d: path(one.steps, one.values) }));
-      svg.append(el("path", { class: colour, d: path(one.steps, points ? one.values : smoothed(one.values)) }));
-      const place = (i) => `left:${x(one.steps[i]) * 100}%;top:${y(one.values[i]) * 100}%`;
-      if (points) one.steps.forEach((step, i) => {
-        if (one.values[i] === null) return;
-        const best = step === data.runs[r].best_step;
-        plot.append(el("i", { class: (best ? "best " : "point ") + colour, style: place(i), title: best ? `best checkpoint, step ${step}` : null }));
-      });
-      if (isLoss && title === TITLES.loss) for (const step of data.runs[r].skipped) plot.append(el("i", { class: "skipped", style: `left:${x(step) * 100}%`, title: `step ${step} was skipped` }));
+      drawCurve(svg, one, r, y, points);
+      if (points) drawPoints(plot, one, r, y);
+      if (marksSkipped) drawSkipped(plot, data.runs[r]);
     });
     read();
   }
 
-  /* The numbers at the cursor; without one, those of the last step, or of the best evaluation. */
+  /* The numbers at the cursor. */
   function read() {
-    const told = series.map((one, r) => {
-      if (!one || !shownRuns[r]) return null;
-      const best = points && at === null ? one.steps.indexOf(data.runs[r].best_step) : -1;
-      const i = best >= 0 ? best : at === null ? one.steps.length - 1 : nearest(one.steps, at);
-      const count = one.counts ? ` · ${figure(one.counts[i] === null ? null : Math.round(one.counts[i]))} labels` : "";
-      return el("span", { class: data.runs.length > 1 ? "run" + (r % 6) : null }, figure(one.values[i]) + count);
-    }).filter(Boolean);
-    readout.replaceChildren(...told);
-    line.hidden = at === null;
-    if (at !== null) line.style.left = x(at) * 100 + "%";
+    const texts = series.map((one, r) => (one && runShown[r] ? readOff(one, r, points) : null));
+    readout.replaceChildren(...texts.filter(Boolean));
+    cursor.hidden = cursorStep === null;
+    if (cursorStep !== null) cursor.style.left = x(cursorStep) * 100 + "%";
   }
 
   plot.addEventListener("mousemove", (event) => {
@@ -100,58 +120,190 @@ function chart(title, series, { points = false, isLoss = false }) {
   });
   plot.addEventListener("mouseleave", () => moveTo(null));
   charts.push({ draw, read });
-  return node;
+  const caption = el("figcaption", {}, el("b", {}, title), readout);
+  return el("figure", { class: "chart", "data-chart": title }, caption, plot);
 }
 
-function logTicks(low, high) {
-  const ticks = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.log10(high); power++)
-    for (const m of high / low > 50 ? [1] : [1, 2, 5]) if (m * 10 ** power >= low && m * 10 ** power <= high) ticks.push(m * 10 ** power);
-  return ticks.length ? ticks : [low, high];
+/* Lines across at the ticks of the vertical axis, and the names of both axes' ticks. */
+function drawGrid(svg, plot, y, ticks) {
+  for (const tick of ticks) {
+    svg.append(el("line", { class: "grid", x1: 0, x2: 1, y1: y(tick), y2: y(tick) }));
+    plot.append(el("span", { class: "tick", style: `top:${y(tick) * 100}%` }, tickText(tick)));
+  }
+  for (const tick of niceTicks(0, lastStep, 4)) {
+    plot.append(el("span", { class: "xtick", style: `left:${x(tick) * 100}%` }, tickText(tick)));
+  }
 }
 
-const lastStep = Math.max(1, ...data.runs.flatMap((run) => [...run.steps, ...run.evaluated]));
-const x = (step) => step / lastStep;
+/* One run's curve: of training, the logged values thin and their mean thick. */
+function drawCurve(svg, one, r, y, points) {
+  const path = (values) => {
+    const place = (value, i) => (value === null ? null : [x(one.steps[i]).toFixed(5), y(value).toFixed(5)]);
+    return pathThrough(values.map(place)) || "M0 0";
+  };
+  const colour = "run" + (r % 6);
+  if (!points) svg.append(el("path", { class: "raw " + colour, d: path(one.values) }));
+  svg.append(el("path", { class: colour, d: path(points ? one.values : smoothed(one.values)) }));
+}
 
+/* A dot at each evaluation of a run, a ring at its best checkpoint. */
+function drawPoints(plot, one, r, y) {
+  one.steps.forEach((step, i) => {
+    if (one.values[i] === null) return;
+    const best = step === data.runs[r].best_step;
+    const name = (best ? "best" : "point") + " run" + (r % 6);
+    const style = `left:${x(step) * 100}%;top:${y(one.values[i]) * 100}%`;
+    plot.append(el("i", { class: name, style, title: best ? `best checkpoint, step ${step}` : null }));
+  });
+}
+
+/* A mark at the bottom for each step that was not taken. */
+function drawSkipped(plot, run) {
+  for (const step of run.skipped) {
+    plot.append(el("i", { class: "skipped", style: `left:${x(step) * 100}%`, title: `step ${step} was skipped` }));
+  }
+}
+
+/* A run's number at the cursor, with its label count. */
+function readOff(one, r, points) {
+  const i = indexAtCursor(one.steps, points ? data.runs[r].best_step : null);
+  let text = figure(one.values[i]);
+  if (one.counts) text += ` · ${figure(one.counts[i] === null ? null : Math.round(one.counts[i]))} labels`;
+  return el("span", { class: data.runs.length > 1 ? "run" + (r % 6) : null }, text);
+}
+
+/* The step nearest to the cursor; without a cursor the preferred one, else the last. */
+function indexAtCursor(steps, preferred) {
+  if (cursorStep !== null) return nearest(steps, cursorStep);
+  const best = steps.indexOf(preferred);
+  return best >= 0 ? best : steps.length - 1;
+}
+
+/* Every number of this kind ("curves" or "evaluation") that some run has. */
+function namesOf(kind) {
+  return [...new Set(data.runs.flatMap((run) => Object.keys(run[kind])))];
+}
+
+/* A number's curve in each run; null for a run without it. */
+function seriesOf(kind, name) {
+  return data.runs.map((run) => {
+    if (!run[kind][name]) return null;
+    return { steps: run[LINES[kind]], values: run[kind][name], counts: kind === "curves" ? run.counts[name] : null };
+  });
+}
+
+function trainingChart(name) {
+  const isLoss = name === "loss" || namesOf("counts").includes(name);
+  const options = { isLoss, marksSkipped: name === "loss" };
+  return chart(data.curveTitles[name], seriesOf("curves", name), options);
+}
+
+function evaluationChart(name) {
+  const options = { points: true, isLoss: name.startsWith("loss") };
+  return chart(data.evaluationTitles[name], seriesOf("evaluation", name), options);
+}
+
+// ---- the cursor ---------------------------------------------------------------------------------
+
+/* Put the cursor of all charts at a step; null takes it away. */
 function moveTo(step) {
-  at = step;
-  stepShown.textContent = at === null ? "last step, and for evaluations the best checkpoint" : "step " + at;
+  cursorStep = step;
+  const nowhere = "last step, and for evaluations the best checkpoint";
+  stepShown.textContent = step === null ? nowhere : "step " + step;
   for (const one of charts) one.read();
 }
 
-const every = (kind) => [...new Set(data.runs.flatMap((run) => Object.keys(run[kind])))];
-const seriesOf = (make) => data.runs.map((run) => make(run) || null);
-const training = every("curves").map((name) => chart(TITLES[name] || name,
-  seriesOf((run) => run.curves[name] && { steps: run.steps, values: run.curves[name], counts: run.counts[name] }), { isLoss: name === "loss" || every("counts").includes(name) }));
-const evaluation = every("evaluation").map((name) => chart(evaluationTitle(name),
-  seriesOf((run) => run.evaluation[name] && { steps: run.evaluated, values: run.evaluation[name] }), { points: true, isLoss: name.startsWith("loss") }));
+/* All steps of these lists, once each, in order. */
+function ordered(lists) {
+  return [...new Set(lists.flat())].sort((a, b) => a - b);
+}
+
+/* The step that a key leads to, undefined where there is none. */
+function target(key) {
+  const steps = ordered(data.runs.filter((_, r) => runShown[r]).map((run) => [...run.steps, ...run.evaluated]));
+  const last = steps.length - 1;
+  const i = cursorStep === null ? last : nearest(steps, cursorStep);
+  const far = Math.ceil(steps.length / 20);
+  if (key === "ArrowLeft") return steps[i - 1];
+  if (key === "ArrowRight") return steps[i + 1];
+  if (key === "PageUp") return steps[Math.max(0, i - far)];
+  if (key === "PageDown") return steps[Math.min(last, i + far)];
+  if (key === "Home") return steps[0];
+  if (key === "End") return steps[last];
+  return neighbouringEvaluation(key === "n");
+}
+
+/* The next or previous evaluation; from the end on, the first or the last. */
+function neighbouringEvaluation(forward) {
+  const evaluated = ordered(data.runs.map((run) => run.evaluated));
+  if (forward) return evaluated.find((step) => cursorStep !== null && step > cursorStep) ?? evaluated[0];
+  return evaluated.findLast((step) => cursorStep === null || step < cursorStep) ?? evaluated[evaluated.length - 1];
+}
+
+function onKey(event) {
+  if (hasModifier(event)) return;
+  if (event.key === "Escape") moveTo(null);
+  if (!["ArrowLeft", "ArrowRight", "PageUp", "PageDown", "Home", "End", "n", "p"].includes(event.key)) return;
+  const step = target(event.key);
+  if (step !== undefined) {
+    moveTo(step);
+    region.setAttribute("aria-valuenow", step);
+  }
+  event.preventDefault();
+}
+
+// ---- the page -----------------------------------------------------------------------------------
+
+/* A box to tick; after each change the charts are drawn anew. */
+function checkbox(checked, change) {
+  const onchange = (event) => {
+    change(event.target.checked);
+    for (const one of charts) one.draw();
+  };
+  return el("input", { type: "checkbox", checked: checked ? "" : null, onchange });
+}
+
+/* A run's colour, name and best step, with a box that hides its curves. */
+function runLabel(run, r) {
+  const best = run.best_step === null ? "" : ` best at step ${run.best_step}`;
+  const name = el("span", { style: "color:var(--ink)" }, words(run.name), el("span", { class: "soft" }, best));
+  const box = checkbox(true, (on) => {
+    runShown[r] = on;
+  });
+  return el("label", { class: "run" + (r % 6) }, box, el("i", {}), name);
+}
+
+/* Charts under their heading. */
+function chartGroup(heading, nodes) {
+  return [nodes.length ? el("h2", {}, heading) : null, el("div", { class: "charts" }, ...nodes)];
+}
 
 const stepShown = el("b", { id: "step" });
-const region = el("div", { id: "charts", tabindex: "0", role: "slider", "aria-label": "step", "aria-valuemin": 0, "aria-valuemax": lastStep, onkeydown: (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const steps = [...new Set(data.runs.flatMap((run, r) => (shownRuns[r] ? [...run.steps, ...run.evaluated] : [])))].sort((a, b) => a - b);
-  const evaluated = [...new Set(data.runs.flatMap((run) => run.evaluated))].sort((a, b) => a - b);
-  const i = at === null ? steps.length - 1 : nearest(steps, at);
-  const far = Math.ceil(steps.length / 20);
-  let to = { ArrowLeft: steps[i - 1], ArrowRight: steps[i + 1], PageUp: steps[Math.max(0, i - far)], PageDown: steps[Math.min(steps.length - 1, i + far)], Home: steps[0], End: steps[steps.length - 1] }[event.key];
-  if (event.key === "n") to = evaluated.find((step) => at !== null && step > at) ?? evaluated[0];
-  if (event.key === "p") to = evaluated.findLast((step) => at === null || step < at) ?? evaluated[evaluated.length - 1];
-  if (event.key === "Escape") { moveTo(null); return; }
-  if (!["ArrowLeft", "ArrowRight", "PageUp", "PageDown", "Home", "End", "n", "p"].includes(event.key)) return;
-  if (to !== undefined) { moveTo(to); region.setAttribute("aria-valuenow", to); }
-  event.preventDefault();
-} },
-  training.length ? el("h2", {}, "Training") : null, el("div", { class: "charts" }, ...training),
-  evaluation.length ? el("h2", {}, "Validation, teacher-forced; the ring is the best checkpoint") : null, el("div", { class: "charts" }, ...evaluation));
+const slider = { role: "slider", "aria-label": "step", "aria-valuemin": 0, "aria-valuemax": lastStep };
+const validation = "Validation, teacher-forced; the ring is the best checkpoint";
+const region = el(
+  "div",
+  { id: "charts", tabindex: "0", ...slider, onkeydown: onKey },
+  ...chartGroup("Training", namesOf("curves").map(trainingChart)),
+  ...chartGroup(validation, namesOf("evaluation").map(evaluationChart)),
+);
+const logarithmicBox = checkbox(false, (on) => {
+  logarithmic = on;
+});
+const about = "Thin lines are the logged values, thick ones their mean over a fiftieth of the run.";
 
-const box = (checked, does) => el("input", { type: "checkbox", checked: checked ? "" : null, onchange: (event) => { does(event.target.checked); for (const one of charts) one.draw(); } });
 document.body.append(
-  el("header", { class: "top" }, el("div", {}, el("h1", {}, "Training curves"), el("p", { class: "soft" }, "Thin lines are the logged values, thick ones their mean over a fiftieth of the run.")), el("div", { class: "tools" }, themeButton())),
-  el("div", { class: "runs" }, ...data.runs.map((run, r) => el("label", { class: "run" + (r % 6) }, box(true, (on) => { shownRuns[r] = on; }), el("i", {}),
-    el("span", { style: "color:var(--ink)" }, words(run.name), el("span", { class: "soft" }, run.best_step === null ? "" : ` best at step ${run.best_step}`)))),
-    el("label", {}, box(false, (on) => { logarithmic = on; }), "logarithmic losses")),
+  pageHeader(el("h1", {}, "Training curves"), el("p", { class: "soft" }, about), themeButton()),
+  el("div", { class: "runs" }, ...data.runs.map(runLabel), el("label", {}, logarithmicBox, "logarithmic losses")),
   el("div", { class: "readout" }, stepShown),
   region,
-  keyHelp(["← →", "step"], ["PgUp PgDn", "a twentieth"], ["n p", "next, previous evaluation"], ["Home End", "first, last"], ["Esc", "no cursor"]));
+  keyHelp(
+    ["← →", "step"],
+    ["PgUp PgDn", "a twentieth"],
+    ["n p", "next, previous evaluation"],
+    ["Home End", "first, last"],
+    ["Esc", "no cursor"],
+  ),
+);
 for (const one of charts) one.draw();
 moveTo(null);

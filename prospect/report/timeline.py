@@ -1,0 +1,318 @@
+"""A streamed clip on a time line (drawn by timeline.js): what was said beside what should have been said.
+
+Which reply counts as matched is decided by prospect/metrics.py, the same code that scores an evaluation, so the picture
+and the numbers cannot disagree. Rows are frames counted from the clip's first, as in the metrics.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+
+from prospect.clips import Clip
+from prospect.dst import STATES, State, write_update
+from prospect.errors import ProspectError
+from prospect.files import read_lines
+from prospect.metrics import pair_updates, window_of
+from prospect.report.page import LOSS_NAMES, number, write_page
+from prospect.score import TABLE, ClipScore, read_update, score_clip, summarise
+from prospect.text_metrics import load_similarity
+
+MAX_PICTURES = 96  # in one time line, evenly spaced
+PICTURE_HEIGHT = 72  # pixels
+
+
+@dataclass
+class Event:
+    """One mark in a lane of the time line.
+
+    lane    user | wanted (what the assistant should have said) | said | update_wanted | update | context
+    status  matched, or how it failed: mismatched (other words), missed, redundant, refused (an illegal update);
+            "" where there is no reference to compare with
+    note    what else there is to know: how late, why refused, tokens before and after
+    """
+
+    row: int
+    lane: str
+    text: str
+    status: str = ""
+    note: str = ""
+
+
+@dataclass
+class StepLane:
+    """One step's state over time, as runs of (first row, last row, index into STATES)."""
+
+    id: str
+    name: str
+    predicted: list[tuple[int, int, int]]
+    reference: list[tuple[int, int, int]] | None
+
+
+@dataclass
+class Timeline:
+    """A streamed clip. F frames; probabilities and tokens have one entry a frame."""
+
+    id: str
+    goal: str
+    fps: float
+    first: int  # absolute number of row 0
+    seconds: float  # time of row 0 in the video
+    has_reference: bool
+    speaking: list[float | None]
+    update: list[float | None] | None  # None: a model without task state
+    spoke: list[int]  # rows at which the head fired
+    updated: list[int]
+    tokens: list[int]
+    thresholds: dict[str, tuple[float, float]]  # by head, lowest and highest value it can have; equal where it is known
+    events: list[Event]
+    steps: list[StepLane]
+    metrics: list[tuple[str, str]]
+    pictures: list[tuple[int, str]] = field(default_factory=list)  # (row, data URI)
+
+
+def read_records(path: str | Path) -> dict[str, list[dict]]:
+    """Records by clip id, in the order of the file. Raises ProspectError, naming the line, where there is no record."""
+    clips: dict[str, list[dict]] = {}
+    try:
+        lines = read_lines(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read: {error}"
+        raise ProspectError(what, where=str(path), remedy="python infer.py --out makes it") from error
+    needed = ("clip_id", "frame_idx", "time", "speaking_prob", "dst_update_prob", "dst_state")
+    for at, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            missing = [key for key in needed if key not in record]
+        except (ValueError, TypeError, RecursionError):
+            missing = ["JSON"]
+        if missing:
+            what = f"is not a record of a streamed frame (no {missing[0]})"
+            raise ProspectError(what, where=f"{path}, line {at}", remedy="python infer.py --out makes records")
+        clips.setdefault(record["clip_id"], []).append(record)
+    if not clips:
+        raise ProspectError("holds no record", where=str(path), remedy="python infer.py --out makes records")
+    for id, records in clips.items():
+        frames = [record["frame_idx"] for record in records]
+        if frames != list(range(frames[0], frames[0] + len(frames))):
+            what = f"the frames of clip {id} do not follow one another"
+            remedy = "a file holds each clip once, from its first frame on"
+            raise ProspectError(what, where=str(path), remedy=remedy)
+    return clips
+
+
+def timeline(
+    records: list[dict],
+    clip: Clip | None,
+    thresholds: dict[str, float] | None = None,
+    *,
+    pictures: str | None = None,
+    header_only: bool = False,
+) -> Timeline:
+    """What the time line of one streamed clip shows.
+
+    records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. thresholds: by
+    head ("speaking", "dst"); without them, the page shows between which probabilities they must lie. pictures: where
+    the frames are to be seen, anything prospect.vision.frames.frames_at reads.
+    header_only: the clip gives goal and steps, and its conversation is no reference (a video streamed live).
+    Raises ProspectError when the records are not of this clip.
+    """
+    first, F = records[0]["frame_idx"], len(records)
+    fps = clip.fps if clip else frame_rate(records)
+    tracks_state = records[0]["dst_update_prob"] is not None
+    reference, score = None, None
+    if clip is not None and not header_only:
+        reference = as_far_as_streamed(clip, records)
+        score = score_clip(reference, records, load_similarity("lexical"), dst=tracks_state)
+    heads = {"speaking": "speaking", "dst": "dst_update"} if tracks_state else {"speaking": "speaking"}
+    if thresholds is None:
+        bounds = {head: threshold_bounds(records, name) for head, name in heads.items()}
+    else:
+        bounds = {head: (thresholds[head], thresholds[head]) for head in heads}
+    return Timeline(
+        id=records[0]["clip_id"],
+        goal=clip.goal if clip else "",
+        fps=fps,
+        first=first,
+        seconds=records[0]["time"],
+        has_reference=reference is not None,
+        speaking=[number(record["speaking_prob"]) for record in records],
+        update=[number(record["dst_update_prob"]) for record in records] if tracks_state else None,
+        spoke=[row for row, record in enumerate(records) if record["speaking_decision"]],
+        updated=[row for row, record in enumerate(records) if record["dst_update_decision"]],
+        tokens=[record["context_tokens"] for record in records],
+        thresholds=bounds,
+        events=timeline_events(records, reference, score),
+        steps=step_lanes(records, clip, reference) if tracks_state else [],
+        metrics=shown_metrics(score) if score else [],
+        pictures=thumbnails(pictures, fps, first, F) if pictures else [],
+    )
+
+
+def frame_rate(records: list[dict]) -> float:
+    """Frames per second, from the clock of the records; a single frame is shown for one second."""
+    elapsed = records[-1]["time"] - records[0]["time"]
+    return (len(records) - 1) / elapsed if elapsed > 0 else 1.0
+
+
+def as_far_as_streamed(clip: Clip, records: list[dict]) -> Clip:
+    """The reference of a stream that was stopped early: the turns up to its last frame."""
+    first, last = records[0]["frame_idx"], records[-1]["frame_idx"]
+    if first != clip.start_frame or last > clip.end_frame:
+        what = f"the records are of frames {first}..{last}, the clip has {clip.start_frame}..{clip.end_frame}"
+        raise ProspectError(what, where=clip.where, remedy="give the clip that was streamed")
+    if last >= clip.end_frame - 1:  # end-exclusive files lack the last frame; its turns move up
+        turns = [replace(t, start_frame=min(t.start_frame, last), end_frame=min(t.end_frame, last)) for t in clip.turns]
+    else:
+        turns = [turn for turn in clip.turns if turn.end_frame <= last]
+    return replace(clip, end_frame=last, turns=tuple(turns))
+
+
+def threshold_bounds(records: list[dict], head: str) -> tuple[float, float]:
+    """Between which probabilities a head's threshold lies: above every silent one below the lowest that fired.
+
+    probabilities   0.1   0.4   0.7*  0.9*       (* fired)      the threshold is in (0.4, 0.7]
+    """
+    fired = [record[f"{head}_prob"] for record in records if record[f"{head}_decision"]]
+    highest = min(fired, default=1.0)
+    silent = [record[f"{head}_prob"] for record in records if not record[f"{head}_decision"]]
+    return max((p for p in silent if p < highest), default=0.0), highest
+
+
+def timeline_events(records: list[dict], clip: Clip | None, score: ClipScore | None) -> list[Event]:
+    """Every mark of the time line, in order of time."""
+    events = []
+    for row, record in enumerate(records):
+        if context := record.get("context_event"):
+            note = f"{context['strategy']}: {context['tokens_before']} to {context['tokens_after']} tokens"
+            events.append(Event(row, "context", context["summary"] or "", note=note))
+        events += [Event(row, "user", text) for text in record.get("user", [])]
+    events += dialogue_events(records, clip, score) + update_events(records, clip)
+    order = ("context", "user", "update_wanted", "update", "wanted", "said")
+    return sorted(events, key=lambda event: (event.row, order.index(event.lane)))
+
+
+def dialogue_events(records: list[dict], clip: Clip | None, score: ClipScore | None) -> list[Event]:
+    """What the assistant said and what it should have said, paired as in prospect.metrics.match_dialogue."""
+    said = [Event(row, "said", r["text"]) for row, r in enumerate(records) if r["text"] is not None]
+    for event in said:
+        if cut := records[event.row].get("text_cut"):
+            event.note = f"cut off: {cut}"
+    if clip is None or score is None:
+        return said
+    wanted = [Event(frame - clip.start_frame, "wanted", text, "missed") for frame, text in clip.replies().items()]
+    for event in said:
+        event.status = "redundant"
+    correct = set(score.dialogue["correct_pairs"])
+    for p, r in score.dialogue["pairs"]:
+        said[p].status = wanted[r].status = "matched" if (p, r) in correct else "mismatched"
+        said[p].note = "; ".join(filter(None, (lateness(said[p].row - wanted[r].row, clip.fps), said[p].note)))
+    return wanted + said
+
+
+def lateness(rows: int, fps: float) -> str:
+    return "on time" if rows == 0 else f"{abs(rows) / fps:g} s {'late' if rows > 0 else 'early'}"
+
+
+def update_events(records: list[dict], clip: Clip | None) -> list[Event]:
+    """Task-state updates as written and as they should be, paired transition by transition as in the metrics.
+
+    An update is matched when all of its transitions are.
+    """
+    predicted, moves = [], []  # events; (row, transition) of those applied
+    for row, record in enumerate(records):
+        if record["dst_update"] is None:
+            continue
+        refused = record.get("invalid_update")
+        status = "refused" if refused else "" if clip is None else "matched"
+        note = f"not applied: {refused}" if refused else ""
+        predicted.append(Event(row, "update", record["dst_update"], status, note))
+        if not refused:
+            moves += [(row, t) for t in read_update(record["dst_update"])]
+    if clip is None:
+        return predicted
+    by_row: dict[int, list] = {}
+    for turn in clip.updates():
+        by_row.setdefault(turn.end_frame - clip.start_frame, []).extend(turn.transitions)
+    wanted_moves = [(row, t) for row, transitions in by_row.items() for t in transitions]
+    window = tuple(int(seconds * clip.fps) for seconds in window_of(clip.dataset))
+    pairs = pair_updates(moves, wanted_moves, window, same_meaning=True)
+    hit, found = {p for p, _ in pairs}, {r for _, r in pairs}
+    unpaired = {move[0] for move in moves if move not in hit}
+    late = {p[0]: lateness(p[0] - r[0], clip.fps) for p, r in pairs}
+    for event in predicted:
+        if event.status == "matched":
+            event.status, event.note = "redundant" if event.row in unpaired else "matched", late.get(event.row, "")
+    wanted = []
+    for row, transitions in by_row.items():
+        status = "matched" if all((row, t) in found for t in transitions) else "missed"
+        wanted.append(Event(row, "update_wanted", write_update(transitions, "arrow"), status))
+    return wanted + predicted
+
+
+def step_lanes(records: list[dict], clip: Clip | None, reference: Clip | None) -> list[StepLane]:
+    """Each step's state after every frame, predicted, and where there is a reference as it should be."""
+    predicted: list[State] = [record["dst_state"] for record in records]
+    due = None if reference is None else reference.states_after()
+    names = {step.id: step.name for step in clip.steps} if clip else dict.fromkeys(predicted[0], "")
+    return [
+        StepLane(id, name, state_runs(predicted, id), None if due is None else state_runs(due, id))
+        for id, name in names.items()
+    ]
+
+
+def state_runs(states: Sequence[State], id: str) -> list[tuple[int, int, int]]:
+    """A step's states over time as (first row, last row, index into STATES)."""
+    found: list[tuple[int, int, int]] = []
+    for row, state in enumerate(states):
+        now = STATES.index(state.get(id, "not_started"))
+        if found and found[-1][2] == now:
+            found[-1] = (found[-1][0], row, now)
+        else:
+            found.append((row, row, now))
+    return found
+
+
+def shown_metrics(score: ClipScore) -> list[tuple[str, str]]:
+    """The evaluation's table for this one clip; text quality needs many clips and is left out."""
+    numbers = summarise([score])
+    left_out = ("clips", "frames", "BLEU-4")
+    shown = [(title, numbers[key]) for key, title in TABLE if key in numbers and key not in left_out]
+    return [(title, str(value) if isinstance(value, int) else f"{value:.3f}") for title, value in shown]
+
+
+def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, str]]:
+    """Small JPEGs of at most MAX_PICTURES frames, evenly spaced: (row, data URI)."""
+    from prospect.vision.frames import frames_at
+
+    try:
+        from PIL import Image
+    except ImportError as error:
+        remedy = "pip install -r requirements-vision.txt"
+        raise ProspectError("pictures need the package Pillow, which is not installed", remedy=remedy) from error
+    every, rate = math.ceil(F / MAX_PICTURES), Fraction(fps).limit_denominator(1001)
+    found = []
+    for frame, picture in frames_at(Path(source), rate, first=first):  # uint8 [3, H, W]
+        row = frame - first
+        if row >= F:
+            break
+        if row % every == 0:
+            image, content = Image.fromarray(picture.permute(1, 2, 0).numpy()), io.BytesIO()
+            width = max(1, image.width * PICTURE_HEIGHT // image.height)
+            image.resize((width, PICTURE_HEIGHT)).save(content, "JPEG", quality=70)
+            found.append((row, "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")))
+    if not found:
+        what = f"has no picture of frames {first}..{first + F - 1}"
+        raise ProspectError(what, where=source, remedy="give this clip's own video")
+    return found
+
+
+def write_timelines(path: str | Path, timelines: list[Timeline]) -> None:
+    """One page; of several clips it shows one at a time."""
+    title = timelines[0].goal or timelines[0].id if len(timelines) == 1 else f"{len(timelines)} streamed clips"
+    data = {"states": STATES, "lossNames": LOSS_NAMES, "clips": [asdict(shown) for shown in timelines]}
+    write_page(path, "timeline", title, data)
