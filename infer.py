@@ -17,17 +17,21 @@ and goal, steps and what the user says from a YAML file: see prospect/vision/vid
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
 from typing import BinaryIO, TextIO
 
 import numpy as np
 
+from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
-from prospect.config import Config
+from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_job
+from prospect.load import load_for_inference, load_job
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -130,22 +134,19 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         jobs.append(job)
-    streamed: list[tuple[Clip, list[dict]]] = []  # for --html
-    thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
+    streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
             print(header(job.clip))
-            if arguments.html:
-                streamed.append((job.clip, []))
+            streamed.append((job.clip, []))
             for _, records in stream_jobs(model, tokenizer, [job], config):
-                if arguments.html:
-                    streamed[-1][1].extend(record.to_dict() for record in records)
+                streamed[-1][1].extend(record.to_dict() for record in records)
                 for record in records:
                     show(record, out, sys.stdout)
     if arguments.html:
         from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
 
-        write_timelines(arguments.html, [timeline(records, clip, thresholds) for clip, records in streamed])
+        write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
 
 
 def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
@@ -158,6 +159,100 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out)
+
+
+def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
+    """Show what is said at a video as it happens, and in the end, however it comes, how well real time was kept."""
+    from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+
+    video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
+    clip, said = read_task(task, video, fps)
+    session = StreamSession(model, tokenizer, clip, config)
+    encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    pace = Pace(fps)
+    with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
+        print(header(clip))
+        try:
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace):
+                show(record, out, sys.stdout)
+        finally:
+            print(f"{video}: {pace}")
+    for text in unheard(said, pace.frames):
+        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+
+
+def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
+    """FILE: all its clips; FILE:ID or FILE:INDEX: one of them."""
+    path, which = parse_clip_name(name)
+    source = open_source(path, data.embeddings, data.embeddings_outside)
+    indices = range(len(source.file)) if which is None else [source.find(which)]
+    return [(source, index) for index in indices]
+
+
+@contextlib.contextmanager
+def open_output(path: str | None, inputs: list[Path], default: TextIO | None) -> Iterator[TextIO | None]:
+    """The file of --out, or without it `default`."""
+    if path is None:
+        yield default
+        return
+    if Path(path).resolve() in [file.resolve() for file in inputs]:
+        raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        remedy = "name a file in a folder that exists"
+        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
+    with file:
+        yield file
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--clip", action="append", metavar="FILE[:ID|INDEX]", help="repeatable")
+    source.add_argument("--video", metavar="FILE", help="a video, a directory of pictures, or an Arrow file")
+    add = parser.add_argument
+    add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
+    add("--out", metavar="FILE.jsonl", help="one record per frame")
+    add("--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been")
+    add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
+    add = parser.add_argument_group("with --video").add_argument
+    add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
+    add("--pace", choices=("fast", "live"), default="fast", help="live: as slow as the video")
+    add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
+    add("--pool", help="as it was given to prospect.encode")
+    add("--tokens", type=int, help="as it was given to prospect.encode")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_intermixed_args()
+
+
+def rate(text: str) -> Fraction:
+    from prospect.vision.encode import parse_fps
+
+    return parse_fps(text)
+
+
+def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
+    if arguments.video and (arguments.stdin or not arguments.vision):
+        raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
+    if arguments.html and (arguments.video or arguments.stdin):
+        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
+    if arguments.clip and (arguments.vision or arguments.task):
+        raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    refuse_what_does_not_go_together(arguments)
+    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
+    mode = stream_video if arguments.video else stream_stdin if arguments.stdin else stream_clips
+    mode(arguments, config, tokenizer, model)
     return 0
 
 

@@ -19,6 +19,7 @@ from prospect import show
 from prospect.errors import ProspectError
 from prospect.report import curves
 from prospect.report.__main__ import main as report_main
+from prospect.report.__main__ import reference_clips
 from prospect.report.curves import COUNTS_OF, evaluation_title, read_run
 from prospect.report.page import LOSS_NAMES
 from prospect.report.timeline import read_records, threshold_bounds, thumbnails, timeline, write_timelines
@@ -79,9 +80,9 @@ def test_the_reference_is_found_whose_file_and_id_hold_colons(tmp_path):
     file = tmp_path / "a:b.json"
     file.write_text(json.dumps([raw_clip([], 10, 29, id=id) for id in ("c", "kitchen:12:a", "unseen")]))
     for which in ("kitchen:12:a", "1"):
-        found = report.reference_clips(f"{file}:{which}", ["c", "kitchen:12:a"])
+        found = reference_clips(f"{file}:{which}", ["c", "kitchen:12:a"])
         assert {name: clip.id for name, clip in found.items()} == {"kitchen:12:a": "kitchen:12:a"}
-    assert list(report.reference_clips(str(file), ["c", "kitchen:12:a"])) == ["c", "kitchen:12:a"]
+    assert list(reference_clips(str(file), ["c", "kitchen:12:a"])) == ["c", "kitchen:12:a"]
 
 
 def embedded(page: Path):
