@@ -15,6 +15,7 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -380,12 +381,12 @@ def tune_on_stream(
     was_training = model.training
     model.eval()
     try:
-        for one in try_evidence(
-            model, corpus.tokenizer, jobs, config, thresholds, lambda mine: gather_objects(mine, ranks)
-        ):
-            tried.append(one)
-            if any_rank(stop.requested, ranks):
-                return None
+        with autocast(config.train, ranks.device):
+            gather = functools.partial(gather_objects, ranks=ranks)
+            for one in try_evidence(model, corpus.tokenizer, jobs, config, thresholds, gather):
+                tried.append(one)
+                if any_rank(stop.requested, ranks):
+                    return None
     except ProspectError as error:
         if ranks.main:
             tqdm.write(f"infer.evidence is not chosen, for the validation clips cannot be streamed: {error}")

@@ -6,7 +6,8 @@ Streams a sample corpus of another seed (the same world, other people and storie
 embeddings shuffled in time, and with the embeddings of another clip. A system that merely knew when assistants usually
 speak would do as well on the controls; this one must fall.
 
-    replies right   share of all replies that come within +-1 s of a reference reply and name the same step
+    replies right   a reply is right when it comes within 1 s of its reference's range and names the same step; F1, and
+                    how many replies were right, said, and due
 
 Last, a question that no clip has: the user asks "What now?" at a random frame at which nothing happens.
 """
@@ -25,11 +26,11 @@ from prospect.clips import Turn
 from prospect.errors import run_entry_point
 from prospect.evaluate import load_jobs
 from prospect.load import load_for_inference
-from prospect.metrics import match_events
-from prospect.sample import DIFFICULTIES, named_step, says_the_same, write_sample
-from prospect.score import score_clip, summarise
+from prospect.metrics import Counts
+from prospect.sample import DIFFICULTIES, write_sample
+from prospect.score import decision_numbers, named_step, score_clip
 from prospect.sequence import generator
-from prospect.stream import Job, stream_jobs
+from prospect.stream import Job, streamed_clips
 from prospect.text_metrics import load_similarity
 
 CORPUS_SEED = 1000  # the default run trains on seed 0
@@ -46,15 +47,6 @@ def swapped(jobs: list[Job]) -> list[Job]:
         Job(job.clip, np.resize(other.embeddings, job.embeddings.shape))
         for job, other in zip(jobs, jobs[1:] + jobs[:1])
     ]
-
-
-def replies_right(job: Job, records: list[dict]) -> tuple[int, int]:
-    """(replies that are right, replies)"""
-    said = [(record["frame_idx"], record["text"]) for record in records if record["text"] is not None]
-    wanted = [(turn.end_frame, turn.text) for turn in job.clip.turns if turn.role == "assistant"]
-    names = [step.name for step in job.clip.steps]
-    pairs = match_events([frame for frame, _ in said], [frame for frame, _ in wanted], int(job.clip.fps))
-    return sum(says_the_same(said[p][1], wanted[r][1], names) for p, r in pairs), len(said)
 
 
 def with_question(job: Job) -> tuple[Job, int, int | None]:
@@ -81,7 +73,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config, tokenizer, model = load_for_inference(arguments.checkpoint)
     similarity = load_similarity("lexical")
-    print("| | speaking event F1 | update event F1 | joint goal accuracy | replies right |\n|---|---:|---:|---:|---:|")
+    print("| | speaking event F1 | update event F1 | joint goal accuracy | replies right |")
+    print("|---|---:|---:|---:|---:|")
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "held_out"
         write_sample(corpus, seed=CORPUS_SEED, difficulty=arguments.difficulty, clips=1, val_clips=arguments.clips)
@@ -91,30 +84,25 @@ def main() -> None:
             ("frames shuffled", [shuffled(job) for job in jobs]),
             ("frames of another clip", swapped(jobs)),
         ):
-            collected: dict[int, list[dict]] = {id(job): [] for job in shown}
-            for job, records in stream_jobs(model, tokenizer, shown, config, streams=8):
-                collected[id(job)] += [record.to_dict() for record in records]
-            numbers = summarise(
-                [score_clip(job.clip, collected[id(job)], similarity, config.data.dst) for job in shown]
-            )
-            right, said = np.sum([replies_right(job, collected[id(job)]) for job in shown], axis=0)
+            clips = streamed_clips(model, tokenizer, shown, config)
+            scores = [score_clip(job.clip, records, similarity, config.data.dst) for job, records in clips]
+            numbers, replies = decision_numbers(scores), sum((score.replies for score in scores), Counts())
+            columns = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
+            cells = " | ".join(f"{numbers[column]:.3f}" for column in columns if column in numbers)
             print(
-                f"| {name} | {numbers['speaking_event_f1']:.3f} | {numbers['dst_event_f1']:.3f} | {numbers['joint_goal_accuracy']:.3f} "
-                f"| {right}/{said} = {right / max(said, 1):.3f} |",
-                flush=True,
+                f"| {name} | {cells} ({replies.matched} of {replies.predicted}, due {replies.reference}) |", flush=True
             )
 
         answered, named = 0, 0
         asked = {id(job): (job, frame, right) for job, frame, right in map(with_question, jobs)}
-        for job, records in stream_jobs(model, tokenizer, [job for job, _, _ in asked.values()], config, streams=8):
+        for job, records in streamed_clips(model, tokenizer, [job for job, _, _ in asked.values()], config):
             _, frame, right = asked[id(job)]
-            for record in records:
-                if record.frame_idx == frame and record.text is not None:
-                    answered += 1
-                    named += named_step(record.text, [step.name for step in job.clip.steps]) == right
-        print(
-            f"\nasked at an unplanned moment: {answered} of {len(asked)} questions answered at once, {named} with the right step"
-        )
+            reply = records[frame - job.clip.start_frame]["text"]
+            if reply is not None:
+                answered += 1
+                named += named_step(reply, [step.name for step in job.clip.steps]) == right
+        at_once = f"{answered} of {len(asked)} questions answered at once"
+        print(f"\nasked at an unplanned moment: {at_once}, {named} with the right step")
 
 
 if __name__ == "__main__":
