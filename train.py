@@ -234,7 +234,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
 
 @dataclass
 class Step:
-    """One optimizer step. Losses and counts are of all micro-batches of all ranks; `micro` and `sums` are this rank's."""
+    """One optimizer step. Losses and counts are of all ranks; `micro` and `sums` are this rank's micro-batches."""
 
     terms: dict[str, Tensor]  # the losses by name, see loss_terms
     loss: Tensor  # their weighted total
@@ -352,7 +352,7 @@ def validate(
     sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
     clips = traces(corpus, [sequence for part in sequences for sequence in part])  # by head
     numbers |= decision_report(clips)
-    thresholds = {head: numbers[f"{head}_threshold"] for head in clips}
+    thresholds = {head: numbers[f"{head}_even_odds"] for head in clips}
     tuned = tune_on_stream(model, corpus, config, thresholds, ranks, stop)
     if any_rank(stop.requested, ranks):
         return None
@@ -470,7 +470,7 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
 
 
 def validation_line(step: int, numbers: dict[str, float]) -> str:
-    """What the terminal shows of a validation: its loss, and how the heads do on streamed clips (else teacher-forced)."""
+    """What the terminal shows of a validation: its loss, and the heads on streamed clips (else teacher-forced)."""
     shown = [f"step {step}: validation loss {numbers['loss']:.4f}"]
     for name, title in VALIDATION_SHOWN.items():
         value = numbers.get(f"streamed_{name}", numbers.get(name))

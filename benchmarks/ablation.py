@@ -54,7 +54,7 @@ from prospect.sample import write_sample
 from prospect.score import decision_numbers, named_step, score_clip, timely_replies
 from prospect.stream import streamed_clips
 from prospect.text_metrics import load_similarity
-from prospect.tuning import best_tried, some_of, teacher_forced_thresholds, try_evidence, with_decisions
+from prospect.tuning import best_tried, some_of, teacher_forced_odds, try_evidence, with_decisions
 
 PAGE = ROOT / "docs" / "ablation.md"
 BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
@@ -80,13 +80,13 @@ NO_HEAD = "model.dst_state_head=false"
 OLD_LABELS = "data.text_at=range"
 TRAINED = {
     "default": Variant(),
-    "no-dst": Variant((NO_DST,)),
     "old-labels": Variant((OLD_LABELS, NO_HEAD)),
-    "old-labels-head": Variant((OLD_LABELS,)),
     "no-head": Variant((NO_HEAD,)),
-    "last": Variant(("data.text_at=last",)),
+    "no-dst": Variant((NO_DST,)),
     "default-clear": Variant(difficulty="long"),
     "no-dst-clear": Variant((NO_DST,), difficulty="long"),
+    "old-labels-head": Variant((OLD_LABELS,)),
+    "last": Variant(("data.text_at=last",)),
     "no-dst-whole": Variant((NO_DST, WHOLE), difficulty="long"),
 }
 
@@ -200,9 +200,11 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
     val = Corpus([str(corpus / "val.json")], config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
     batches = ordered_batches(val.lengths(), config.data.batch_tokens)
-    thresholds, _ = teacher_forced_thresholds(model, val, config, batches)
+    thresholds, report = teacher_forced_odds(model, val, config, batches)
     evidence = 0.5
-    if row.tuned:
+    if not row.tuned:
+        thresholds = {head: report[f"{head}_threshold"] for head in thresholds}
+    else:
         some = some_of(load_jobs([str(corpus / "val.json")], config))
         tried = list(try_evidence(model, tokenizer, some, config, thresholds))
         evidence = best_tried(tried, config.infer.tuned_for).evidence
@@ -306,7 +308,7 @@ def main() -> None:
     with ProcessPoolExecutor(
         arguments.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        work = [pool.submit(run_variant, trained, seed, out) for seed in arguments.seeds for trained in TRAINED]
+        work = [pool.submit(run_variant, trained, seed, out) for trained in TRAINED for seed in arguments.seeds]
         try:
             for number, done in enumerate(as_completed(work), 1):
                 done.result()

@@ -68,7 +68,7 @@ class Clip:
         return state
 
     def states_after(self, moment: Callable[[Turn], int] = lambda turn: turn.end_frame) -> list[State]:
-        """The state after each frame, [F]. moment: the frame from which an update counts, by default its turn's last."""
+        """The state after each frame [F]. moment: the frame from which an update counts, by default its turn's last."""
         states, state, updates = [], self.initial_state, self.updates()
         for frame in range(self.start_frame, self.end_frame + 1):
             while updates and moment(updates[0]) <= frame:

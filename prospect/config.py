@@ -75,8 +75,8 @@ class DataConfig:
     overlap: float = 0.25  # share of a window repeated, unlearned, at the start of the next
     # the labels
     binary_at: Literal["frames", "text"] = "frames"  # decide at <image> tokens, or (text) on every token of a turn
-    # where a reply or an update stands, and its head learns 1: drawn from the middle of the turn's range on; last, behind
-    # its last frame alone; or range, the same with 1 from its start (for comparison: taught is not what is streamed)
+    # where a reply or an update stands, and its head learns 1: drawn from the middle of the turn's range on;
+    # last, behind its last frame alone; range, the same but 1 from its start on (to compare: not what is streamed)
     text_at: Literal["drawn", "last", "range"] = "drawn"
     neg_frame_sampling_rate: float = 0.5  # share of a clip's silent frames learned from, in training
     val_neg_frame_sampling_rate: float = 1.0  # and in validation
@@ -140,7 +140,7 @@ class InferConfig:
     # summarize_and_drop or summarize_with_dst
     strategy: Literal["none", "drop_all", "drop_middle", "summarize_and_drop", "summarize_with_dst", "slide"] = "slide"
     decision: Literal["heads", "lm"] = "heads"  # heads, or lm: speak when P(end token) falls below 1 - threshold
-    speaking_threshold: float | None = None  # of one frame; null: the best on validation, stored in the checkpoint
+    speaking_threshold: float | None = None  # even odds; null: found on validation, stored in the checkpoint
     dst_threshold: float | None = None  # null: likewise
     # a head fires when its score, the running mean of its centred probability, reaches this; null: the best on streamed
     # validation clips, stored in the checkpoint
@@ -192,7 +192,8 @@ _BOUNDS = {
     "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
     "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
     "train.projector_learning_rate": (0, 10), "train.heads_learning_rate": (0, 10),
-    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.evidence": (0, 1), "infer.smoothing": (0.01, 1),
+    "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.evidence": (0, 1),
+    "infer.smoothing": (0.01, 1),
     "infer.coupling": (0, 100), "infer.reserved": (1, 10**7),
     "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
 }  # fmt: skip

@@ -5,9 +5,9 @@
     fires at .6                       ^            (infer.evidence); then the mean starts again from nothing
 
 A single noisy frame rarely says which step has changed, and a text once written stays in the context. So a head gathers
-evidence. Its probability is first centred, so that its own threshold, where it separates best frame by frame, becomes
-one half; its *score* is the running mean of that since something was last written. A frame right behind a user's text
-is decided by itself, for the user is waiting.
+evidence. Its probability is first centred, so that its threshold, which stands for even odds, becomes one half; its
+*score* is the running mean of that since something was last written. A frame right behind a user's text is decided by
+itself, for the user is waiting.
 
 The two heads know of each other: training shows an update and the reply that rests on it behind one frame, in this
 order. So when one head fires and the other's score is within `infer.coupling` logits of firing, both fire.

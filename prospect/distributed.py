@@ -67,8 +67,8 @@ def start_ranks(device: str) -> Ranks:
     rank = int(os.environ.get("RANK", 0))
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        # torchrun's store outlives the workers: without a name of their own, those of a restart would find the addresses
-        # that the dead ones have left there and wait for them.
+        # torchrun's store outlives the workers: without a name of their own, those of a restart would find there the
+        # addresses of dead ones and wait for them.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"

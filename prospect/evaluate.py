@@ -42,7 +42,7 @@ from prospect.score import ClipScore, cell_text, not_computed, score_clip, summa
 from prospect.stream import FrameRecord, Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
-from prospect.tuning import best_tried, some_of, target_value, teacher_forced_thresholds, try_evidence
+from prospect.tuning import best_tried, some_of, target_value, teacher_forced_odds, try_evidence
 
 STREAMS = 8  # clips streamed at once, by default
 RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
@@ -143,16 +143,18 @@ def sweep(
     """
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
-    start, report = teacher_forced_thresholds(model, corpus, config, bar)
+    start, report = teacher_forced_odds(model, corpus, config, bar)
     for head in start:
         print(
-            f"{head}, teacher-forced: event F1 {report[f'{head}_event_f1']:.3f} at {start[head]:.4f}; average precision "
+            f"{head}, teacher-forced: event F1 {report[f'{head}_event_f1']:.3f} at {report[f'{head}_threshold']:.4f}; "
+            f"average precision "
             f"{report[f'{head}_average_precision']:.3f}, AUROC {report[f'{head}_auroc']:.3f}"
         )
     target, jobs = config.infer.tuned_for, some_of(jobs)
     print(f"\n{len(jobs)} clips streamed; the choice is for {target}, infer.tuned_for")
     print(
-        "| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |\n|---:|---:|---:|---:|---:|---:|"
+        "| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |\n"
+        "|---:|---:|---:|---:|---:|---:|"
     )
     tried = []
     for one in try_evidence(model, tokenizer, jobs, config, start):

@@ -17,6 +17,7 @@ form of the Hungarian method (Kuhn 1955; Jonker and Volgenant 1987).
 Letters: F frames, P predictions, R references, S steps. Frames are rows here: 0 is the clip's first frame.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -248,14 +249,35 @@ def between(peak: float, silent: np.ndarray) -> float:
     return min(max(middle, float(np.nextafter(lower, 1))), peak)
 
 
+def even_odds(traces: Sequence[HeadTrace]) -> float:
+    """The probability that stands for even odds: with it moved to 1/2, the mean probability is the share of positives.
+
+    A head trained on a sample of the negatives, or by another loss, is off by about one factor of the odds; this is
+    that factor, found by bisection (calibration in the large). Without both labels it is one half.
+    """
+    labels = np.concatenate([trace.labels for trace in traces])
+    probabilities = np.concatenate([trace.probabilities for trace in traces])[labels != -100].astype(np.float64)
+    wanted = int((labels == 1).sum())
+    if wanted in (0, len(probabilities)):
+        return 0.5
+    probabilities = probabilities.clip(1e-9, 1 - 1e-9)
+    logits = np.log(probabilities / (1 - probabilities))
+    low, high = -21.0, 21.0  # beyond every logit of a probability that is clipped like this
+    for _ in range(50):
+        middle = (low + high) / 2
+        expected = (1 / (1 + np.exp(middle - logits))).sum()
+        low, high = (middle, high) if expected > wanted else (low, middle)
+    return sigmoid(low)
+
+
 def logit(probability: float) -> float:
     """log(p / (1 - p)), with p kept 1e-9 away from 0 and 1."""
     p = min(max(float(probability), 1e-9), 1 - 1e-9)
-    return float(np.log(p / (1 - p)))
+    return math.log(p / (1 - p))
 
 
 def sigmoid(logit: float) -> float:
-    return float(1 / (1 + np.exp(-logit)))
+    return 1 / (1 + math.exp(-logit))
 
 
 def best_threshold(curve: Sequence[tuple[float, Counts]]) -> float:
@@ -522,7 +544,7 @@ def task_state_metrics(
     """Task state of one clip.
 
     predicted_states, reference_states    [F, S] indices into STATES, after the updates of each frame (`state_matrix`)
-    also_right                            other states [F, S] that are right: while an update is due, with and without it
+    also_right                            other right states [F, S]: while an update is due, with and without it
     predicted_updates, reference_updates  single transitions, (row, Transition); the predicted are those applied
     num_generated, num_valid              update texts written, and how many of them were applied
     window_seconds                        (l, r) as for dialogue

@@ -383,8 +383,8 @@ class Prospect(nn.Module):
 
         header_ids (the turn's header, the very tokens training has there) are fed, then the likeliest token again and
         again until the end token, end_ids[0]; it and what the template puts behind it, end_ids[1:], are fed as well.
-        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: for each stream, given the ids so
-        far, the only ones that may follow. A turn that reaches `max_new_tokens` or repeats itself is cut, and its end
+        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: for each stream, given its ids
+        so far, the only ones that may follow. A turn that reaches `max_new_tokens` or repeats itself is cut, and its end
         token fed all the same, so that the context stays well formed.
         """
         device = self.lm_head.weight.device
@@ -469,15 +469,15 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
 
 # ---- the four losses -----------------------------------------------------------------------------
 
-# Labels are counted, and losses summed, by class; the losses are quotients of these. Keeping sums and counts apart until
-# the whole optimizer step is known is what makes a step the same however it is cut into micro-batches and ranks.
+# Labels are counted, and losses summed, by class; the losses are quotients of these. Keeping sums and counts apart
+# until the whole optimizer step is known is what makes a step the same however it is cut into micro-batches and ranks.
 #
 #     what is learned       label key             classes                       loss term        read by
 #     what to say           speaking_gen_labels   speaking_gen                  speaking_gen     lm_head
 #     speak now?            speaking_labels       speaking_pos, speaking_neg    speaking_binary  speaking_decision_head
 #     which step changes    dst_gen_labels        dst_gen                       dst_gen          lm_head
 #     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
-#     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head (optional)
+#     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head
 LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once

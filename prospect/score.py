@@ -107,7 +107,7 @@ def named_step(text: str, step_names: list[str]) -> int | None:
 
 
 def says_the_same(reply: str, wanted: str, step_names: list[str]) -> bool:
-    """Whether a reply names the step that `wanted` names; where that names none ("All done. ..."), begins as it does."""
+    """Whether a reply names the step that `wanted` names; where that names none ("All done."), begins as it does."""
     step = named_step(wanted, step_names)
     return reply.split(".")[0] == wanted.split(".")[0] if step is None else named_step(reply, step_names) == step
 
@@ -162,7 +162,7 @@ def read_update(text: str):
 
 
 def decision_numbers(scores: list[ClipScore]) -> dict[str, float]:
-    """When the heads fired, what the replies named, and the task state: all numbers that no text metric is needed for."""
+    """When the heads fired, what the replies named, and the task state: all numbers that need no text metric."""
     numbers: dict[str, float] = {}
     parts = {f"{head}_event": [score.events[head] for score in scores] for head in scores[0].events}
     for part, counts in (parts | {"replies_right": [score.replies for score in scores]}).items():

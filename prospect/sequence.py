@@ -90,7 +90,7 @@ LATE = 0.75  # share of the texts that stand behind the last frame of their turn
 
 @dataclass(frozen=True)
 class Place:
-    """Where the text of a turn stands, in absolute frames: right behind `at`, one of first..last behind which it may."""
+    """Where the text of a turn stands, in absolute frames: right behind `at`, one of those first..last where it may."""
 
     first: int
     last: int
@@ -105,9 +105,9 @@ def text_places(
     `data.text_at`: `drawn` from the middle of the turn's range, the annotated moment, to its end, the end with
     probability LATE; `last`, the end alone; `range`, behind the end but labelled 1 from the start of the range, where
     training never puts the text (kept for comparison). A text never stands before a user's text in its range, which it
-    answers, nor before the text of an earlier turn, nor on the other side of an edge of its window. shown [F], edges: the
-    frames of the sequence and those at which its window begins or ends, absolute. draw None: at the end, as windows are
-    planned.
+    answers, nor before the text of an earlier turn, nor on the other side of an edge of its window. shown [F], edges:
+    the frames of the sequence and those at which its window begins or ends, absolute. draw None: at the end, as windows
+    are planned.
 
         range       a  .  m  .  b                 first = m, last = b; drawn: at = the second dot
         speaking    0  0  1  1  0     with the text behind the second dot; behind it all has been said

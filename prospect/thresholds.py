@@ -4,7 +4,7 @@
     traces             the sequences of each clip put together again
     decision_report    precision, recall, F1, ... of each head, and the threshold with the best event F1
 
-train.py runs this at every validation, `python -m prospect.evaluate --sweep` on any clips. What a number means stands in
+train.py runs this at every validation, `python -m prospect.evaluate --sweep` on any clips. Every number is defined in
 prospect/metrics.py.
 """
 
@@ -18,7 +18,15 @@ from torch import Tensor
 
 from prospect.config import Config
 from prospect.data import Corpus, collate
-from prospect.metrics import DecisionCounts, HeadTrace, auroc, average_precision, best_threshold, threshold_curve
+from prospect.metrics import (
+    DecisionCounts,
+    HeadTrace,
+    auroc,
+    average_precision,
+    best_threshold,
+    even_odds,
+    threshold_curve,
+)
 from prospect.model import IGNORE, Prospect, count_labels, loss_sums
 from prospect.sequence import Sample, lay_out
 
@@ -113,7 +121,8 @@ def traces(corpus: Corpus, sequences: list[SequenceTrace]) -> dict[str, list[Hea
 
 
 def decision_report(heads: dict[str, list[HeadTrace]]) -> dict[str, float]:
-    """Numbers of each head over all clips, at the threshold with the best event F1, which is among them."""
+    """Numbers of each head over all clips, at the threshold with the best event F1, which is among them; and the
+    probability that stands for even odds, from which streaming's decisions start."""
     numbers: dict[str, float] = {}
     for head, clips in heads.items():
         threshold = best_threshold(threshold_curve(clips))
@@ -122,4 +131,5 @@ def decision_report(heads: dict[str, list[HeadTrace]]) -> dict[str, float]:
         pooled = [np.concatenate([getattr(clip, part) for clip in clips]) for part in ("probabilities", "labels")]
         numbers[f"{head}_average_precision"], numbers[f"{head}_auroc"] = average_precision(*pooled), auroc(*pooled)
         numbers[f"{head}_threshold"] = threshold
+        numbers[f"{head}_even_odds"] = even_odds(clips)
     return numbers

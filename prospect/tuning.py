@@ -1,9 +1,10 @@
 """How much evidence a decision needs, chosen by streaming validation clips at a few settings.
 
-A teacher-forced pass (prospect/thresholds.py) finds each head's threshold, where it separates best frame by frame while
-context and order are always right. Live, a text written too early stays in the context, so waiting pays, by how much
-differs between models. That is one number for both heads, `infer.evidence`, and it is searched here. The search begins
-high, where little is written and streaming is fast, and ends when less evidence has been worse twice in a row.
+A teacher-forced pass (prospect/thresholds.py) tells what a head's probabilities are worth, while context and order are
+always right. It cannot tell what firing early costs: live, a wrong text stays in the context, so waiting pays. How long
+is one number for both heads, `infer.evidence`, and it is searched here. The search begins high, where little is written
+and streaming is fast, and ends when less evidence has been worse twice in a row. (Two certain frames reach 0.75 with
+the default smoothing, so more evidence than that would never be found in a short event.)
 
 What is best is named by `infer.tuned_for`: `events`, the mean of the heads' event F1; `replies`, the F1 of replies
 right; `state`, joint goal accuracy; or `mean`, the mean of all that apply to the model.
@@ -27,7 +28,7 @@ from prospect.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-EVIDENCE = (0.88, 0.82, 0.73, 0.68, 0.62, 0.56, 0.5, 0.38)  # logits 2, 1.5, 1, .75, .5, .25, 0, -.5
+EVIDENCE = (0.73, 0.68, 0.62, 0.56, 0.5, 0.44, 0.38, 0.32, 0.27, 0.2)  # logits from 1 down to -1.4
 CLIPS = 8  # validation clips that are streamed with each, spread evenly over all
 
 
@@ -85,14 +86,14 @@ def try_evidence(
             return
 
 
-def teacher_forced_thresholds(
+def teacher_forced_odds(
     model: Prospect, corpus: Corpus, config: Config, batches: Iterable[list[int]]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Where the search begins: each head's threshold from one teacher-forced pass, and all numbers of that pass."""
+    """Each head's even odds from one teacher-forced pass, and all numbers of that pass."""
     parts = [part for batch in batches for part in teacher_forced(model, corpus, batch, config).sequences]
     heads = traces(corpus, parts)
     report = decision_report(heads)
-    return {head: report[f"{head}_threshold"] for head in heads}, report
+    return {head: report[f"{head}_even_odds"] for head in heads}, report
 
 
 def target_value(numbers: dict[str, float], target: str) -> float:
