@@ -356,7 +356,7 @@ def test_a_frame_is_labelled_1_only_if_the_text_may_stand_right_behind_it(plain)
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(10))
 def test_the_principle_on_many_clips(block, plain):
-    for case in range(6000 + block * 20, 6000 + block * 20 + 20):
+    for case in range(6000 + block * 10, 6000 + block * 10 + 10):
         check_principle(case, plain, epochs=300)
 
 
