@@ -110,12 +110,15 @@ def frame_rows(clip: Clip, per_frame: int = 1) -> np.ndarray:
 def samples_of(
     clip: Clip, tokenizer: Tokenizer, *, rate: float = 0.0, seed: int = 0, epoch: int = 0, per_frame: int = 1, **config
 ) -> list[Sample]:
-    """All windows of a clip; config: fields of DataConfig."""
+    """All windows of a clip, planned and drawn as Corpus does; config: fields of DataConfig."""
     config = DataConfig(**{"max_seq_len": 100_000, **config})
-    layout = lay_out(clip, config, rate, seed, epoch)
-    windows = plan_windows(clip, layout, tokenizer, config, per_frame)
+    windows = plan_windows(clip, lay_out(clip, config, rate, seed, epoch), tokenizer, config, per_frame)
     rows = frame_rows(clip, per_frame)
-    samples = [make_sample(clip, layout, window, rows, tokenizer, config) for window in windows]
+    layouts = [lay_out(clip, config, rate, seed, epoch, window) for window in windows]  # with the epoch's places
+    samples = [
+        make_sample(clip, layout, window, rows, tokenizer, config)
+        for layout, window in zip(layouts, windows, strict=True)
+    ]
     assert [len(sample.input_ids) for sample in samples] == [window.num_tokens for window in windows]
     return samples
 

@@ -16,7 +16,8 @@ import pytest
 
 from prospect import sample
 from prospect.errors import ProspectError
-from prospect.sample import named_step, says_the_same, write_sample
+from prospect.sample import write_sample
+from prospect.score import named_step, says_the_same
 
 ROOT = Path(__file__).resolve().parent.parent
 

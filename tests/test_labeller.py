@@ -1,0 +1,491 @@
+"""Labels and text places against an independent labeller: slow plain Python, written from the contract alone.
+
+The contract, for a reply or an update whose turn is the frames a..b:
+
+    * its text may stand behind a frame from the middle of a..b on (text_at: last or range: behind b alone), but not
+      before a user's text in a..b, not before or with a text that is due earlier, and not outside the part of the
+      window (repeated or learned) in which b is; turns that end together stand together
+    * its head learns 1 from the first frame behind which the text may stand to the one behind which it does, and 0 on
+      the other frames of a..b; text_at: range, kept for comparison, is 1 on all of a..b from a user's text on (of the
+      frames common to what ends together)
+    * a head learns 0 on frames of the other's turns; both learn 0, or nothing, on frames without a turn
+    * the state counts from the text
+
+What the product wrote is read back from the tokens of its samples: no function of prospect/sequence.py says here what
+is expected of another.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from conftest import EOS, IMAGE, raw_clip, read, samples_of
+
+from prospect import sequence
+from prospect.errors import ProspectError
+
+NO = -100
+HEADS = {"assistant": "speaking_labels", "DST_UPDATE": "dst_update_labels"}
+TEXT_AT = ("drawn", "last", "range")
+
+# ---- what a sample says --------------------------------------------------------------------------
+
+
+@dataclass
+class Shown:
+    """One frame of a sample, or one text: what it is and the labels on its tokens."""
+
+    kind: str  # frame, user, assistant or DST_UPDATE
+    frame: int = -1
+    text: str = ""
+    learned: bool = False  # a text, token by token
+    speaking: int = NO
+    dst: int = NO
+    state: int = NO
+
+
+def entries_of(sample) -> tuple[str, list[Shown]]:
+    """A sample of the plain template read back from its tokens: its prompt, and its frames and texts in order."""
+    ids, labels = sample.input_ids.tolist(), {key: value.tolist() for key, value in sample.labels.items()}
+    frames = iter(sample.image_embeds[:, 0].astype(int).tolist())
+    entries, begin = [], 0
+    for at, id in enumerate(ids):
+        if id == IMAGE:
+            assert begin == at  # no text is cut
+            decided = [labels[key][at] for key in ("speaking_labels", "dst_update_labels", "dst_state_labels")]
+            entries.append(Shown("frame", next(frames), "", False, *decided))
+            begin = at + 1
+        elif id == EOS:
+            head, _, text = bytes(ids[begin:at]).decode().partition("] " if ids[begin] == ord("[") else ": ")
+            kind = {"System": "system", "User": "user", "Assistant": "assistant", "[DST_UPDATE": "DST_UPDATE"}[head]
+            piece = slice(begin, at + 1)
+            for role, key in (("assistant", "speaking_gen_labels"), ("DST_UPDATE", "dst_gen_labels")):
+                assert labels[key][piece] in ([ids[piece], [NO] * (at + 1 - begin)] if role == kind else
+                                              [[NO] * (at + 1 - begin)])  # fmt: skip
+            for key in ("speaking_labels", "dst_update_labels", "dst_state_labels"):
+                assert set(labels[key][piece]) == {NO}
+            learned = kind in HEADS and ids[begin] in (
+                labels["speaking_gen_labels"][begin],
+                labels["dst_gen_labels"][begin],
+            )
+            entries.append(Shown(kind, text=text, learned=learned))
+            begin = at + 1
+    assert begin == len(ids) and next(frames, None) is None and entries[0].kind == "system"
+    return entries[0].text, entries[1:]
+
+
+def behind(entries: list[Shown]) -> dict[int, list[Shown]]:
+    """The replies and updates behind each frame of a stream."""
+    found, frame = defaultdict(list), None
+    for entry in entries:
+        frame = entry.frame if entry.kind == "frame" else frame
+        if entry.kind in HEADS:
+            found[frame].append(entry)
+    return found
+
+
+# ---- the labeller --------------------------------------------------------------------------------
+
+
+def due(turns: list[tuple]) -> dict[int, list[tuple]]:
+    """The replies and updates by last frame, in time order: each list is said together."""
+    ends = sorted({last for role, _, _, last in turns if role in HEADS})
+    return {end: [turn for turn in turns if turn[0] in HEADS and turn[3] == end] for end in ends}
+
+
+def texts_due(turns: list[tuple]) -> list[tuple[str, str]]:
+    """What is said for turns that end together: one update, then one reply."""
+    updates = [content for role, content, _, _ in turns if role == "DST_UPDATE"]
+    replies = [content for role, content, _, _ in turns if role == "assistant"]
+    return [("DST_UPDATE", ", ".join(updates))] * bool(updates) + [("assistant", " ".join(replies))] * bool(replies)
+
+
+def answers(turns: list[tuple], first: int, last: int, frame: int) -> bool:
+    """Whether the turn of first..last answers a user's text that at `frame` is still to come."""
+    return any(role == "user" and first <= heard <= last and frame < heard for role, _, _, heard in turns)
+
+
+def may_stand(turns: list[tuple], end: int, frame: int, text_at: str) -> bool:
+    """Whether the text of what is due at `end` may stand behind `frame`, as far as the conversation says."""
+    if frame == end:
+        return True
+    if frame > end or text_at != "drawn":
+        return False
+    for _, _, first, last in due(turns)[end]:
+        if frame - first < last - frame:  # before the middle
+            return False
+        if answers(turns, first, last, frame):
+            return False
+    return not any(frame <= earlier < end for earlier in due(turns))
+
+
+def places_allowed(turns: list[tuple], end: int, part: list[int], text_at: str) -> list[int]:
+    """The frames behind which it may stand. part: the frames shown in its part of the window, which includes `end`."""
+    assert end in part
+    return [frame for frame in part if may_stand(turns, end, frame, text_at)]
+
+
+def label_by_hand(turns: list[tuple], frame: int, role: str, allowed: dict, at: dict, text_at: str) -> int | None:
+    """The decision of a role's head at a frame; None: a frame without any turn. allowed, at: by end, of this window."""
+    if not any(kind in HEADS and first <= frame <= last for kind, _, first, last in turns):
+        return None
+    for kind, _, first, last in turns:
+        if kind != role or not first <= frame <= last:
+            continue
+        if text_at == "range":
+            if all(frame >= begin and not answers(turns, begin, last, frame) for _, _, begin, _ in due(turns)[last]):
+                return 1
+        elif frame in allowed.get(last, ()) and frame <= at[last]:
+            return 1
+    return 0
+
+
+def state_by_hand(turns: list[tuple], frame: int, at: dict[int, int], begun: str | None) -> int:
+    """0, 1 or 2: the state of the most recently started step at a frame; begun: the step under way in the beginning."""
+    step, state = begun, 1 if begun else 0
+    for role, content, _, last in sorted(turns, key=lambda turn: turn[3]):
+        if role == "DST_UPDATE" and at.get(last, last) <= frame:
+            for move in content.split(", "):
+                name, what = move.split("->")
+                if what == "start":
+                    step, state = name, 1
+                elif name == step:
+                    state = 2
+    return state
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+
+def random_turns(
+    draw: np.random.Generator, start: int, frames: int, longest: int = 12
+) -> tuple[list[tuple], str | None]:
+    """Turns in any order, overlapping, nested, touching and sharing ranges; updates legal in the order they are due."""
+    ranges = []
+    for _ in range(int(draw.integers(1, 9))):
+        first = start + int(draw.integers(0, frames))
+        last = min(first + int(draw.integers(0, longest)), start + frames - 1)
+        if (
+            ranges and draw.random() < 0.5
+        ):  # like real clips: a range again, one that ends with it, or one that touches it
+            a, b = ranges[int(draw.integers(len(ranges)))]
+            first, last = [(a, b), (min(a + 1, b), b), (min(b + 1, start + frames - 1),) * 2][int(draw.integers(3))]
+        ranges.append((first, last))
+    roles = draw.choice(["user", "assistant", "DST_UPDATE"], size=len(ranges), p=[0.25, 0.4, 0.35]).tolist()
+    turns = [
+        [role, f"#{number}", first, last]
+        for number, (role, (first, last)) in enumerate(zip(roles, ranges, strict=True))
+    ]
+    moves = [f"S{step}->{move}" for step in range(1, 5) for move in ("start", "complete")]
+    begun = "S1" if draw.random() < 0.3 else None
+    moves = moves[1:] if begun else moves
+    for turn in sorted(turns, key=lambda turn: turn[3]):
+        if turn[0] == "DST_UPDATE":
+            turn[1] = moves.pop(0) if moves else None
+    turns = [tuple(turn) for turn in turns if turn[1] is not None]
+    updates = sorted((turn for turn in turns if turn[0] == "DST_UPDATE"), key=lambda turn: turn[3])
+    return turns, begun if updates and updates[0][1] == "S1->complete" else None
+
+
+def random_case(case: int):
+    draw = np.random.default_rng([15, case])
+    start, frames = int(draw.integers(0, 300)), int(draw.integers(6, 60))
+    turns, begun = random_turns(draw, start, frames)
+    clip = read(raw_clip(turns, start, start + frames - 1, id=f"clip{case}", steps=4))
+    return draw, turns, begun, clip
+
+
+def tight_windows(clip, plain, options: dict) -> dict:
+    """The options with the smallest max_seq_len, in steps, in which every text fits: as many windows as can be."""
+    for limit in range(150, 2000, 17):
+        try:
+            samples_of(clip, plain, max_seq_len=limit, **options)
+            return options | {"max_seq_len": limit}
+        except ProspectError:
+            continue
+    raise AssertionError("nothing fits")
+
+
+# ---- the comparison ------------------------------------------------------------------------------
+
+
+def compare_stream(
+    turns: list[tuple],
+    begun: str | None,
+    samples: list,
+    text_at: str,
+    rate: float,
+    dst: bool = True,
+    gaps: bool = False,
+) -> list[dict]:
+    """Hold every sample of a clip against the labeller; for each sample where each text stands and where it may."""
+    turns = turns if dst else [turn for turn in turns if turn[0] != "DST_UPDATE"]
+    report, learned_until = [], -1
+    for sample in samples:
+        _, entries = entries_of(sample)
+        shown = [entry.frame for entry in entries if entry.kind == "frame"]
+        repeated = [frame for frame in shown if frame <= learned_until]
+        learned = [frame for frame in shown if frame > learned_until]
+        texts = behind(entries)
+
+        # Where the texts stand: each of what is due in this window once, in its part, in order; nothing else.
+        at, allowed = {}, {}
+        for end, said in due(turns).items():
+            if end not in shown:
+                assert gaps or not shown[0] <= end <= shown[-1]
+                continue
+            part = repeated if end in repeated else learned
+            if gaps:  # of truncation: the unbroken stretch of frames in which its last one is
+                part = [frame for frame in part if all(f in part for f in range(frame, end))]
+            allowed[end] = places_allowed(turns, end, part, text_at)
+            expected = texts_due(said)
+            found = [frame for frame in texts if [(t.kind, t.text) for t in texts[frame]] == expected]
+            assert len(found) == 1 and found[0] in allowed[end], (end, allowed[end], found)
+            at[end] = found[0]
+            assert all(text.learned == (end in learned) for text in texts[found[0]])
+        assert sorted(at.values()) == sorted(texts) == list(at.values())
+
+        # What the frames are labelled.
+        for entry in entries:
+            if entry.kind != "frame":
+                continue
+            expected = [label_by_hand(turns, entry.frame, role, allowed, at, text_at) for role in HEADS]
+            state = state_by_hand(turns, entry.frame, at, begun)
+            if entry.frame in repeated:
+                expected, state = [NO, NO], NO
+            elif expected == [None, None]:
+                assert rate == 0.5 or entry.speaking == (0 if rate == 1 else NO)
+                expected = [entry.speaking] * 2
+                assert entry.speaking in (0, NO)
+            if not dst:
+                expected[1] = state = NO
+            assert [entry.speaking, entry.dst, entry.state] == [*expected, state], (entry.frame, at, allowed)
+        learned_until = shown[-1]
+        report.append({"at": at, "allowed": {end: allowed[end] for end in at}, "entries": entries})
+    return report
+
+
+def compare_one(case: int, plain) -> None:
+    draw, turns, begun, clip = random_case(case)
+    options = {
+        "rate": float(draw.choice([0.0, 0.5, 1.0])),
+        "text_at": TEXT_AT[case % 3] if draw.random() < 0.5 else "drawn",
+        "frames": str(draw.choice(["all", "all", "turns", "hybrid"])),
+        "overlap": float(draw.choice([0.0, 0.25, 0.6])),
+        "dst": bool(draw.random() < 0.9),
+    }
+    if not turns and options["frames"] == "turns":
+        return
+    if draw.random() < 0.6:
+        options = tight_windows(clip, plain, options)
+    dst = options["dst"]
+    for epoch in range(3):
+        samples = samples_of(clip, plain, epoch=epoch, **options)
+        compare_stream(turns, begun, samples, options["text_at"], options["rate"], dst)
+
+
+def compare_truncated(case: int, plain) -> None:
+    draw, turns, begun, clip = random_case(case)
+    [whole] = samples_of(clip, plain)
+    limit = int(len(whole.input_ids) * draw.uniform(0.5, 1))
+    for epoch in range(3):
+        try:
+            samples = samples_of(clip, plain, epoch=epoch, long_clips="truncate", max_seq_len=limit)
+        except ProspectError:
+            return
+        compare_stream(turns, begun, samples, "drawn", 0.0, gaps=True)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_a_stream_is_what_the_labeller_says(block, plain):
+    for case in range(block * 60, block * 60 + 60):
+        compare_one(case, plain)
+
+
+def test_a_truncated_stream_is_what_the_labeller_says(plain, monkeypatch):
+    monkeypatch.setattr(sequence, "RECENT_TURNS", 2)
+    for case in range(300, 400):
+        compare_truncated(case, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_thousands_of_streams_are_what_the_labeller_says(block, plain, monkeypatch):
+    monkeypatch.setattr(sequence, "RECENT_TURNS", 2)
+    for case in range(1000 + block * 200, 1000 + block * 200 + 200):
+        compare_one(case, plain)
+        compare_truncated(case, plain)
+
+
+# ---- the principle -------------------------------------------------------------------------------
+
+
+def check_principle(case: int, plain, epochs: int = 120) -> int:
+    """A frame is labelled 1 only if in some epoch its head's text stands right behind it; all places allowed are taken.
+
+    Returns how many texts had a choice.
+    """
+    draw, turns, begun, clip = random_case(case)
+    options = {"rate": 0.0, "overlap": float(draw.choice([0.0, 0.4]))}
+    if draw.random() < 0.6:
+        options = tight_windows(clip, plain, options)
+    ones, stood, taken, allowed = defaultdict(set), defaultdict(set), defaultdict(set), {}
+    for epoch in range(epochs):
+        samples = samples_of(clip, plain, epoch=epoch, **options)
+        for number, window in enumerate(compare_stream(turns, begun, samples, "drawn", 0.0)):
+            for frame, texts in behind(window["entries"]).items():
+                for text in texts:
+                    stood[number, text.kind].add(frame)
+            for entry in window["entries"]:
+                ones[number, "assistant"] |= {entry.frame} if entry.speaking == 1 else set()
+                ones[number, "DST_UPDATE"] |= {entry.frame} if entry.dst == 1 else set()
+            for end, at in window["at"].items():
+                taken[number, end].add(at)
+                allowed[number, end] = set(window["allowed"][end])
+    assert all(ones[key] <= stood[key] for key in ones)
+    assert taken == allowed
+    return sum(len(places) > 1 for places in allowed.values())
+
+
+def test_a_frame_is_labelled_1_only_if_the_text_may_stand_right_behind_it(plain):
+    assert sum(check_principle(case, plain) for case in range(500, 512)) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_the_principle_on_many_clips(block, plain):
+    for case in range(6000 + block * 10, 6000 + block * 10 + 10):
+        check_principle(case, plain, epochs=300)
+
+
+# ---- the turns layout ----------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """A turn of the turns layout: its frames, then its text."""
+
+    frames: list[Shown]
+    said: Shown
+
+
+def blocks_of(sample) -> tuple[dict[str, str], list[Block]]:
+    """The state in a sample's prompt, and its blocks."""
+    prompt, entries = entries_of(sample)
+    blocks, frames = [], []
+    for entry in entries:
+        if entry.kind == "frame":
+            frames.append(entry)
+        else:
+            blocks.append(Block(frames, entry))
+            frames = []
+    assert not frames
+    return dict(re.findall(r"^(S\d) \w+ \[(\w+)\]$", prompt, re.MULTILINE)), blocks
+
+
+def states_after(state: dict[str, str], updates: list[str]) -> dict[str, str]:
+    """The state after these updates, each of which must be legal."""
+    state = dict(state)
+    for move in ", ".join(updates).split(", ") if updates else []:
+        step, what = move.split("->")
+        assert state[step] == {"start": "not_started", "complete": "in_progress"}[what]
+        state[step] = {"start": "in_progress", "complete": "completed"}[what]
+    return state
+
+
+def compare_turns(turns: list[tuple], begun: str | None, samples: list, text_at: str, rate: float) -> None:
+    """Hold every window of the turns layout against the labeller."""
+    in_order = sorted(turns, key=lambda turn: turn[3])
+    number_of = {(role, content): number for number, (role, content, _, _) in enumerate(in_order)}
+    learned_until = 0  # blocks of earlier windows
+    for sample in samples:
+        prompt_state, blocks = blocks_of(sample)
+        first = number_of[blocks[0].said.kind, blocks[0].said.text]
+        window = in_order[first : first + len(blocks)]
+
+        # The state in the prompt is that after all earlier blocks, and before every frame shown.
+        start = dict.fromkeys(prompt_state, "not_started") | ({begun: "in_progress"} if begun else {})
+        earlier = [content for role, content, _, _ in in_order[:first] if role == "DST_UPDATE"]
+        assert prompt_state == states_after(start, earlier)
+        states_after(prompt_state, [content for role, content, _, _ in window if role == "DST_UPDATE"])
+        shown = [frame.frame for block in blocks for frame in block.frames]
+        assert min(shown) > max([last for *_, last in in_order[:first]], default=-1)
+
+        # Each turn's frames, then its text; its head fires at the last, the other head not at all.
+        for number, (block, (role, content, a, b)) in enumerate(zip(blocks, window, strict=True), start=first):
+            assert (block.said.kind, block.said.text) == (role, content)
+            assert [frame.frame for frame in block.frames] == list(range(a, b + 1))
+            assert block.said.learned == (role in HEADS and number >= learned_until)
+            for frame in block.frames:
+                found = {"assistant": frame.speaking, "DST_UPDATE": frame.dst}
+                if number < learned_until:
+                    assert [*found.values(), frame.state] == [NO] * 3
+                    continue
+                assert frame.state == state_by_hand(turns, frame.frame, {}, begun)
+                due_here = {kind for kind, _, first, last in turns if first <= frame.frame <= last}
+                for head, label in found.items():
+                    if role == head:
+                        assert label == int(frame.frame == b or text_at == "range")
+                    elif head in due_here:  # decided in the block of its own turn
+                        assert label in (0, NO)
+                    elif due_here & set(HEADS):
+                        assert label == 0
+                    else:
+                        assert label in (0, NO) and found["assistant"] == found["DST_UPDATE"]
+                        assert rate == 0.5 or label == (0 if rate == 1 else NO)
+        assert learned_until < first + len(blocks) and first <= learned_until
+        learned_until = first + len(blocks)
+    assert learned_until == len(turns)
+
+
+def compare_one_in_turns(case: int, plain) -> int:
+    """One random clip; how many windows it made."""
+    draw, turns, begun, clip = random_case(case)
+    if not turns:
+        return 0
+    options = {
+        "layout": "turns",
+        "rate": float(draw.choice([0.0, 0.5, 1.0])),
+        "text_at": TEXT_AT[case % 3],
+        "overlap": float(draw.choice([0.0, 0.25, 0.6])),
+    }
+    if draw.random() < 0.8:
+        options = tight_windows(clip, plain, options)
+    samples = samples_of(clip, plain, epoch=case, **options)
+    compare_turns(turns, begun, samples, options["text_at"], options["rate"])
+    return len(samples)
+
+
+def test_the_turns_layout_is_what_the_labeller_says(plain):
+    assert sum(compare_one_in_turns(case, plain) > 1 for case in range(10_000, 10_200)) >= 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(10))
+def test_thousands_of_clips_in_turns_are_what_the_labeller_says(block, plain):
+    for case in range(11_000 + block * 300, 11_000 + block * 300 + 300):
+        compare_one_in_turns(case, plain)
+
+
+def test_a_long_turn_makes_one_unit_of_all_that_it_spans(plain):
+    """Were it joined with the last of the two updates only, a window could begin with S1 under way at frames 100..110,
+    although the frames 100 and 101, in which it starts, are among them."""
+    turns = [
+        ("DST_UPDATE", "S1->start", 100, 101),
+        ("DST_UPDATE", "S1->complete", 103, 104),
+        ("assistant", "Well done.", 100, 110),
+        ("DST_UPDATE", "S2->start", 112, 112),
+    ]
+    clip = read(raw_clip(turns, 100, 115))
+    [whole] = samples_of(clip, plain, layout="turns")
+    spanned = [100, 101, 103, 104, *range(100, 111)]
+    assert whole.frames.tolist() == [*spanned, 112]
+    needed = len(whole.input_ids) - len("<[DST_UPDATE] S2->start") - 1  # an <image>, the text and its end token less
+    first, second = samples_of(clip, plain, layout="turns", max_seq_len=needed + 5, overlap=0.9)
+    assert (first.frames.tolist(), second.frames.tolist()) == (spanned, [112])
+    assert blocks_of(first)[0] == {"S1": "not_started", "S2": "not_started"}
+    assert blocks_of(second)[0] == {"S1": "completed", "S2": "not_started"}
+    with pytest.raises(ProspectError, match="what is said at frame 100 need"):
+        samples_of(clip, plain, layout="turns", max_seq_len=needed - 1)
