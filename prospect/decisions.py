@@ -1,7 +1,7 @@
 """When a head fires: the causal rule between a head's probability at a frame and the decision to write.
 
     raw probability   .1  .7  .2  .8  .9  .1        of one head, frame by frame
-    score             .05 .38 .29 .54 .72 .1        running mean, weight .5 on the new frame (infer.smoothing)
+    score             .05 .38 .29 .54 .72 .05       running mean, weight .5 on the new frame (infer.smoothing)
     fires at .6                       ^             then the evidence starts again from nothing
 
 A single noisy frame rarely says which step has changed, and a text that is written once stays in the context. So a head
