@@ -353,7 +353,7 @@ NAIVE = {
 
 
 def naive_case(tokenizer_dir: Path, rule: dict, seed: int) -> tuple[Prospect, Tokenizer, list[Job], Config]:
-    """A random model, three random clips, and thresholds that fire now and then, in a context that overflows."""
+    """A random model, three random clips, and thresholds that fire now and then, in contexts that overflow."""
     rule, draw = dict(rule), np.random.default_rng(900 + seed)
     tokenizer = Tokenizer(tokenizer_dir, ("plain", "chatml", "llama3")[seed % 3])
     state, per_frame, dst = rule.pop("state"), rule.pop("per"), rule.pop("dst", True)
@@ -364,7 +364,7 @@ def naive_case(tokenizer_dir: Path, rule: dict, seed: int) -> tuple[Prospect, To
         frames = int(draw.integers(1, 40))
         jobs.append(Job(random_clip(draw, f"clip{number}", frames), rows_of(draw, frames, per_frame)))
     data = dict(dst=dst, dst_format=("arrow", "json")[seed // 2 % 2], overlap=(0.25, 0.5, 0.0)[seed % 3])
-    config = stream_config(**rule, max_reply_tokens=(8, 24)[seed % 2], data=dict(max_seq_len=330, **data))
+    config = stream_config(**rule, max_reply_tokens=(8, 24)[seed % 2], data=dict(max_seq_len=350, **data))
     if config.infer.constrain_dst:
         config.infer.max_update_tokens = 60
     return model, tokenizer, jobs, firing(model, tokenizer, jobs, config, 0.1)
@@ -407,15 +407,19 @@ def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir):
     ways = [(lookahead, streams) for lookahead in (1, 2, 7, 32) for streams in (1, 3)]
     counts = {what: 0 for what in ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")}
     undecided = applied = 0
-    for seed in range(210):
+    for seed in range(140):
         rule = list(NAIVE.values())[seed % len(NAIVE)] | {"smoothing": (1.0, 0.5, 0.3)[seed // 7 % 3]}
         rule |= {"coupling": (0.0, 2.0, 100.0)[seed // 21 % 3], "per": 1 + seed % 3}
-        records = compare_with_naive(tokenizer_dir, rule, seed, ways)
+        try:
+            records = compare_with_naive(tokenizer_dir, rule, seed, ways)
+        except ProspectError as error:  # much is said at one frame
+            assert "do not fit" in str(error)
+            records = []
         undecided += not records
         applied += sum(record["invalid"] is False for record in records)
         for what in counts:
             counts[what] += sum(bool(record[what]) for record in records)
-    print(counts, "applied", applied, "left to rounding", undecided)
+    print(counts, "applied", applied, "not compared", undecided)
     assert undecided < 40 and applied > 50 and all(count > 50 for count in counts.values())
 
 
