@@ -102,6 +102,7 @@ def test_event_matching_is_the_best_of_all():
         pairs = match_events(predicted, reference, tolerance)
         assert matched_at(pairs, predicted, reference) == by_brute_force(predicted, reference, tolerance)
         assert [r for _, r in pairs] == sorted(r for _, r in pairs)
+        assert event_counts(predicted, reference, tolerance) == Counts(len(pairs), len(predicted), len(reference))
 
 
 def test_event_matching_is_scipy_s():
@@ -121,6 +122,7 @@ def test_event_matching_is_scipy_s():
         kept = columns < len(reference)
         best = kept.sum(), -cost[taken_rows[kept], columns[kept]].sum()
         assert matched_at(match_events(predicted, reference, tolerance), predicted, reference) == best
+        assert event_counts(predicted, reference, tolerance).matched == best[0]
 
 
 def test_streamed_every_decision_is_one_predicted_event():
