@@ -28,15 +28,15 @@ from prospect.checkpoint import TrainState, read_state, write_state
 from prospect.clip_files import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
-from prospect.decisions import ClipTrace, decision_report, teacher_forced, traces
 from prospect.errors import run_entry_point
 from prospect.evaluate import records_file
 from prospect.load import load_for_inference
-from prospect.metrics import THRESHOLDS, Counts
+from prospect.metrics import Counts, HeadTrace
 from prospect.sample import write_sample
 from prospect.score import score_clip, score_task_state, summarise
 from prospect.stream import FrameRecord
 from prospect.text_metrics import load_similarity
+from prospect.thresholds import decision_report, teacher_forced, traces
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import save_model
 
@@ -125,13 +125,13 @@ def records_of(path: Path) -> list[dict]:
 @pytest.fixture
 def streamed(monkeypatch) -> list[str]:
     """The ids of the clips that were given to the engine since the test began."""
-    given, whole = [], evaluate.stream_jobs
+    given, whole = [], evaluate.streamed_clips
 
     def watched(model, tokenizer, jobs, config, *, streams):
         given.extend(job.clip.id for job in jobs)
         return whole(model, tokenizer, jobs, config, streams=streams)
 
-    monkeypatch.setattr(evaluate, "stream_jobs", watched)
+    monkeypatch.setattr(evaluate, "streamed_clips", watched)
     return given
 
 
@@ -150,7 +150,8 @@ def reference_records(raw: dict) -> list[dict]:
             state = state | {move["id"]: {"start": "in_progress", "complete": "completed"}[move["transition"]]}
         records.append(asdict(FrameRecord(
             clip_id=raw["id"], frame_idx=frame, time=frame / raw["fps"], speaking_prob=float(bool(said)),
-            dst_update_prob=float(bool(moves)), speaking_decision=bool(said), dst_update_decision=bool(moves),
+            dst_update_prob=float(bool(moves)), speaking_score=float(bool(said)), dst_update_score=float(bool(moves)),
+            speaking_decision=bool(said), dst_update_decision=bool(moves),
             text=" ".join(said) or None, dst_state=state,
             dst_update=", ".join(f"{move['id']}->{move['transition']}" for move in moves) or None,
         )))  # fmt: skip
@@ -201,7 +202,7 @@ def records_from(clip, texts: dict[int, str] = {}, updates: dict[int, tuple] = {
     for frame in range(clip.start_frame, clip.end_frame + 1):
         written, invalid, state = updates.get(frame, (None, None, state))
         records.append(asdict(FrameRecord(
-            clip.id, frame, frame / clip.fps, 0.5, 0.5, frame in texts, frame in updates, texts.get(frame), written,
+            clip.id, frame, frame / clip.fps, 0.5, 0.5, 0.5, 0.5, frame in texts, frame in updates, texts.get(frame), written,
             state, invalid_update=invalid,
         )))  # fmt: skip
     return records
@@ -295,14 +296,14 @@ def test_interrupted_and_started_again(clips, checkpoint, tmp_path, streamed, mo
     assert call(checkpoint, "--data", clips, "--out", tmp_path / "whole") == 0
     streamed.clear()
 
-    def breaks_off(model, tokenizer, jobs, config, *, streams, whole=evaluate.stream_jobs):
-        for number, (job, records) in enumerate(whole(model, tokenizer, jobs, config, streams=streams)):
+    def breaks_off(model, tokenizer, jobs, config, *, streams, whole=evaluate.streamed_clips):
+        for job, records in whole(model, tokenizer, jobs, config, streams=streams):
             if len(list((tmp_path / "two" / "records").iterdir())) == 3:
                 raise KeyboardInterrupt
             yield job, records
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "stream_jobs", breaks_off)
+        patch.setattr(evaluate, "streamed_clips", breaks_off)
         assert call(checkpoint, "--data", clips, "--out", tmp_path / "two", "--streams", 2) == 130
     assert capsys.readouterr().err.endswith("\ninterrupted\n") and len(streamed) == 7
     finished = {path.stem: path.read_bytes() for path in (tmp_path / "two" / "records").iterdir()}

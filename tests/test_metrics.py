@@ -7,29 +7,38 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import raw_clip, read
 
 from prospect import text_metrics
+from prospect.clips import Clip
+from prospect.config import DataConfig
 from prospect.dst import Transition
 from prospect.errors import ProspectError
 from prospect.metrics import (
+    CANDIDATES,
     Counts,
     DecisionCounts,
+    HeadTrace,
     TaskStateCounts,
     auroc,
     average_precision,
     best_threshold,
     by_dataset,
-    decision_metrics,
+    confusion,
+    event_counts,
+    fires,
+    firing_runs,
+    macro_f1,
     match_dialogue,
     match_events,
     minimum_cost_assignment,
-    runs_to_events,
     state_matrix,
     sum_dialogue,
     task_state_metrics,
     threshold_curve,
     window_of,
 )
+from prospect.sequence import lay_out
 from prospect.text_metrics import bleu, lexical_similarity, load_similarity, weighted_by_jaccard
 
 RATES = ("precision", "recall", "f1", "jaccard_index", "missing_rate", "redundant_rate", "time_diff", "semantic_score")
@@ -38,37 +47,95 @@ RATES = ("precision", "recall", "f1", "jaccard_index", "missing_rate", "redundan
 # ---- decisions -----------------------------------------------------------------------------------
 
 
-def test_a_run_of_firing_frames_is_one_event_at_its_first_frame():
-    assert runs_to_events(np.array([0, 1, 1, 0, 1, 0, 1, 1], bool)) == [1, 4, 6]
-    assert runs_to_events(np.array([1, 1], bool)) == [0]
-    assert runs_to_events(np.zeros(3, bool)) == runs_to_events(np.zeros(0, bool)) == []
+def test_a_run_of_firing_frames_from_first_to_last():
+    assert firing_runs(np.array([0, 1, 1, 0, 1, 0, 1, 1], bool)) == [(1, 2), (4, 4), (6, 7)]
+    assert firing_runs(np.array([1, 1], bool)) == [(0, 1)]
+    assert firing_runs(np.zeros(3, bool)) == firing_runs(np.zeros(0, bool)) == []
 
 
-def test_events_match_one_to_one_at_most_tolerance_apart():
-    assert match_events([12], [10], 2) == [(0, 0)] and match_events([13], [10], 2) == []
-    assert match_events([8], [10], 2) == [(0, 0)] and match_events([7], [10], 2) == []
-    assert match_events([9, 10, 11], [10], 2) == [(1, 0)]  # of three, the nearest
-    assert match_events([], [3], 2) == match_events([3], [], 2) == []
+def test_events_match_inside_the_range_or_at_most_tolerance_outside():
+    for row, found in ((7, []), (8, [(0, 0)]), (10, [(0, 0)]), (12, [(0, 0)]), (14, [(0, 0)]), (16, [(0, 0)]), (17, [])):
+        assert match_events([row], [(10, 14)], 2) == found
+    assert match_events([9, 10, 11], [(10, 10)], 2) == [(1, 0)]  # of three, the nearest
+    assert match_events([9, 12, 15], [(10, 14)], 2) == [(1, 0)]  # the one inside
+    assert match_events([], [(3, 3)], 2) == match_events([3], [], 2) == []
     # Taking the nearest first (12-11) would leave 10 and 14 alone; both can be matched.
-    assert match_events([10, 12], [11, 14], 2) == [(0, 0), (1, 1)]
-    assert match_events([12, 10], [14, 11], 2) == [(1, 1), (0, 0)]  # indices are those of the lists as given
+    assert match_events([10, 12], [(11, 11), (14, 14)], 2) == [(0, 0), (1, 1)]
+    assert match_events([12, 10], [(14, 14), (11, 11)], 2) == [(0, 0), (1, 1)]
+    # Two ranges that touch: 5 lies in the first and may serve the second, one frame away, if 3 takes the first.
+    assert match_events([3, 5], [(2, 5), (6, 9)], 2) == [(0, 0), (1, 1)]
+    assert match_events([5], [(2, 5), (6, 9)], 2) == [(0, 0)]
+    assert match_events([4, 7], [(6, 8), (3, 5)], 2) == [(1, 0), (0, 1)]  # in the order of the references as given
 
 
-def test_event_matching_is_the_best_there_is():
-    """Against scipy's assignment with a price on every unmatched prediction that no distance outweighs."""
-    optimize = pytest.importorskip("scipy.optimize")
+def by_brute_force(predicted: list[int], reference: list[tuple[int, int]], tolerance: int) -> tuple[int, int]:
+    """(pairs, minus their total distance) of the best matching, by trying every one."""
+    if not predicted:
+        return 0, 0
+    found = [by_brute_force(predicted[1:], reference, tolerance)]
+    for r, (first, last) in enumerate(reference):
+        away = max(first - predicted[0], predicted[0] - last, 0)
+        if away <= tolerance:
+            pairs, distance = by_brute_force(predicted[1:], reference[:r] + reference[r + 1 :], tolerance)
+            found.append((pairs + 1, distance - away))
+    return max(found)
+
+
+def random_events(rng, most: int) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Predicted rows, reference ranges (some overlap, some touch) and a tolerance, all within 30 rows."""
+    firsts, lengths = rng.integers(0, 25, rng.integers(0, most + 1)), rng.integers(0, 6, most)
+    reference = [(int(first), int(first + length)) for first, length in zip(firsts, lengths)]
+    return rng.integers(0, 30, rng.integers(0, most + 1)).tolist(), reference, int(rng.integers(0, 5))
+
+
+def matched_at(pairs, predicted, reference) -> tuple[int, int]:
+    """(pairs, minus their total distance), after checking that nothing is matched twice."""
+    assert len({p for p, _ in pairs}) == len({r for _, r in pairs}) == len(pairs)
+    distance = [max(reference[r][0] - predicted[p], predicted[p] - reference[r][1], 0) for p, r in pairs]
+    return len(pairs), -sum(distance)
+
+
+def test_event_matching_is_the_best_of_all():
     rng = np.random.default_rng(0)
+    for _ in range(400):
+        predicted, reference, tolerance = random_events(rng, 5)
+        pairs = match_events(predicted, reference, tolerance)
+        assert matched_at(pairs, predicted, reference) == by_brute_force(predicted, reference, tolerance)
+        assert [r for _, r in pairs] == sorted(r for _, r in pairs)
+        assert event_counts(predicted, reference, tolerance) == Counts(len(pairs), len(predicted), len(reference))
+
+
+def test_event_matching_is_scipy_s():
+    """Its assignment with a price on every unmatched prediction that no distance outweighs."""
+    optimize = pytest.importorskip("scipy.optimize")
+    rng = np.random.default_rng(1)
     for _ in range(200):
-        P, R, tolerance = rng.integers(1, 9), rng.integers(1, 9), int(rng.integers(0, 4))
-        predicted, reference = rng.integers(0, 25, P), rng.integers(0, 25, R)
-        distance = np.abs(predicted[:, None] - reference[None, :])
-        cost = np.hstack([np.where(distance <= tolerance, distance, 10_000), np.full((P, P), 1000)])
-        rows, columns = optimize.linear_sum_assignment(cost)
-        kept = columns < R
-        pairs = match_events(predicted.tolist(), reference.tolist(), tolerance)
-        assert len(pairs) == kept.sum()
-        assert sum(distance[pair] for pair in pairs) == cost[rows[kept], columns[kept]].sum()
-        assert len({p for p, _ in pairs}) == len({r for _, r in pairs}) == len(pairs)
+        predicted, reference, tolerance = random_events(rng, 12)
+        if not (predicted and reference):
+            continue
+        first, last = np.array(reference).T
+        rows = np.array(predicted)[:, None]
+        distance = np.maximum(np.maximum(first - rows, rows - last), 0)  # [P,R]
+        free = np.full((len(predicted), len(predicted)), 1000)
+        cost = np.hstack([np.where(distance <= tolerance, distance, 10_000), free])
+        taken_rows, columns = optimize.linear_sum_assignment(cost)
+        kept = columns < len(reference)
+        best = kept.sum(), -cost[taken_rows[kept], columns[kept]].sum()
+        assert matched_at(match_events(predicted, reference, tolerance), predicted, reference) == best
+        assert event_counts(predicted, reference, tolerance).matched == best[0]
+
+
+def test_streamed_every_decision_is_one_predicted_event():
+    # Twenty replies in a row, 10..29, for one turn due at 12..16: one right, nineteen redundant.
+    counts = event_counts(list(range(10, 30)), [(12, 16)], fps=2)
+    assert counts == Counts(1, 20, 1)
+    assert (counts.precision, counts.recall, counts.f1) == (1 / 20, 1.0, pytest.approx(2 / 21))
+    # A second around the range: 10 and 18 at 2 fps, 8 and 20 at 4.
+    for fps, early, late in ((2, 10, 18), (4, 8, 20)):
+        assert event_counts([early], [(12, 16)], fps) == event_counts([late], [(12, 16)], fps) == Counts(1, 1, 1)
+        assert event_counts([early - 1], [(12, 16)], fps) == event_counts([late + 1], [(12, 16)], fps) == Counts(0, 1, 1)
+    # Two turns at one range are one reply each: both may find their own.
+    assert event_counts([12, 13], [(12, 16), (12, 16)], 2) == Counts(2, 2, 2)
 
 
 def test_counts_add_and_empty_sets_are_zero():
@@ -79,35 +146,89 @@ def test_counts_add_and_empty_sets_are_zero():
     assert set(DecisionCounts().summary().values()) == {0.0}
 
 
+def trace(probabilities, labels, fps: float = 2) -> HeadTrace:
+    return HeadTrace(np.array(probabilities), np.array(labels), fps)
+
+
 def test_decisions_by_hand():
-    #                          0    1    2    3    4    5    6    7
-    probabilities = np.array([0.1, 0.6, 0.7, 0.2, 0.5, 0.1, 0.9, 0.1])
-    labels = np.array([0, 1, 1, 1, 0, 0, -100, 0])
-    # Fired: 1 2 4 6. Of the labelled: true positives 1 2, false positive 4, missed 3. Negatives 0 4 5 7, three right.
-    # Events fired at 1, 4 and 6; references at 3 and 7, +-2 frames at 2 fps: 1-3 and 6-7, or 4-3 and 6-7 (nearer).
-    counts = decision_metrics(probabilities, labels, [3, 7], threshold=0.5, fps=2)
-    assert counts == DecisionCounts(Counts(2, 3, 3), 4, Counts(2, 3, 2))
-    assert counts.frames.precision == counts.frames.recall == pytest.approx(2 / 3)
-    assert counts.balanced_accuracy == pytest.approx((2 / 3 + 3 / 4) / 2)
-    assert counts.events.f1 == pytest.approx(2 * 2 / 5)
+    #                        0    1    2    3    4    5    6    7    8    9
+    head = trace([0.1, 0.6, 0.7, 0.2, 0.5, 0.1, 0.9, 0.1, 0.1, 0.8], [0, 1, 1, 1, 0, 0, -100, 0, 0, 0])
+    # Fired: 1 2, 4, 6, 9. Of the labelled: true positives 1 2, false positives 4 9, missed 3. Negatives 0 4 5 7 8 9.
+    # The runs begin at 1, 4, 6 and 9; one reference, 1..3: 1 takes it, and 4, 6 and 9 are redundant.
+    counts = head.decisions(0.5)
+    assert counts == DecisionCounts(Counts(2, 4, 3), 6, Counts(1, 4, 1))
+    assert (counts.frames.precision, counts.frames.recall) == (2 / 4, pytest.approx(2 / 3))
+    assert counts.balanced_accuracy == pytest.approx((2 / 3 + 4 / 6) / 2)
+    assert counts.events.f1 == pytest.approx(2 / 5) and head.events(0.5) == counts.events
     doubled = counts + counts
-    assert doubled.summary() == counts.summary() and doubled.negatives == 8
+    assert doubled.summary() == counts.summary() and doubled.negatives == 12
 
 
 def test_a_head_fires_when_its_probability_reaches_the_threshold_in_any_precision():
     threshold = float(np.float32(0.3))
     for dtype in (np.float32, np.float64):
-        counts = decision_metrics(np.array([np.float32(0.3)], dtype), np.array([1]), [0], np.float64(threshold), 2)
-        assert counts.frames.matched == 1
+        head = HeadTrace(np.array([np.float32(0.3)], dtype), np.array([1]), 2)
+        assert head.decisions(np.float64(threshold)).frames.matched == 1
+    assert fires(0.3, 0.3) and not fires(0.3, 0.3000001)
 
 
 def test_a_perfect_head_scores_exactly_one():
     labels = np.array([0, 1, 1, 0, -100, 1, 0])
-    counts = decision_metrics((labels == 1) * 0.8 + 0.1, labels, [1, 5], 0.5, 2)
+    counts = trace((labels == 1) * 0.8 + 0.1, labels).decisions(0.5)
     assert set(counts.summary().values()) == {1.0}
     assert average_precision(labels, labels) == auroc(labels, labels) == 1.0
-    only_positive = decision_metrics(np.array([0.9]), np.array([1]), [0], 0.5, 2)
-    assert only_positive.balanced_accuracy == 1.0
+    assert trace([0.9], [1]).decisions(0.5).balanced_accuracy == 1.0
+
+
+def random_turns(rng) -> Clip:
+    """Replies and updates over ranges of any length that overlap, touch, nest or end together; any fps."""
+    start, frames = int(rng.integers(0, 300)), int(rng.integers(1, 60))
+    turns, at = [], 0
+    for number in range(int(rng.integers(0, 12))):
+        role = ("user", "assistant", "DST_UPDATE")[int(rng.integers(3))]
+        first = at if rng.random() < 0.5 else int(rng.integers(0, frames))  # often right behind the last
+        last = min(first + int(rng.integers(0, (1, 3, 15)[number % 3] + 1)), frames - 1)
+        if first > last:
+            continue
+        content = [{"id": "S1", "transition": "start"}] if role == "DST_UPDATE" else f"Word {number}."
+        if role == "DST_UPDATE" and any(turn[0] == role for turn in turns):
+            continue
+        turns.append((role, content, start + first, start + last))
+        at = last + 1
+    return read(raw_clip(turns, start, start + frames - 1) | {"fps": float(rng.choice([0.5, 1, 2, 4, 29.97]))})
+
+
+@pytest.mark.parametrize("text_at", ["drawn", "last", "range"])
+def test_labels_given_back_as_probabilities_score_exactly_one(text_at):
+    """The oracle of the teacher-forced numbers, over ranges of any length, adjacent and touching turns, any fps."""
+    rng, events, tuned = np.random.default_rng(6), 0, 0
+    for _ in range(300):
+        clip = random_turns(rng)
+        layout = lay_out(clip, DataConfig(text_at=text_at), 1.0, 0, 0)
+        for labels in (layout.speaking, layout.dst):
+            head = HeadTrace((labels == 1).astype(np.float32), labels, clip.fps)
+            counts = head.decisions(0.5)
+            assert counts.frames.matched == counts.frames.predicted == counts.frames.reference
+            assert counts.events.matched == counts.events.predicted == counts.events.reference
+            if (labels == 1).any():
+                events, tuned = events + counts.events.reference, tuned + 1
+                threshold = best_threshold(threshold_curve([head]))
+                assert set(head.decisions(threshold).events.__dict__.values()) == {counts.events.reference}
+                assert head.decisions(threshold).events.f1 == 1.0
+    assert events > 300 and tuned > 150
+
+
+def test_said_once_within_each_range_scores_exactly_one():
+    """The oracle of the streamed numbers: one decision anywhere in the range of each text."""
+    rng, events = np.random.default_rng(7), 0
+    for _ in range(300):
+        clip = random_turns(rng)
+        for role in ("assistant", "DST_UPDATE"):
+            due = [(first - clip.start_frame, last - clip.start_frame) for first, last in clip.events(role)]
+            said = [int(rng.integers(first, last + 1)) for first, last in due]
+            assert event_counts(said, due, clip.fps) == Counts(len(due), len(due), len(due))
+            events += len(due)
+    assert events > 300
 
 
 def test_average_precision_and_auroc_by_hand_with_ties():
@@ -133,29 +254,88 @@ def test_auroc_is_the_mann_whitney_statistic():
         assert auroc(probabilities, labels) == pytest.approx(u / (labels.sum() * (60 - labels.sum())))
 
 
-def test_best_threshold_is_the_middle_of_the_best_plateau():
-    # Events at 2 and 8. At 0.2 the runs are 2 and 8 and 15 (F1 4/5); at 0.4 .. 0.6 exactly 2 and 8; at 0.7 only 8.
-    probabilities = np.zeros(20)
-    probabilities[[2, 8, 15]] = [0.65, 0.9, 0.3]
-    candidates = [0.2, 0.4, 0.5, 0.6, 0.7]
-    curve = threshold_curve([(probabilities, [2, 8], 2)], candidates)
-    assert curve == [Counts(2, 3, 2), Counts(2, 2, 2), Counts(2, 2, 2), Counts(2, 2, 2), Counts(1, 1, 2)]
-    assert best_threshold([(probabilities, [2, 8], 2)], candidates) == (0.5, Counts(2, 2, 2))
-    # Two clips are summed before the choice: the second one's only event is found up to 0.45 alone.
-    second = np.zeros(5)
-    second[3] = 0.45
-    assert best_threshold([(probabilities, [2, 8], 2), (second, [3], 2)], candidates) == (0.4, Counts(3, 3, 3))
-    # Nothing anywhere: all candidates tie.
-    assert best_threshold([(np.zeros(5), [], 2)])[0] == pytest.approx(0.5)
+def test_thresholds_lie_between_the_best_frames_of_events_and_what_is_below():
+    # Events at 2 and 8..9; 15 fires below .3. Candidates: between .65 and .4 (both found), between .9 and .65.
+    probabilities = np.full(20, 0.01)
+    probabilities[[2, 8, 9, 15]] = [0.65, 0.4, 0.9, 0.3]
+    labels = np.zeros(20, int)
+    labels[[2, 8, 9]] = 1
+    curve = threshold_curve([trace(probabilities, labels)])
+    assert [counts for _, counts in curve] == [Counts(2, 2, 2), Counts(1, 1, 2)]
+    # Half-way in the logit: of .4 (-.405) and .65 (.619) it is .107, of .65 and .9 (2.197) it is 1.408.
+    assert [threshold for threshold, _ in curve] == pytest.approx([1 / (1 + math.exp(-0.1068)), 0.8034], abs=1e-4)
+    assert best_threshold(curve) == curve[0][0]
+    # With a false alarm of .7 the choice is between one of each and neither: 2 2 3 is .8, 1 1 2 is .667.
+    probabilities[15] = 0.7
+    curve = threshold_curve([trace(probabilities, labels)])
+    assert [counts for _, counts in curve] == [Counts(2, 3, 2), Counts(1, 1, 2)]
+    assert best_threshold(curve) == curve[0][0]
+    # Two clips are summed before the choice.
+    quiet = trace([0.01, 0.6, 0.01], [0, 1, 0])
+    assert [counts for _, counts in threshold_curve([trace(probabilities, labels), quiet])] == [
+        Counts(3, 4, 3), Counts(2, 3, 3), Counts(1, 1, 3)]  # fmt: skip
+
+
+def test_of_equally_good_thresholds_the_middle_one():
+    curve = [(0.1, Counts(1, 3, 2)), (0.2, Counts(2, 2, 2)), (0.3, Counts(2, 2, 2)), (0.4, Counts(2, 2, 2)), (0.9, Counts())]
+    assert best_threshold(curve) == 0.3
+    assert best_threshold(threshold_curve([trace(np.zeros(5), np.zeros(5, int))])) == 0.5  # no event anywhere
+
+
+@pytest.mark.parametrize("low, high", [(1e-7, 1e-5), (1 - 1e-5, 1 - 1e-7), (1e-7, 1 - 1e-7), (0.0, 1.0), (0.49, 0.5)])
+def test_a_head_that_separates_perfectly_is_found_however_far_out(low, high):
+    labels = np.array([0, 1, 1, 0, -100, 0, 1, 0])
+    probabilities = np.where(labels == 1, high, low)
+    for dtype in (np.float64, np.float32):
+        head = HeadTrace(probabilities.astype(dtype), labels, 2)
+        threshold = best_threshold(threshold_curve([head]))
+        assert set(head.decisions(threshold).summary().values()) == {1.0}
+        assert low < threshold <= high
+
+
+def test_the_best_of_all_thresholds_is_among_the_candidates():
+    """Against every threshold that there is: each probability seen."""
+    rng = np.random.default_rng(8)
+    for _ in range(60):
+        heads = []
+        for _ in range(int(rng.integers(1, 4))):
+            labels = rng.choice([0, 0, 0, 1, -100], 25).repeat(rng.integers(1, 3, 25))
+            noise = rng.normal(size=len(labels))
+            heads.append(trace(1 / (1 + np.exp(-(noise + 2.0 * (labels == 1)))), labels, fps=float(rng.choice([1, 2, 4]))))
+        curve = threshold_curve(heads)
+        found = max(counts.f1 for _, counts in curve)
+        if len(curve) < CANDIDATES:
+            seen = np.concatenate([head.probabilities for head in heads])
+            at_peaks = [sum((head.events(p) for head in heads), Counts()).f1 for p in seen if p in peaks_of(heads)]
+            assert found == max(at_peaks)
+        assert [threshold for threshold, _ in curve] == sorted({threshold for threshold, _ in curve})
+
+
+def peaks_of(heads: list[HeadTrace]) -> set[float]:
+    """The highest probability of each run of positive labels."""
+    found = set()
+    for head in heads:
+        edges = np.flatnonzero(np.diff(np.pad((head.labels == 1).astype(int), 1)))
+        found |= {float(head.probabilities[a:b].max()) for a, b in zip(edges[::2], edges[1::2])}
+    return found
+
+
+def test_of_many_candidates_fifty_from_the_lowest_to_the_highest():
+    rng = np.random.default_rng(9)
+    labels = np.tile([0, 1], 300)
+    head = trace(np.sort(rng.random(600)), labels)
+    curve = threshold_curve([head])
+    assert len(curve) == CANDIDATES == 50
+    ends = head.probabilities[[0, 1, -2, -1]]
+    assert ends[0] < curve[0][0] <= ends[1] and ends[2] < curve[-1][0] <= ends[3]
 
 
 def test_each_clip_has_a_second_of_its_own():
     # Fired at 5 for an event at 8: three frames early, within a second at 4 fps and not at 2.
-    probabilities = np.zeros(20)
-    probabilities[5] = 0.9
-    slow, fast = (probabilities, [8], 2), (probabilities, [8], 4)
-    for clips in ([slow, fast], [fast, slow]):
-        assert threshold_curve(clips, [0.5]) == [Counts(1, 2, 2)]
+    probabilities, labels = np.zeros(20), np.zeros(20, int)
+    probabilities[5], labels[8] = 0.9, 1
+    assert trace(probabilities, labels, 2).events(0.5) == Counts(0, 1, 1)
+    assert trace(probabilities, labels, 4).events(0.5) == Counts(1, 1, 1)
 
 
 # ---- the assignment ------------------------------------------------------------------------------
@@ -378,11 +558,14 @@ S1_START, S1_COMPLETE = Transition("S1", "start"), Transition("S1", "complete")
 S2_START, S2_COMPLETE = Transition("S2", "start"), Transition("S2", "complete")
 
 
-def task_state(predicted, reference, predicted_states=None, reference_states=None, generated=None, valid=None):
+def task_state(
+    predicted, reference, predicted_states=None, reference_states=None, generated=None, valid=None, also_right=()
+):
     nothing = np.zeros((0, 2), np.int64)
     return task_state_metrics(
         nothing if predicted_states is None else np.array(predicted_states),
         nothing if reference_states is None else np.array(reference_states),
+        [np.array(states) for states in also_right],
         predicted,
         reference,
         num_generated=len(predicted) if generated is None else generated,
@@ -405,8 +588,17 @@ def test_states_frame_by_frame_by_hand():
     # not_started: 3 right, 3 true, 4 predicted: 6/7. in_progress: 1, 2, 1: 2/3. completed: 1, 1, 1: 1.
     assert numbers["state_macro_f1"] == pytest.approx((6 / 7 + 2 / 3 + 1) / 3)
     # A state that occurs nowhere is left out; one that is only predicted is not.
-    assert task_state([], [], [[0, 1]], [[0, 1]]).macro_f1 == 1.0
-    assert task_state([], [], [[0, 2]], [[0, 0]]).macro_f1 == pytest.approx((2 / 3 + 0) / 2)
+    assert macro_f1(confusion(np.array([0, 1]), np.array([0, 1]))) == 1.0
+    assert macro_f1(confusion(np.array([0, 2]), np.array([0, 0]))) == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_a_state_that_is_also_right_counts_as_right():
+    # S1 is started on frames 1..2; frame 3 is late, and frame 2 has both steps right only together.
+    predicted, reference = [[0, 0], [1, 0], [0, 1], [0, 0]], [[0, 0], [0, 0], [1, 0], [1, 0]]
+    also = [[[0, 0], [1, 0], [1, 0], [1, 0]], [[0, 0], [0, 0], [0, 0], [1, 0]]]
+    numbers = task_state([], [], predicted, reference, also_right=also)
+    assert (numbers.frames_right, numbers.frames) == (2, 4)  # 2: S2 is wrong, 3: S1 is
+    assert numbers.states.tolist() == [[5, 1, 0], [1, 1, 0], [0, 0, 0]]  # what is also right is its own reference
 
 
 def test_an_update_of_the_wrong_step_at_the_right_time():

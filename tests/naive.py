@@ -1,0 +1,230 @@
+"""A streaming engine as simple as can be: no cache, no look-ahead, one clip at a time. What the real one must equal.
+
+At every frame the whole sequence so far (prompt, frames, texts) goes through the model from its first token, and again
+for every token that is written. Decisions, turns, updates and the refresh of a full context are written here from their
+descriptions, not from the engine's code. Only the prompt's wording, the turn templates and the tokenizer are shared.
+
+    Naive(model, tokenizer, config).stream(clip, embeddings) -> one dict a frame
+"""
+
+import itertools
+import json
+import math
+import re
+
+import numpy as np
+import torch
+
+from prospect.clips import Clip
+from prospect.config import Config
+from prospect.model import Prospect
+from prospect.sequence import clip_prompt, prompt_pieces
+from prospect.tokenizer import Tokenizer
+
+MOVES = {"start": ("not_started", "in_progress"), "complete": ("in_progress", "completed")}
+STATES = ("not_started", "in_progress", "completed")
+
+Token = tuple[int, torch.Tensor | None]  # an id, and the embedding row [D] of an <image>
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
+
+
+class Naive:
+    """margin: how near any choice came to falling the other way; below 1e-5, rounding may decide it."""
+
+    def __init__(self, model: Prospect, tokenizer: Tokenizer, config: Config):
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.margin = math.inf
+
+    # ---- the model ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def hidden(self, tokens: list[Token]) -> torch.Tensor:
+        """The last hidden state [H] of one forward over everything."""
+        rows = [row for _, row in tokens if row is not None]
+        return self.model(torch.tensor([[id for id, _ in tokens]]), torch.stack(rows) if rows else None)[0, -1]
+
+    def near(self, values: torch.Tensor) -> None:
+        """Note the distance of the best two of the values."""
+        first, second = values.topk(2).values.tolist()
+        self.margin = min(self.margin, first - second)
+
+    @torch.no_grad()
+    def read(self, tokens: list[Token]) -> tuple[float, float | None, str | None]:
+        """Probabilities of speaking and updating, and the state head's state, behind the last token."""
+        hidden, model = self.hidden(tokens), self.model
+        if self.config.infer.decision == "lm":
+            speaking = 1 - model.lm_head(hidden).softmax(-1)[self.tokenizer.end_id].item()
+        else:
+            speaking = torch.sigmoid(model.speaking_decision_head(hidden)).item()
+        dst = torch.sigmoid(model.dst_update_head(hidden)).item() if self.config.data.dst else None
+        if model.dst_state_head is None:
+            return speaking, dst, None
+        scores = model.dst_state_head(hidden)
+        self.near(scores)
+        return speaking, dst, STATES[int(scores.argmax())]
+
+    # ---- turns -------------------------------------------------------------------------------------
+
+    def turn(self, role: str, text: str) -> list[Token]:
+        template = self.tokenizer.template
+        return self.tokens(template.turn(role, text) + template.suffix())
+
+    def tokens(self, pieces) -> list[Token]:
+        return [(id, None) for id in self.tokenizer.encode(pieces)]
+
+    @torch.no_grad()
+    def write(self, context: list[Token], role: str, state: dict[str, str]) -> tuple[list[Token], str, str | None]:
+        """A turn written greedily behind the context: its tokens, its text, and why it was cut."""
+        infer, template, end = self.config.infer, self.tokenizer.template, self.tokenizer.end_id
+        limit = infer.max_update_tokens if role == "DST_UPDATE" else infer.max_reply_tokens
+        legal = None
+        if role == "DST_UPDATE" and infer.constrain_dst:
+            legal = [template.gap + update for update in self.legal_texts(state)]
+        header, written, cut = self.tokens(template.header(role)), [], None
+        while True:
+            logits = self.model.lm_head(self.hidden(context + header + [(id, None) for id in written])).clone()
+            forbidden = [id for id in self.tokenizer.control_ids() if id != end and id < len(logits)]
+            logits[forbidden + list(range(self.tokenizer.vocab_size, len(logits)))] = -torch.inf
+            if legal is not None:
+                so_far, left = self.tokenizer.decode(written), limit - len(written) - 1
+                # Of the tests' tokenizer: a token is a byte. What follows it must fit as well.
+                rests = [whole.removeprefix(so_far) for whole in legal if whole.startswith(so_far)]
+                allowed = sorted({ord(rest[0]) for rest in rests if rest and len(rest) - 1 <= left})
+                allowed += [end] if "" in rests else []
+                logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(allowed), logits[allowed])
+            if logits.isfinite().sum() > 1:
+                self.near(logits)
+            token = int(logits.argmax())
+            if token == end:
+                break
+            if len(written) == limit:
+                cut = "limit"
+                break
+            if legal is None and self.loops(written):
+                cut = "repetition"
+                break
+            written.append(token)
+        ids = [(id, None) for id in [*written, end]] + self.tokens(template.suffix())
+        return header + ids, self.tokenizer.decode(written).strip(), cut
+
+    @staticmethod
+    def loops(ids: list[int]) -> bool:
+        """The same stretch of at most 16 tokens four times or more at the end, and 16 tokens of it or more."""
+        for size in range(1, 17):
+            times = 0
+            while times * size < len(ids) and ids[len(ids) - (times + 1) * size :][:size] == ids[-size:]:
+                times += 1
+            if times >= 4 and times * size >= 16:
+                return True
+        return False
+
+    # ---- updates -----------------------------------------------------------------------------------
+
+    def legal_texts(self, state: dict[str, str]) -> list[str]:
+        """Every update that is legal now, of any number of transitions, as text."""
+        found, grow = [], [([], state)]
+        while grow:
+            moves, now = grow.pop()
+            for id, name in itertools.product(now, MOVES):
+                if now[id] == MOVES[name][0]:
+                    grow.append((moves + [(id, name)], now | {id: MOVES[name][1]}))
+            if moves:
+                found.append(moves)
+        if self.config.data.dst_format == "json":
+            return [json.dumps([{"id": id, "transition": name} for id, name in moves]) for moves in found]
+        return [", ".join(f"{id}->{name}" for id, name in moves) for moves in found]
+
+    def apply(self, text: str, state: dict[str, str]) -> dict[str, str] | None:
+        """The state after an update, None for one that cannot be read or is not legal."""
+        if self.config.data.dst_format == "json":
+            try:
+                moves = [(move["id"], move["transition"]) for move in json.loads(text)]
+            except (ValueError, TypeError, KeyError):
+                return None
+        else:
+            parts = [re.fullmatch(r"\s*([^,>]*[^,>\s-])\s*->\s*([a-z]+)\s*", part) for part in text.split(",")]
+            if not all(parts):
+                return None
+            moves = [part.groups() for part in parts]
+        for id, name in moves:
+            if name not in MOVES or state.get(id) != MOVES[name][0]:
+                return None
+            state = state | {id: MOVES[name][1]}
+        return state if moves else None
+
+    # ---- a clip ------------------------------------------------------------------------------------
+
+    def stream(self, clip: Clip, embeddings: np.ndarray) -> list[dict]:
+        """Records of all frames; embeddings [F, I, D]."""
+        data, infer = self.config.data, self.config.infer
+        state = dict(clip.initial_state) if data.dst else {}
+        prompt = self.tokens(prompt_pieces(clip_prompt(clip, clip.initial_state, data), self.tokenizer))
+        past: list[tuple[dict, list[Token]]] = []  # each frame in the context: the state before it, and its tokens
+        speaking_score = dst_score = 0.0
+        records = []
+        for number, rows in enumerate(torch.from_numpy(embeddings)):
+            frame = clip.start_frame + number
+            user = [turn.text for turn in clip.turns if turn.role == "user" and turn.end_frame == frame]
+            new = [token for text in user for token in self.turn("user", text)]
+            new += [(self.tokenizer.image_id, row) for row in rows]
+
+            # A full context slides.
+            before, event = len(prompt) + sum(len(tokens) for _, tokens in past), None
+            if before + len(new) > data.max_seq_len - infer.reserved:
+                prompt, past = self.slide(clip, state, past, len(new))
+                event = (before, len(prompt) + sum(len(tokens) for _, tokens in past))
+            past.append((state, new))
+
+            # The heads, read at the frame's last <image>; a score is a running mean, but of this frame alone behind a user.
+            context = prompt + [token for _, tokens in past for token in tokens]
+            speaking, dst, step_state = self.read(context)
+            weight = 1.0 if user else infer.smoothing
+            speaking_score = weight * speaking + (1 - weight) * speaking_score
+            heads = {"speaking": (speaking_score, infer.speaking_threshold)}
+            if dst is not None and (not infer.constrain_dst or any(now != "completed" for now in state.values())):
+                dst_score = weight * dst + (1 - weight) * dst_score
+                heads["dst"] = (dst_score, infer.dst_threshold)
+            fired = {head for head, (score, threshold) in heads.items() if score >= threshold}
+            if fired and infer.coupling:
+                distances = {head: logit(threshold) - logit(score) for head, (score, threshold) in heads.items()}
+                self.margin = min([self.margin, *(abs(distance - infer.coupling) for distance in distances.values())])
+                fired |= {head for head, distance in distances.items() if distance <= infer.coupling}
+            self.margin = min([self.margin, *(abs(score - threshold) for score, threshold in heads.values())])
+            record = dict(
+                frame_idx=frame, time=frame / clip.fps, speaking_prob=speaking, dst_update_prob=dst,
+                speaking_score=speaking_score, dst_update_score=dst_score if "dst" in heads else None,
+                speaking_decision="speaking" in fired, dst_update_decision="dst" in fired, text=None, text_cut=None,
+                dst_update=None, dst_update_cut=None, invalid=None, step_state=step_state, user=user, event=event,
+            )  # fmt: skip
+            if fired:
+                speaking_score = dst_score = 0.0
+
+            # First the update, then the reply that may rest on it.
+            if "dst" in fired:
+                tokens, record["dst_update"], record["dst_update_cut"] = self.write(context, "DST_UPDATE", state)
+                new, context = new + tokens, context + tokens
+                after = self.apply(record["dst_update"], state)
+                record["invalid"], state = after is None, state if after is None else after
+            if "speaking" in fired:
+                tokens, record["text"], record["text_cut"] = self.write(context, "assistant", state)
+                new, context = new + tokens, context + tokens
+            past[-1] = (past[-1][0], new)
+            records.append(record | {"dst_state": state, "context_tokens": len(context)})
+        return records
+
+    def slide(self, clip: Clip, state: dict, past: list, needed: int) -> tuple[list[Token], list]:
+        """The last `overlap` share of the past, less where the next frame would not fit, and its prompt."""
+        data = self.config.data
+        share = data.overlap * sum(len(tokens) for _, tokens in past)
+        while past and sum(len(tokens) for _, tokens in past) > share:
+            past = past[1:]
+        while True:
+            told = past[0][0] if past else state
+            prompt = self.tokens(prompt_pieces(clip_prompt(clip, told, data), self.tokenizer))
+            kept = sum(len(tokens) for _, tokens in past)
+            if not past or len(prompt) + kept + needed <= data.max_seq_len - self.config.infer.reserved:
+                return prompt, past
+            past = past[1:]

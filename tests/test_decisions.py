@@ -1,0 +1,127 @@
+"""When a head fires: every score and decision is worked out by hand beside its test."""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from prospect import decisions
+from prospect.config import InferConfig
+from prospect.decisions import Decision, Evidence, decide, nearly
+
+NEVER = 1.0  # a threshold that no score here reaches
+
+
+def settings(speaking: float = 0.6, dst: float = 0.6, smoothing: float = 0.5, coupling: float = 0.0) -> InferConfig:
+    infer = InferConfig(smoothing=smoothing, coupling=coupling)
+    return replace(infer, speaking_threshold=speaking, dst_threshold=dst)
+
+
+def decided(infer: InferConfig, speaking: list[float], dst: list | None = None, asked: tuple = ()) -> list[Decision]:
+    """One stream's decisions; asked: the frames right behind a user's text."""
+    evidence, dst = Evidence(), [None] * len(speaking) if dst is None else dst
+    return [decide(infer, evidence, s, d, i in asked) for i, (s, d) in enumerate(zip(speaking, dst))]
+
+
+def scores(found: list[Decision]) -> list[float]:
+    return [decision.speaking_score for decision in found]
+
+
+def spoken(found: list[Decision]) -> list[int]:
+    return [i for i, decision in enumerate(found) if decision.speak]
+
+
+def updated(found: list[Decision]) -> list[int]:
+    return [i for i, decision in enumerate(found) if decision.update]
+
+
+def test_the_drawing_in_the_description():
+    """.05; .35 + .025; .1 + .1875; .4 + .14375; .45 + .271875 fires; from nothing: .05."""
+    found = decided(settings(), [0.1, 0.7, 0.2, 0.8, 0.9, 0.1])
+    assert scores(found) == pytest.approx([0.05, 0.375, 0.2875, 0.54375, 0.721875, 0.05])
+    assert spoken(found) == [4]
+    raw, drawn, mark = [line for line in inspect.getdoc(decisions).splitlines() if line.startswith("    ")]
+    places = [raw.index(number, 20) for number in (".1", ".7", ".2", ".8", ".9")]
+    assert [drawn[place:].split()[0] for place in places] == [".05", ".38", ".29", ".54", ".72"]
+    assert drawn.split()[6] == ".05" and mark.index("^") == places[4]
+
+
+def test_after_firing_the_evidence_starts_again():
+    """Of a steady .8: .4, .6 fires; then the same again. Not .4, .6, .7, .75."""
+    found = decided(settings(), [0.8] * 6)
+    assert scores(found) == pytest.approx([0.4, 0.6] * 3) and spoken(found) == [1, 3, 5]
+    # One head's firing resets the other too: its evidence was of the time before the text.
+    found = decided(settings(dst=NEVER), [0.8] * 4, [0.8] * 4)
+    assert [decision.dst_score for decision in found] == pytest.approx([0.4, 0.6, 0.4, 0.6])
+
+
+def test_a_frame_behind_the_user_s_text_is_decided_by_itself():
+    found = decided(settings(), [0.1, 0.1, 0.7, 0.1], asked=(2,))
+    assert scores(found) == pytest.approx([0.05, 0.075, 0.7, 0.05]) and spoken(found) == [2]
+    # In silence it is the start of new evidence: .5, then (.5 + .1) / 2.
+    found = decided(settings(), [0.9, 0.5, 0.1], [0.0, 0.2, 0.4], asked=(1,))
+    assert scores(found) == pytest.approx([0.45, 0.5, 0.3]) and spoken(found) == []
+    assert [decision.dst_score for decision in found] == pytest.approx([0.0, 0.2, 0.3])
+
+
+def test_the_threshold_itself_is_reached():
+    assert spoken(decided(settings(smoothing=1.0), [0.59, 0.6, 0.61])) == [1, 2]
+    assert updated(decided(settings(NEVER, smoothing=1.0), [0.0] * 3, [0.59, 0.6, 0.61])) == [1, 2]
+
+
+def test_coupling_takes_along_the_head_that_is_nearly_there_both_ways():
+    """logit(.6) = .405, logit(.5) = 0, logit(.3) = -.847: one logit below .6 is -.595, so .5 is near and .3 is not."""
+    near, far = settings(smoothing=1.0, coupling=1.0), [0.5, 0.3]
+    found = decided(near, [0.6, 0.6], far)
+    assert spoken(found) == [0, 1] and updated(found) == [0]
+    found = decided(near, far, [0.6, 0.6])
+    assert updated(found) == [0, 1] and spoken(found) == [0]
+    assert spoken(decided(near, [0.5], [0.5])) == updated(decided(near, [0.5], [0.5])) == []  # neither fires by itself
+
+
+def test_coupling_looks_at_the_scores_and_at_each_head_s_own_threshold():
+    # The update's second score is (.5 * .3) + .5 * .15 = .225 (logit -1.237), its threshold .4 (-.405): .83 below.
+    infer = settings(speaking=0.6, dst=0.4, coupling=0.9)
+    found = decided(infer, [0.0, 1.0, 0.0], [0.3, 0.3, 0.3])
+    assert scores(found) == pytest.approx([0.0, 0.5, 0.25]) and spoken(found) == []
+    found = decided(infer, [0.8, 0.8], [0.3, 0.3])
+    assert spoken(found) == [1] and updated(found) == [1]
+    assert found[1].dst_score == pytest.approx(0.225)
+    assert updated(decided(replace(infer, coupling=0.8), [0.8, 0.8], [0.3, 0.3])) == []
+
+
+def test_no_coupling():
+    found = decided(settings(smoothing=1.0, coupling=0.0), [0.6, 0.59999], [0.59999, 0.6])
+    assert spoken(found) == [0] and updated(found) == [1]
+    assert not nearly(0.9, 0.5, 0.0) and nearly(0.5, 0.5, 1e-6)
+
+
+def test_without_smoothing_and_coupling_it_is_a_plain_threshold():
+    draw = np.random.default_rng(0)
+    speaking, dst = draw.random(200).tolist(), draw.random(200).tolist()
+    found = decided(settings(0.7, 0.8, smoothing=1.0), speaking, dst, asked=(3, 50))
+    assert scores(found) == speaking and [decision.dst_score for decision in found] == dst
+    assert spoken(found) == [i for i, p in enumerate(speaking) if p >= 0.7]
+    assert updated(found) == [i for i, p in enumerate(dst) if p >= 0.8]
+
+
+def test_nothing_legal_to_update_and_no_task_state():
+    """dst None: no score, no update however strong the coupling, and the speaking head as ever."""
+    infer = settings(coupling=100.0)
+    found = decided(infer, [0.8, 0.8, 0.8], [None, None, None])
+    assert spoken(found) == [1] and updated(found) == [] and {d.dst_score for d in found} == {None}
+    # Where nothing is legal for a while, the update's evidence waits as it was: .4, then .4 / 2 + .9 / 2.
+    found = decided(settings(NEVER), [0.0] * 3, [0.8, None, 0.9])
+    assert [decision.dst_score for decision in found] == [0.4, None, pytest.approx(0.65)] and updated(found) == [2]
+
+
+def test_a_changed_future_changes_nothing():
+    draw = np.random.default_rng(1)
+    for _ in range(50):
+        infer = settings(*draw.uniform(0.3, 0.7, 2), smoothing=draw.choice([1.0, 0.5, 0.3]), coupling=draw.choice([0.0, 2.0]))
+        speaking, dst, asked = draw.random(30).tolist(), draw.random(30).tolist(), tuple(draw.integers(0, 30, 3))
+        cut = int(draw.integers(1, 30))
+        whole = decided(infer, speaking, dst, asked)
+        other = decided(infer, speaking[:cut] + draw.random(10).tolist(), dst[:cut] + draw.random(10).tolist(), asked)
+        assert other[:cut] == whole[:cut] and 0 < len(spoken(whole)) < 30
