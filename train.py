@@ -15,11 +15,7 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
-import functools
-import json
 import math
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +31,7 @@ from tqdm import tqdm
 from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
-from prospect.config import Config, TrainConfig, load_config, to_dict, torch_dtype
+from prospect.config import Config, TrainConfig, load_config, to_dict
 from prospect.data import (
     Corpus,
     DataOrder,
@@ -43,7 +39,6 @@ from prospect.data import (
     StepSampler,
     counts_line,
     label_counts,
-    ordered_batches,
     padding_share,
     received,
 )
@@ -53,7 +48,6 @@ from prospect.distributed import (
     any_rank,
     gather_objects,
     leave_signals_to_parent,
-    release,
     share_model,
     start_ranks,
     stop_ranks,
@@ -61,22 +55,19 @@ from prospect.distributed import (
     together,
     whole,
     without_sync,
-)
+)  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import read_lines, write_text
+from prospect.files import write_text
 from prospect.memory import describe_memory
-from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms
-from prospect.thresholds import decision_report, teacher_forced, traces
+from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
+from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
+from prospect.validation import autocast, note_validation, validate
 from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
 MAX_SKIPS = 20  # steps skipped one after another before the run stops even with train.nonfinite=skip
-VALIDATION_SHOWN = {
-    "speaking_event_f1": "speaking F1", "dst_event_f1": "update F1",
-    "joint_goal_accuracy": "joint goal", "replies_right_f1": "replies right",
-}  # fmt: skip
 SHOWN_LOSSES = {"say": "speaking_gen", "speak?": "speaking_binary", "upd": "dst_gen", "upd?": "dst_binary"}
 
 
@@ -91,17 +82,6 @@ def learning_rate(step: int, max_steps: int, config: TrainConfig, peak: float) -
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     fall = {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[config.schedule]
     return peak * (config.min_lr_ratio + (1 - config.min_lr_ratio) * fall)
-
-
-def total_loss(terms: dict[str, Tensor], config: Config) -> Tensor:
-    weights = config.loss
-    return (
-        weights.speaking_gen_weight * terms["speaking_gen"]
-        + weights.speaking_binary_weight * terms["speaking_binary"]
-        + weights.dst_gen_weight * terms["dst_gen"]
-        + weights.dst_binary_weight * terms["dst_binary"]
-        + weights.dst_state_weight * terms["dst_state"]
-    )
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -128,23 +108,10 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             print("labels of one epoch:", counts_line(label_counts(train_corpus)))
         return 0
 
-    # Where to resume. A worker restarted by torchrun always resumes, whatever train.resume says.
+    # Where to resume.
     run = run_directory(config)
     per_step = ranks.world * config.train.gradient_accumulation_steps  # micro-batches
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    with together(ranks):
-        if ranks.main:
-            ckpt.clean_up_after_crash(run)
-    with together(ranks):
-        source = ckpt.find_resume("auto" if restarted else config.train.resume, run)
-        state = ckpt.read_state(source) if source else TrainState()
-    data = {}
-    with together(ranks):
-        if ranks.main:
-            data = ckpt.fingerprint(train_corpus, "train") | ckpt.fingerprint(val_corpus, "val")
-            if source:
-                changed = ckpt.check_resumable(source, state, config, data)
-                print("\n".join(ckpt.resumed_lines(source, state, changed, ranks, per_step)), flush=True)
+    source, state = ckpt.resume_point(run, train_corpus, val_corpus, config, ranks, per_step)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
 
@@ -166,7 +133,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             ckpt.restore(source, model, optimizer, state, config, ranks)
         if state.scaler:  # a run that changes to fp16 here has none yet
             scaler.load_state_dict(state.scaler)
-    state.world, state.micro_batches, state.data, state.made_with = ranks.world, per_step, data, ckpt.versions()
+    state.world, state.micro_batches, state.made_with = ranks.world, per_step, ckpt.versions()
 
     batches = load_batches(train_corpus, order, state, config, ranks)
     stop = StopRequest()
@@ -222,13 +189,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     bar.write(f"skipped: {what}")
 
     if ranks.main:
-        if not finished:
-            print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
-        elif state.step == first_step:
-            advice = "raise train.max_steps, or choose another run.name"
-            print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
-        else:
-            print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")
+        report_end(run, state, first_step, max_steps)
     return 0 if finished else STOPPED_BY_SIGNAL
 
 
@@ -267,14 +228,14 @@ def train_step(
         with contextlib.nullcontext() if last else without_sync(model):
             with autocast(config.train, ranks.device):
                 of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, bce=config.loss.bce)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss.bce), config)
+            loss = total_loss(loss_terms(of_batch, counts, config.loss.bce), config.loss.weights())
             scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
         sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))
     terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss.bce)
-    loss = total_loss(terms, config)
+    loss = total_loss(terms, config.loss.weights())
     finite = bool(torch.isfinite(loss + norm))  # the same on every rank, for both are over all ranks
     if finite:
         scaler.step(optimizer)
@@ -283,14 +244,22 @@ def train_step(
     return Step(terms, loss, norm, counts, finite, micro, sums, time.perf_counter() - started)
 
 
+def step_line(step: Step, state: TrainState, rate: float) -> dict:
+    """A step as one line of metrics.jsonl. rate: its learning rate."""
+    return {
+        "step": state.step,
+        "epoch": state.epoch,
+        "loss": float(step.loss),
+        **{name: float(value) for name, value in step.terms.items()},
+        "counts": {name: int(step.counts[name]) for name in LOSS_CLASSES},
+        "lr": rate,
+        "grad_norm": float(step.norm),
+        "padding": 1 - float(step.counts["tokens"] / step.counts["padded"]),
+        "tokens_per_second": float(step.counts["tokens"]) / step.seconds,
+    }
+
+
 # ---- pieces of the loop --------------------------------------------------------------------------
-
-
-def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    """A context for forward passes: matrices in bf16 or fp16, sums and losses in fp32."""
-    if config.precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch_dtype(config.precision))
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
@@ -317,90 +286,6 @@ def load_batches(corpus: Corpus, order: DataOrder, state: TrainState, config: Co
         pin_memory=ranks.device.type == "cuda",
     )
     return received(loader)
-
-
-@torch.no_grad()
-def validate(
-    model: Prospect, corpus: Corpus, config: Config, ranks: Ranks, stop: StopRequest
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """Validation losses and decision metrics over all ranks, and each head's best threshold; None if asked to stop."""
-    was_training = model.training
-    model.eval()
-    batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
-    parts, stopped = [], False
-    for first in range(0, len(batches), ranks.world):
-        stopped = any_rank(stop.requested, ranks)
-        if stopped:
-            break
-        # A rank for which no batch is left runs the first all the same, without counting it: FSDP needs every rank's
-        # share of the weights for every forward.
-        mine = first + ranks.rank
-        batch = batches[mine if mine < len(batches) else 0]
-        part = teacher_forced(model, corpus, batch, config, autocast(config.train, ranks.device))
-        if mine < len(batches):
-            parts.append(part)
-    release(model)
-    model.train(was_training)
-    if stopped:
-        return None
-    nothing = {name: torch.zeros((), dtype=torch.float64) for name in LOSS_CLASSES}
-    sums = sum_named(added([nothing, *(part.sums for part in parts)]), ranks)
-    counts = sum_named(added([nothing, *(part.counts for part in parts)]), ranks)
-    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss.bce)
-    numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
-    numbers["loss"] = float(total_loss(terms, config))
-    sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
-    clips = traces(corpus, [sequence for part in sequences for sequence in part])  # by head
-    numbers |= decision_report(clips)
-    thresholds = {head: numbers[f"{head}_even_odds"] for head in clips}
-    tuned = tune_on_stream(model, corpus, config, thresholds, ranks, stop)
-    if any_rank(stop.requested, ranks):
-        return None
-    if tuned is not None:
-        thresholds["evidence"], streamed = tuned
-        numbers |= {f"streamed_{name}": value for name, value in streamed.items()}
-    return numbers, thresholds
-
-
-def tune_on_stream(
-    model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
-) -> tuple[float, dict[str, float]] | None:
-    """How much evidence decisions need, as prospect/tuning.py finds on a few validation clips, and what these scored.
-
-    None where nothing is streamed, and `infer.evidence` stays at one half: under FSDP, whose ranks can only
-    run forward together; where a clip cannot be streamed with these settings; or when asked to stop.
-    """
-    if ranks.world > 1 and config.train.parallel == "fsdp":
-        return None
-    from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
-    from prospect.tuning import best_tried, some_of, try_evidence
-
-    clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
-    jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
-    tried = []
-    was_training = model.training
-    model.eval()
-    try:
-        with autocast(config.train, ranks.device):
-            gather = functools.partial(gather_objects, ranks=ranks)
-            for one in try_evidence(model, corpus.tokenizer, jobs, config, thresholds, gather):
-                tried.append(one)
-                if any_rank(stop.requested, ranks):
-                    return None
-    except ProspectError as error:
-        if ranks.main:
-            tqdm.write(f"infer.evidence is not chosen, for the validation clips cannot be streamed: {error}")
-        return None
-    finally:
-        model.train(was_training)
-    best = best_tried(tried, config.infer.tuned_for)
-    return best.evidence, best.numbers
-
-
-def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:
-    state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
-    if state.best_loss is None or numbers["loss"] < state.best_loss:
-        state.best_loss, state.best_step = numbers["loss"], state.step
 
 
 def skipped_step(
@@ -452,53 +337,6 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     ]
     skipped = [f"skipped: {line}" for line in train.skipped + val.skipped]
     return "\n".join(lines + train.warnings + val.warnings + skipped)
-
-
-def step_line(step: Step, state: TrainState, rate: float) -> dict:
-    """A step as one line of metrics.jsonl."""
-    return {
-        "step": state.step,
-        "epoch": state.epoch,
-        "loss": float(step.loss),
-        **{name: float(value) for name, value in step.terms.items()},
-        "counts": {name: int(step.counts[name]) for name in LOSS_CLASSES},
-        "lr": rate,
-        "grad_norm": float(step.norm),
-        "padding": 1 - float(step.counts["tokens"] / step.counts["padded"]),
-        "tokens_per_second": float(step.counts["tokens"]) / step.seconds,
-    }
-
-
-def validation_line(step: int, numbers: dict[str, float]) -> str:
-    """What the terminal shows of a validation: its loss, and the heads on streamed clips (else teacher-forced)."""
-    shown = [f"step {step}: validation loss {numbers['loss']:.4f}"]
-    for name, title in VALIDATION_SHOWN.items():
-        value = numbers.get(f"streamed_{name}", numbers.get(name))
-        shown += [] if value is None else [f"{title} {value:.3f}"]
-    return "  ".join(shown)
-
-
-class MetricsLog:
-    """metrics.jsonl: one JSON object a line. On resume, what was logged after the checkpoint is cut off."""
-
-    def __init__(self, path: Path, state: TrainState):
-        kept = []
-        if path.exists():
-            for line in read_lines(path):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half-written
-                    numbers = json.loads(line)
-                    if numbers["step"] <= (state.evaluated_step if "evaluation" in numbers else state.step):
-                        kept.append(line + "\n")
-        write_text(path, "".join(kept))
-        self.file = open(path, "a", encoding="utf-8")
-
-    def write(self, numbers: dict) -> None:
-        try:
-            self.file.write(json.dumps(numbers) + "\n")
-            self.file.flush()
-        except OSError as error:
-            what, remedy = f"cannot be written: {error.strerror}", "make room and start again"
-            raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
 def main() -> int:

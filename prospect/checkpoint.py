@@ -449,6 +449,31 @@ def save(
             prune(run, config.train.keep, state.best_step)
 
 
+def resume_point(
+    run: Path, train: Corpus, val: Corpus, config: Config, ranks: Ranks, micro_batches: int
+) -> tuple[Path | None, TrainState]:
+    """The checkpoint to resume from (None: start afresh) and its state, checked against the data and the settings.
+
+    A worker that torchrun has restarted always resumes, whatever train.resume says. micro_batches: of a step, over all
+    ranks. Raises ProspectError where resuming is refused.
+    """
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    with together(ranks):
+        if ranks.main:
+            clean_up_after_crash(run)
+    with together(ranks):
+        source = find_resume("auto" if restarted else config.train.resume, run)
+        state = read_state(source) if source else TrainState()
+    with together(ranks):
+        if ranks.main:
+            data = fingerprint(train, "train") | fingerprint(val, "val")
+            if source:
+                changed = check_resumable(source, state, config, data)
+                print("\n".join(resumed_lines(source, state, changed, ranks, micro_batches)), flush=True)
+            state.data = data
+    return source, state
+
+
 @torch.no_grad()
 def restore(
     source: Path, model: Prospect, optimizer: torch.optim.Optimizer, state: TrainState, config: Config, ranks: Ranks

@@ -94,6 +94,10 @@ class LossConfig:
     dst_state_weight: float = 1.0  # only with model.dst_state_head
     bce: Literal["mean", "balanced", "focal"] = "mean"  # of the binary losses: mean, balanced or focal
 
+    def weights(self) -> dict[str, float]:
+        """By the names of the loss terms: speaking_gen, speaking_binary, dst_gen, dst_binary, dst_state."""
+        return {key.removesuffix("_weight"): value for key, value in vars(self).items() if key.endswith("_weight")}
+
 
 @dataclass
 class TrainConfig:

@@ -383,9 +383,9 @@ class Prospect(nn.Module):
 
         header_ids (the turn's header, the very tokens training has there) are fed, then the likeliest token again and
         again until the end token, end_ids[0]; it and what the template puts behind it, end_ids[1:], are fed as well.
-        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: for each stream, given its ids
-        so far, the only ones that may follow. A turn that reaches `max_new_tokens` or repeats itself is cut, and its end
-        token fed all the same, so that the context stays well formed.
+        forbidden: ids [n] that never stand inside a turn (<image>, role marks). allowed: by stream, given its ids,
+        the only ones that may follow. A turn that reaches `max_new_tokens` or repeats itself is cut, and its end token
+        fed all the same, so that the context stays well formed.
         """
         device = self.lm_head.weight.device
         turns = [Generated([], None) for _ in streams]
@@ -601,3 +601,8 @@ def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], bce: str) -> 
         "dst_binary": binary("dst"),
         "dst_state": s["dst_state"] / n["dst_state"].clamp(min=1),
     }
+
+
+def total_loss(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """The weighted sum of the losses. weights: by the names of the terms (`config.loss.weights()`)."""
+    return sum(weights[name] * term for name, term in terms.items())

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tiny import finish, launch, run_training, tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect import validation
 from prospect.build import build_model, load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
 from prospect.data import DataOrder, collate
@@ -356,7 +357,7 @@ def signalled(folder: Path, moment: str, rank: str, *overrides: str) -> int:
     """Train, and send SIGTERM to this very process on one rank: in step 4, in its first evaluation or its first save."""
     name, owner = {
         "step": ("tally", train),
-        "evaluation": ("teacher_forced", train),
+        "evaluation": ("teacher_forced", validation),
         "save": ("write_rng", train.ckpt),
     }[moment]
     real, calls = getattr(owner, name), []

@@ -701,7 +701,9 @@ def test_decision_lm_is_one_minus_the_probability_of_the_end_token(plain):
             p_end.append(model.lm_head(last_hidden(silent)).softmax(-1)[END].item())
         assert record.speaking_prob == pytest.approx(1 - p_end[-1], abs=1e-5)
     threshold = 1 - float(np.quantile(p_end, 0.2))
-    speaking = StreamSession(model, plain, clip, stream_config(decision="lm", smoothing=1.0, speaking_threshold=threshold))
+    speaking = StreamSession(
+        model, plain, clip, stream_config(decision="lm", smoothing=1.0, speaking_threshold=threshold)
+    )
     first = next(record.frame_idx for record in map(speaking.feed, embeddings) if record.speaking_decision)
     assert first == next(i for i, p in enumerate(p_end) if p <= 1 - threshold)
 

@@ -1,0 +1,60 @@
+"""What a run writes down of itself: metrics.jsonl, one JSON object a line, and the lines on the terminal."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+from prospect.checkpoint import TrainState
+from prospect.errors import ProspectError
+from prospect.files import read_lines, write_text
+
+VALIDATION_SHOWN = {
+    "speaking_event_f1": "speaking F1",
+    "dst_event_f1": "update F1",
+    "joint_goal_accuracy": "joint goal",
+    "replies_right_f1": "replies right",
+}
+
+
+def validation_line(step: int, numbers: dict[str, float]) -> str:
+    """What the terminal shows of a validation: its loss, and the heads on streamed clips (else teacher-forced)."""
+    shown = [f"step {step}: validation loss {numbers['loss']:.4f}"]
+    for name, title in VALIDATION_SHOWN.items():
+        value = numbers.get(f"streamed_{name}", numbers.get(name))
+        shown += [] if value is None else [f"{title} {value:.3f}"]
+    return "  ".join(shown)
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line. On resume, what was logged after the checkpoint is cut off."""
+
+    def __init__(self, path: Path, state: TrainState):
+        kept = []
+        if path.exists():
+            for line in read_lines(path):
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line half-written
+                    numbers = json.loads(line)
+                    if numbers["step"] <= (state.evaluated_step if "evaluation" in numbers else state.step):
+                        kept.append(line + "\n")
+        write_text(path, "".join(kept))
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, numbers: dict) -> None:
+        try:
+            self.file.write(json.dumps(numbers) + "\n")
+            self.file.flush()
+        except OSError as error:
+            what, remedy = f"cannot be written: {error.strerror}", "make room and start again"
+            raise ProspectError(what, where=self.file.name, remedy=remedy) from error
+
+
+def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) -> None:
+    """How a run ended, on the terminal. first_step: where it started or resumed."""
+    if state.step < max_steps:
+        print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
+    elif state.step == first_step:
+        advice = "raise train.max_steps, or choose another run.name"
+        print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
+    else:
+        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")

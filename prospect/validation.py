@@ -1,0 +1,106 @@
+"""Validation while training: losses, how well the heads separate, and how much evidence streamed decisions need."""
+
+import contextlib
+import functools
+
+import torch
+from tqdm import tqdm
+
+from prospect.checkpoint import TrainState
+from prospect.config import Config, TrainConfig, torch_dtype
+from prospect.data import Corpus, ordered_batches
+from prospect.distributed import Ranks, StopRequest, any_rank, gather_objects, release, sum_named
+from prospect.errors import ProspectError
+from prospect.model import LOSS_CLASSES, Prospect, added, loss_terms, total_loss
+from prospect.thresholds import decision_report, teacher_forced, traces
+
+
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """A context for forward passes: matrices in bf16 or fp16, sums and losses in fp32."""
+    if config.precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch_dtype(config.precision))
+
+
+@torch.no_grad()
+def validate(
+    model: Prospect, corpus: Corpus, config: Config, ranks: Ranks, stop: StopRequest
+) -> tuple[dict[str, float], dict[str, float]] | None:
+    """Validation losses and decision metrics over all ranks, and each head's best threshold; None if asked to stop."""
+    was_training = model.training
+    model.eval()
+    batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
+    parts, stopped = [], False
+    for first in range(0, len(batches), ranks.world):
+        stopped = any_rank(stop.requested, ranks)
+        if stopped:
+            break
+        # A rank for which no batch is left runs the first all the same, without counting it: FSDP needs every rank's
+        # share of the weights for every forward.
+        mine = first + ranks.rank
+        batch = batches[mine if mine < len(batches) else 0]
+        part = teacher_forced(model, corpus, batch, config, autocast(config.train, ranks.device))
+        if mine < len(batches):
+            parts.append(part)
+    release(model)
+    model.train(was_training)
+    if stopped:
+        return None
+    nothing = {name: torch.zeros((), dtype=torch.float64) for name in LOSS_CLASSES}
+    sums = sum_named(added([nothing, *(part.sums for part in parts)]), ranks)
+    counts = sum_named(added([nothing, *(part.counts for part in parts)]), ranks)
+    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss.bce)
+    numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
+    numbers["loss"] = float(total_loss(terms, config.loss.weights()))
+    sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
+    clips = traces(corpus, [sequence for part in sequences for sequence in part])  # by head
+    numbers |= decision_report(clips)
+    thresholds = {head: numbers[f"{head}_even_odds"] for head in clips}
+    tuned = tune_on_stream(model, corpus, config, thresholds, ranks, stop)
+    if any_rank(stop.requested, ranks):
+        return None
+    if tuned is not None:
+        thresholds["evidence"], streamed = tuned
+        numbers |= {f"streamed_{name}": value for name, value in streamed.items()}
+    return numbers, thresholds
+
+
+def tune_on_stream(
+    model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
+) -> tuple[float, dict[str, float]] | None:
+    """How much evidence decisions need, as prospect/tuning.py finds on a few validation clips, and what these scored.
+
+    None where nothing is streamed, and `infer.evidence` stays at one half: under FSDP, whose ranks can only
+    run forward together; where a clip cannot be streamed with these settings; or when asked to stop.
+    """
+    if ranks.world > 1 and config.train.parallel == "fsdp":
+        return None
+    from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
+    from prospect.tuning import best_tried, some_of, try_evidence
+
+    clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
+    jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
+    tried = []
+    was_training = model.training
+    model.eval()
+    try:
+        with autocast(config.train, ranks.device):
+            gather = functools.partial(gather_objects, ranks=ranks)
+            for one in try_evidence(model, corpus.tokenizer, jobs, config, thresholds, gather):
+                tried.append(one)
+                if any_rank(stop.requested, ranks):
+                    return None
+    except ProspectError as error:
+        if ranks.main:
+            tqdm.write(f"infer.evidence is not chosen, for the validation clips cannot be streamed: {error}")
+        return None
+    finally:
+        model.train(was_training)
+    best = best_tried(tried, config.infer.tuned_for)
+    return best.evidence, best.numbers
+
+
+def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:
+    state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
+    if state.best_loss is None or numbers["loss"] < state.best_loss:
+        state.best_loss, state.best_step = numbers["loss"], state.step
