@@ -26,8 +26,8 @@ from prospect.errors import run_entry_point
 from prospect.evaluate import load_jobs
 from prospect.load import load_for_inference
 from prospect.metrics import match_events
-from prospect.sample import DIFFICULTIES, named_step, says_the_same, write_sample
-from prospect.score import score_clip, summarise
+from prospect.sample import DIFFICULTIES, write_sample
+from prospect.score import named_step, says_the_same, score_clip, summarise
 from prospect.sequence import generator
 from prospect.stream import Job, stream_jobs
 from prospect.text_metrics import load_similarity

@@ -115,7 +115,6 @@ def test_overrides(tmp_path):
     ("data: {layout: rows}", "one of stream, turns"),
     ("data: {max_seq_len: 9000}", "data.batch_tokens 4096 cannot hold"),
     ("model: {hidden_size: 100, num_attention_heads: 3}", "not a multiple"),
-    ("data: {dst: false}\nmodel: {dst_state_head: true}", "dst_state_head needs data.dst"),
     ("train: []", "train must be a section"),
     ("[1, 2]", "must hold sections"),
     ("a: [", "is not YAML"),
