@@ -479,8 +479,8 @@ def label_tokens(
     decided at the last token that starts before its end, the last of its <image> tokens.
 
     `binary_at: text` is seed 000's table: 1 on every token of a learned turn, 0 at frames where neither head fires.
-    `silence_lm` (ProAssist): such a frame is followed by "the turn is over". The label at t+1 is what
-    the hidden state at t learns, so the end token is the label *behind* the frame, whatever token stands there.
+    `silence_lm` (ProAssist): such a frame is followed by "the turn is over". The label at t+1 is what the hidden state
+    at t learns, so the end token is the label *behind* the frame, whatever token stands there.
 
         tokens                <f7>  <f8>  <f9>  <eos>          f7 a sampled negative, f8 not sampled, f9 sampled
         speaking_gen_labels   -100   eos  -100    eos
