@@ -2,7 +2,7 @@
 
     <prompt> <f193> <f194> User: I want to…⏎ <f195> [DST_UPDATE] S1->start⏎ Assistant: Great! …⏎ <f196> <f197> …
     speak       0      0                       1      -100 …                                          0 or -100
-    dst         0      1                       1      -100 …                                          0 or -100
+    dst         0      0                       1      -100 …                                          0 or -100
 
 Every step is a plain function, in this order:
 
@@ -216,9 +216,9 @@ def frame_labels(
     frame of a reply or an update; of the frames covered by neither, `rate` are 0 and the others -100. They are drawn
     from the whole clip, whichever of its frames `data.frames` shows.
 
-        frame              193   194  User…  195         the reply may not stand before the user's text
+        frame              193   194  User…  195         neither may stand before the user's text
         assistant turn      '---------------'      speaking     0     0    1
-        DST_UPDATE turn     '---------------'      dst          0     1    1
+        DST_UPDATE turn     '---------------'      dst          0     0    1
     """
     F, first = clip.num_frames, clip.start_frame
     covered = np.zeros(F, bool)
@@ -478,9 +478,9 @@ def label_tokens(
     starts [T]: the character at which each token starts. A token belongs to the range in which it starts; a frame is
     decided at the last token that starts before its end, the last of its <image> tokens.
 
-    `binary_at: text` is seed 000's table: 1 on every token of a learned turn, 0 where a sampled negative is decided.
-    `silence_lm` (ProAssist): a frame where nothing happens is followed by "the turn is over". The label at t+1 is what
-    the hidden state at t learns, so the end token is the label *behind* the frame, whatever token stands there.
+    `binary_at: text` is seed 000's table: 1 on every token of a learned turn, 0 at frames where neither head fires.
+    `silence_lm` (ProAssist): such a frame is followed by "the turn is over". The label at t+1 is what the hidden state
+    at t learns, so the end token is the label *behind* the frame, whatever token stands there.
 
         tokens                <f7>  <f8>  <f9>  <eos>          f7 a sampled negative, f8 not sampled, f9 sampled
         speaking_gen_labels   -100   eos  -100    eos

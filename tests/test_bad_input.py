@@ -415,7 +415,7 @@ CHECKPOINTS = {
     **{f"no {name}": (name, None, said) for name, said in (
         ("config.json", "no config.json"), ("state.json", "no state.json"), ("config.yaml", "no config.yaml"),
         ("tokenizer.json", "no tokenizer.json"), ("model.safetensors", "no model.safetensors"),
-        ("prospect.safetensors", "missing: dst_update_head.bias"))},
+        ("prospect.safetensors", "missing: dst_state_head.bias"))},
     "a state that is a list": ("state.json", lambda content: b"[]", "state.json"),
     "a state with a key too many": ("state.json", state_with(colour="red"), "state.json"),
     "thresholds that are a list": ("state.json", state_with(thresholds=[0.5]), "state.json"),

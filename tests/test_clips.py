@@ -248,6 +248,21 @@ def test_the_state_before_a_frame():
     assert states[7:] == [("completed", "in_progress")] * 3
 
 
+def test_the_states_after_each_frame_and_from_the_text_on():
+    turns = [("DST_UPDATE", "S1->start", 11, 13), ("DST_UPDATE", "S1->complete, S2->start", 14, 16)]
+    clip = read(raw_clip(turns, 10, 17))
+    first = [state["S1"] for state in clip.states_after()]  # by default from the last frame of the turn on
+    assert first == ["not_started"] * 3 + ["in_progress"] * 3 + ["completed"] * 2
+    #                                          10 11 12 13 14 15 16 17
+    assert clip.latest_step_state().tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    texts = {13: 12, 16: 15}  # where the texts stand, by the turn's last frame
+    first = [state["S1"] for state in clip.states_after(lambda turn: texts[turn.end_frame])]
+    assert first == ["not_started"] * 2 + ["in_progress"] * 3 + ["completed"] * 3
+    assert clip.latest_step_state(lambda turn: texts[turn.end_frame]).tolist() == [0, 0, 1, 1, 1, 1, 1, 1]
+    done = read(raw_clip([("DST_UPDATE", "S1->start", 11, 13), ("DST_UPDATE", "S1->complete", 14, 16)], 10, 17))
+    assert done.latest_step_state(lambda turn: texts[turn.end_frame]).tolist() == [0, 0, 1, 1, 1, 2, 2, 2]
+
+
 def test_updates_act_in_the_order_of_frames_not_of_the_file():
     turns = [("DST_UPDATE", update("S1 complete"), 5, 6), ("DST_UPDATE", update("S1 start"), 1, 3)]
     clip = read(raw_clip(turns, 0, 9))

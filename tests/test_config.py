@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prospect.build import model_shape
 from prospect.config import Config, load_config, to_dict
 from prospect.errors import ProspectError
 
@@ -125,6 +126,13 @@ def test_what_is_refused(tmp_path, text, told):
     with pytest.raises(ProspectError) as caught:
         load_config(tmp_path / "c.yaml")
     assert told in str(caught.value)
+
+
+def test_without_task_state_there_is_no_state_head(plain):
+    config = Config()
+    assert model_shape(config, plain).dst_state_head
+    config.data.dst = False
+    assert config.model.dst_state_head and not model_shape(config, plain).dst_state_head
 
 
 def test_all_problems_are_told_at_once(tmp_path):

@@ -1273,7 +1273,7 @@ def test_wrong_rows_and_wrong_width_stop_before_training(plain, tmp_path):
 def test_the_real_clip(plain):
     """Counted by hand from the file: 7 updates and 8 replies due for 3 frames each, so each may stand behind 2.
 
-    The updates' ranges begin at 193, 212, 303, 369, 394, 423 and 449, the replies' at the first six of these, 224 and 260.
+    The updates' ranges begin at 193, 212, 303, 369, 394, 423 and 449, the replies' at the first six, 224 and 260.
     At 195 the user is heard, so what is due at 193..195 may stand behind 195 alone.
     """
     clip = ClipFile(REAL_CLIP).clip(0)
