@@ -224,7 +224,8 @@ function frameNumbers(row) {
   if (clip.update) addHead("update", clip.update);
   if (clip.step_state) {
     const [now, due] = statesAt(clip.step_state, row);
-    add("step state (head)", stateName(now) + (now === due ? "" : " ≠ " + stateName(due)), "frame-step-state");
+    const correction = now === due ? "" : el("span", { class: "wrong" }, "≠ " + stateName(due));
+    add("step state", el("span", {}, stateName(now) + " ", correction), "frame-step-state");
   }
   add("context", clip.tokens[row] + " tokens", "frame-tokens");
   return numbers;
