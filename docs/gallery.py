@@ -24,7 +24,7 @@ from prospect.report.curves import read_run, write_runs
 from prospect.report.timeline import timeline, write_timelines
 from prospect.report.tokens import write_settings
 from prospect.show import setting
-from prospect.stream import stream_jobs
+from prospect.stream import streamed_clips
 
 SHORT_CONTEXT = "data.max_seq_len=420"  # so short that the context is refreshed while we watch
 WIDTH, HEIGHT = 1280, 830
@@ -34,9 +34,8 @@ def timeline_page(run: Path, page: Path) -> None:
     """The longest validation clip, streamed."""
     config, tokenizer, model = load_for_inference(run / "best", [SHORT_CONTEXT])
     job = max(load_jobs(config.data.val, config), key=lambda job: len(job.embeddings))
-    records = [record.to_dict() for _, part in stream_jobs(model, tokenizer, [job], config) for record in part]
-    thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
-    write_timelines(page, [timeline(records, job.clip, thresholds)])
+    [(_, records)] = streamed_clips(model, tokenizer, [job], config, streams=1)
+    write_timelines(page, [timeline(records, job.clip, config.infer.evidence)])
 
 
 def tokens_page(run: Path, page: Path) -> None:

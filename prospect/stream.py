@@ -71,7 +71,7 @@ class FrameRecord:
     time: float
     speaking_prob: float
     dst_update_prob: float | None  # None: a model without task state
-    speaking_score: float  # what was compared with the threshold, see prospect/decisions.py
+    speaking_score: float  # what was compared with infer.evidence, see prospect/decisions.py
     dst_update_score: float | None
     speaking_decision: bool
     dst_update_decision: bool

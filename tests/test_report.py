@@ -20,9 +20,9 @@ from prospect.errors import ProspectError
 from prospect.report import curves
 from prospect.report.__main__ import main as report_main
 from prospect.report.__main__ import reference_clips
-from prospect.report.curves import COUNTS_OF, evaluation_title, read_run
+from prospect.report.curves import COUNTS_OF, evaluation_names, evaluation_title, read_run
 from prospect.report.page import LOSS_NAMES
-from prospect.report.timeline import read_records, threshold_bounds, thumbnails, timeline, write_timelines
+from prospect.report.timeline import evidence_bounds, read_records, thumbnails, timeline, write_timelines
 from prospect.report.tokens import token_table
 from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
@@ -40,30 +40,38 @@ def record(row: int, state: str = "not_started", **given) -> FrameRecord:
     """The record of a frame of the clip below, silent unless told otherwise: frame 10 is row 0, two frames a second."""
     silent = {
         "clip_id": "c", "frame_idx": 10 + row, "time": (10 + row) / 2, "speaking_prob": 0.1, "dst_update_prob": 0.2,
-        "speaking_decision": False, "dst_update_decision": False, "text": None, "dst_update": None,
-        "dst_state": {"S1": state}, "context_tokens": 50 + row,
+        "speaking_score": 0.05, "dst_update_score": 0.15, "speaking_decision": False, "dst_update_decision": False,
+        "text": None, "dst_update": None, "dst_state": {"S1": state}, "context_tokens": 50 + row,
     }  # fmt: skip
     return FrameRecord(**silent | given)
 
 
-def says(row: int, text: str, probability: float = 0.9, **given) -> FrameRecord:
-    return record(row, text=text, speaking_prob=probability, speaking_decision=True, **given)
+def says(row: int, text: str, probability: float = 0.9, score: float = 0.7, **given) -> FrameRecord:
+    return record(row, text=text, speaking_prob=probability, speaking_score=score, speaking_decision=True, **given)
+
+
+def updates(row: int, update: str, probability: float, score: float, **given) -> FrameRecord:
+    read = {"dst_update_prob": probability, "dst_update_score": score, "dst_update_decision": True}
+    return record(row, dst_update=update, **read, **given)
 
 
 def hand_records(first_text: str = "pour the water") -> list[dict]:
-    """Twenty frames. Replies at rows 4 (0.5 s late), 10 (other words) and 17 (nothing due); an update a frame early."""
+    """Twenty frames. Replies at rows 4 (0.5 s late), 10 (other words) and 17 (nothing due); an update a frame early.
+
+    The state head reads that a step is in progress from row 10 on.
+    """
     records = [record(row) for row in range(20)]
     records[2].user = ["hello"]
     records[4] = says(4, first_text)
-    records[10] = says(10, "xyz", probability=0.6)
+    records[10] = says(10, "xyz", probability=0.6, score=0.55)
     records[17] = says(17, "well done", text_cut="limit")
-    records[6] = record(6, dst_update="S1->start", dst_update_prob=0.8, dst_update_decision=True)
-    records[12] = record(
-        12, dst_update="S1->start", dst_update_prob=0.7, dst_update_decision=True, invalid_update="cannot start S1"
-    )
+    records[6] = updates(6, "S1->start", 0.8, 0.65)
+    records[12] = updates(12, "S1->start", 0.7, 0.6, invalid_update="cannot start S1")
     records[15].context_event = ContextEvent("slide", 64, 30, None, 0.1)
     for row in range(6, 20):
         records[row].dst_state = {"S1": "in_progress"}
+    for row, one in enumerate(records):
+        one.step_state = "in_progress" if row >= 10 else "not_started"
     return [one.to_dict() for one in records]
 
 
@@ -125,6 +133,9 @@ def test_one_loss_has_one_name_on_every_page():
     assert evaluation_title("loss_dst_binary") == "validation: update now?"
     assert evaluation_title("dst_event_f1") == "update event F1"
     assert evaluation_title("speaking_auroc") == "speaking AUROC"
+    assert evaluation_title("streamed_dst_event_f1") == "streamed: update event F1"
+    assert evaluation_title("streamed_replies_right_f1") == "streamed: replies right F1"
+    assert evaluation_title("streamed_joint_goal_accuracy") == "streamed: joint goal accuracy"
 
 
 # ---- what a time line says -----------------------------------------------------------------------
@@ -147,8 +158,10 @@ def test_every_mark_of_a_clip_written_by_hand():
         (19, "update_wanted", "S1->complete", "missed", ""),
     ]
     assert (shown.goal, shown.first, shown.fps, shown.seconds) == ("Make tea", 10, 2, 5.0)
-    assert (shown.spoke, shown.updated) == ([4, 10, 17], [6, 12])
-    assert shown.speaking == [0.9 if row in (4, 17) else 0.6 if row == 10 else 0.1 for row in range(20)]
+    assert (shown.speaking.fired, shown.update.fired) == ([4, 10, 17], [6, 12])
+    assert shown.speaking.probability == [0.9 if row in (4, 17) else 0.6 if row == 10 else 0.1 for row in range(20)]
+    assert shown.speaking.score == [0.7 if row in (4, 17) else 0.55 if row == 10 else 0.05 for row in range(20)]
+    assert shown.update.score == [0.65 if row == 6 else 0.6 if row == 12 else 0.15 for row in range(20)]
     assert shown.tokens == list(range(50, 70))
 
 
@@ -158,19 +171,31 @@ def test_states_and_numbers_of_a_clip_written_by_hand():
     assert (step.id, step.name) == ("S1", "one")
     assert step.predicted == [(0, 5, 0), (6, 19, 1)]
     assert step.reference == [(0, 6, 0), (7, 18, 1), (19, 19, 2)]
+    assert shown.step_state.predicted == [(0, 9, 0), (10, 19, 1)]
+    assert shown.step_state.reference == [(0, 6, 0), (7, 18, 1), (19, 19, 2)]
     numbers = dict(shown.metrics)
     assert numbers["dialogue F1"] == "0.333"  # one correct pair: 2 * 1 / (3 said + 3 wanted)
-    assert numbers["joint goal accuracy"] == "0.900"  # wrong at rows 6 and 19 of twenty
+    assert numbers["replies right (F1)"] == "0.333"  # the first of three, of three
+    assert numbers["joint goal accuracy"] == "0.950"  # wrong at row 6 of twenty; at row 19 the update is only due
+    assert numbers["state head accuracy"] == "0.900"  # wrong at rows 8 and 9; at rows 7 and 19 an update is due
     assert numbers["valid updates"] == "0.500"
     assert numbers["context refreshes"] == "1"
 
 
-def test_thresholds_are_as_close_as_the_records_tell():
+def test_evidence_is_as_close_as_the_records_tell():
     records = hand_records()
-    assert timeline(records, None).thresholds == {"speaking": (0.1, 0.6), "dst": (0.2, 0.7)}
-    exact = timeline(records, None, {"speaking": 0.5, "dst": 0.3}).thresholds
-    assert exact == {"speaking": (0.5, 0.5), "dst": (0.3, 0.3)}
-    assert threshold_bounds(records[:3], "speaking") == (0.1, 1.0)  # nothing fired
+    assert timeline(records, None).evidence == (0.15, 0.55)
+    assert timeline(records, None, 0.5).evidence == (0.5, 0.5)
+    assert evidence_bounds(records[:3]) == (0.15, 1.0)  # nothing fired
+
+
+def test_a_head_drawn_along_by_the_other_does_not_lower_the_evidence():
+    """At row 4 the reply's score of 0.7 lets an update of 0.3 fire too; at row 5 an update of 0.4 is silent."""
+    records = [record(row, dst_update_score=0.4) for row in range(6)]
+    records[4] = updates(4, "S1->start", 0.4, 0.3, speaking_score=0.7, speaking_decision=True, text="Good.")
+    assert evidence_bounds([one.to_dict() for one in records]) == (0.4, 0.7)
+    records[2] = says(2, "Hi", score=0.6, dst_update_score=None)  # by itself, with nothing left to update
+    assert evidence_bounds([one.to_dict() for one in records]) == (0.4, 0.6)
 
 
 def test_without_a_reference_nothing_is_judged():
@@ -178,6 +203,7 @@ def test_without_a_reference_nothing_is_judged():
     assert {event.status for event in shown.events} == {"", "refused"}
     assert (shown.has_reference, shown.metrics, shown.fps) == (False, [], 2.0)
     assert [(step.id, step.reference) for step in shown.steps] == [("S1", None)]
+    assert (shown.step_state.predicted, shown.step_state.reference) == ([(0, 9, 0), (10, 19, 1)], None)
 
 
 def test_of_a_header_only_goal_and_steps_are_taken():
@@ -194,13 +220,16 @@ def test_a_model_without_task_state_has_no_lanes_for_it():
     for one in records:
         one |= {
             "dst_update_prob": None,
+            "dst_update_score": None,
             "dst_update_decision": False,
             "dst_update": None,
             "invalid_update": None,
             "dst_state": {},
+            "step_state": None,
         }
     shown = timeline(records, read(raw_clip([("assistant", "stir", 20, 20)], 10, 29, steps=0, id="c")))
-    assert (shown.update, shown.steps, list(shown.thresholds)) == (None, [], ["speaking"])
+    assert (shown.update, shown.steps, shown.step_state, shown.evidence) == (None, [], None, (0.05, 0.55))
+    assert "state head accuracy" not in dict(shown.metrics)
 
 
 def test_a_stream_that_was_stopped_is_compared_with_what_it_saw():
@@ -325,6 +354,18 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
         read_run(tmp_path)
 
 
+def test_what_streamed_clips_scored_is_shown_first():
+    logged = {
+        "loss_dst_binary": 1.0, "loss": 2.0, "speaking_auroc": 0.5, "streamed_speaking_event_precision": 0.5,
+        "streamed_speaking_event_f1": 0.4, "streamed_dst_event_f1": 0.3, "streamed_replies_right_f1": 0.2,
+        "streamed_joint_goal_accuracy": 0.1,
+    }  # fmt: skip
+    assert evaluation_names([(1, {"loss": 3.0}), (2, logged)]) == [
+        "streamed_speaking_event_f1", "streamed_dst_event_f1", "streamed_joint_goal_accuracy",
+        "streamed_replies_right_f1", "loss", "loss_dst_binary", "speaking_auroc", "streamed_speaking_event_precision",
+    ]  # fmt: skip
+
+
 def test_a_long_run_is_averaged_over_equal_stretches(tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "MAX_POINTS", 3)
     (tmp_path / "metrics.jsonl").write_text(
@@ -402,14 +443,62 @@ def test_a_browser_shows_as_many_marks_as_there_are_and_the_frame_under_the_poin
     assert count(browser, "[data-lane=speaking] .fired") == 3 and count(browser, "[data-lane=speaking] .reference") == 3
     assert count(browser, "[data-lane=dst] .fired") == 2 and count(browser, "[data-lane=dst] .reference") == 2
     assert count(browser, "[data-lane=S1] .above") == 2 and count(browser, "[data-lane=S1] .below") == 3
+    runs = browser.find_elements("css selector", "[data-lane=step_state] i")
+    assert [run.get_attribute("title") for run in runs] == [
+        "predicted: not started, frames 10–19", "predicted: in progress, frames 20–29",
+        "reference: not started, frames 10–16", "reference: in progress, frames 17–28",
+        "reference: completed, frames 29–29",
+    ]  # fmt: skip
     assert count(browser, "#events li") == 12
 
     hover(browser, "#time", 10, 20)
     assert text_of(browser, "#frame-number") == "Frame 20"
-    assert text_of(browser, "#frame-speaking") == "0.6000 fired" and text_of(browser, "#frame-tokens") == "60 tokens"
+    assert text_of(browser, "#frame-speak-probability") == "0.6000"
+    assert text_of(browser, "#frame-speak") == "0.5500 fired" and text_of(browser, "#frame-tokens") == "60 tokens"
+    assert text_of(browser, "#frame-step-state") == "in progress"
     assert "xyz" in text_of(browser, "#frame") and "other words" in text_of(browser, "#frame")
     hover(browser, "#time", 19, 20)
-    assert text_of(browser, "#frame-update") == "0.2000" and "≠ completed" in text_of(browser, "#frame")
+    assert text_of(browser, "#frame-update-probability") == "0.2000" and text_of(browser, "#frame-update") == "0.1500"
+    assert text_of(browser, "#frame-step-state") == "in progress ≠ completed"
+    assert "≠ completed" in text_of(browser, "#frame .steps")
+
+
+def test_the_score_that_decides_is_drawn_over_the_probability(browser, tmp_path):
+    """From row 13 on nothing is left to update: the score's curve ends there, the probability's does not."""
+    records = hand_records()
+    for one in records[13:]:
+        one["dst_update_score"] = None
+    page = tmp_path / "hand.html"
+    for evidence, label, exact in ((None, "fires from 0.15–0.55", 0), (0.5, "fires from 0.500", 2)):
+        write_timelines(page, [timeline(records, hand_clip(), evidence)])
+        open_page(browser, page)
+        assert text_of(browser, ".name.tall small") == label and count(browser, ".evidence.exact") == exact
+    area, probability, score = [
+        path.get_attribute("d").split("L") for path in browser.find_elements("css selector", "[data-lane=dst] path")
+    ]
+    assert (len(probability), probability[6], probability[-1]) == (20, "6.5 0.2000", "19.5 0.8000")
+    assert (len(score), score[6], score[-1]) == (13, "6.5 0.3500", "12.5 0.4000")
+    assert area[12:14] == ["12.5 0.4000", "13.5 1.0000"]
+    hover(browser, "#time", 19, 20)
+    assert text_of(browser, "#frame-update") == "–"
+
+
+def test_without_a_state_head_there_is_no_lane_for_it(browser, tmp_path):
+    page = tmp_path / "hand.html"
+    write_timelines(page, [timeline([one | {"step_state": None} for one in hand_records()], hand_clip())])
+    open_page(browser, page)
+    assert count(browser, "[data-lane=step_state]") == count(browser, "#frame-step-state") == 0
+
+
+def test_a_narrow_window_shows_all_of_the_page_without_scrolling_sideways(browser, tmp_path):
+    page = tmp_path / "hand.html"
+    write_timelines(page, [timeline(hand_records(), hand_clip())])
+    size = {"width": 400, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    open_page(browser, page)
+    assert browser.execute_script("return (root => root.scrollWidth - root.clientWidth)(document.documentElement)") == 0
+    assert browser.find_element("css selector", ".scroll").size["width"] > 200
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_the_time_line_is_used_by_keyboard_alone(browser, tmp_path):

@@ -280,7 +280,7 @@ function chartGroup(heading, nodes) {
 
 const stepShown = el("b", { id: "step" });
 const slider = { role: "slider", "aria-label": "step", "aria-valuemin": 0, "aria-valuemax": lastStep };
-const validation = "Validation, teacher-forced; the ring is the best checkpoint";
+const validation = "Validation, teacher-forced where not streamed; the ring is the best checkpoint";
 const region = el(
   "div",
   { id: "charts", tabindex: "0", ...slider, onkeydown: onKey },

@@ -22,6 +22,10 @@ TRAINING_TITLES = {
     "tokens_per_second": "tokens a second", "padding": "padding share",
 }  # fmt: skip
 
+SHOWN_FIRST = (  # of a validation: what the streamed clips scored
+    "streamed_speaking_event_f1", "streamed_dst_event_f1", "streamed_joint_goal_accuracy", "streamed_replies_right_f1",
+)  # fmt: skip
+
 
 @dataclass
 class Run:
@@ -94,19 +98,23 @@ def mean(values: Iterable[Any]) -> float | int | None:
 
 
 def evaluation_names(evaluations: list[tuple[int, dict]]) -> list[str]:
-    """Every number that some evaluation has, the losses first, in the order in which they are logged."""
+    """Every number that some evaluation has: SHOWN_FIRST, the losses, the others as they are logged."""
     names = list(dict.fromkeys(name for _, numbers in evaluations for name in numbers))
     used = [name for name in names if any(numbers.get(name) for _, numbers in evaluations)]  # no row of zeros
-    return sorted(used, key=lambda name: (name != "loss", not name.startswith("loss")))
+    first = [name for name in SHOWN_FIRST if name in used]
+    rest = [name for name in used if name not in first]
+    return first + sorted(rest, key=lambda name: (name != "loss", not name.startswith("loss")))
 
 
 def evaluation_title(name: str) -> str:
-    """loss_speaking_gen -> validation: reply text (LM); dst_event_f1 -> update event F1"""
+    """loss_speaking_gen -> validation: reply text (LM); streamed_dst_event_f1 -> streamed: update event F1"""
     if name == "loss":
         return "validation loss"
     if name.startswith("loss_"):
         loss = name.removeprefix("loss_")
         return "validation: " + LOSS_NAMES.get(loss, loss)
+    if name.startswith("streamed_"):
+        return "streamed: " + evaluation_title(name.removeprefix("streamed_"))
     words = "update " + name.removeprefix("dst_") if name.startswith("dst_") else name
     return words.replace("_", " ").replace("f1", "F1", 1).replace("auroc", "AUROC", 1)
 

@@ -22,7 +22,6 @@ const AXIS_STEPS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 720
 
 let clip; // the one that is shown
 let rows; // its number of frames
-let spoke, updated; // the rows at which a head fired
 let pinned; // the row of the cursor while nothing is pointed at
 let shown; // the row that the frame panel describes
 let zoom; // width of the track in widths of the window
@@ -42,12 +41,18 @@ function timeOf(row) {
   return clip.seconds + row / clip.fps;
 }
 
-function probability(p) {
-  return p === null ? "–" : p.toFixed(4);
+function fourDigits(value) {
+  return value === null ? "–" : value.toFixed(4);
 }
 
 function stateAt(runs, row) {
   return runs.find(([first, last]) => first <= row && row <= last)[2];
+}
+
+/* A step's state at a row as predicted, and as it should be. */
+function statesAt(step, row) {
+  const now = stateAt(step.predicted, row);
+  return [now, step.reference ? stateAt(step.reference, row) : now];
 }
 
 function stateName(state) {
@@ -70,17 +75,18 @@ function addLane(name, small, height, track, title = name) {
   time.append(track);
 }
 
-/* A curve of one value a frame, 0 at the bottom, `top` at the upper edge. Where there is no value there is no line. */
-function curve(values, top, colour) {
+/* A curve of one value a frame, 0 at the bottom, `top` at the upper edge. Where there is no value there is no line.
+   behind: values of a second curve, thin and muted. */
+function curve(values, top, colour, behind = []) {
   const place = (value, row) => (value === null ? null : [row + 0.5, (1 - value / top).toFixed(4)]);
-  const line = pathThrough(values.map(place));
-  const first = values.findIndex((value) => value !== null);
-  const area = first < 0 ? "" : `M${first + 0.5} 1` + line.replace(/M/g, "L") + `L${values.length - 0.5} 1Z`;
+  const line = (of) => pathThrough(of.map(place)) || "M0 1";
+  const filled = pathThrough(values.map((value, row) => place(value || 0, row)));
   return el(
     "svg",
     { viewBox: `0 0 ${rows} 1`, preserveAspectRatio: "none", "aria-hidden": "true" },
-    el("path", { class: "area " + colour, d: area }),
-    el("path", { class: colour, d: line || "M0 1" }),
+    el("path", { class: "area " + colour, d: `${filled}L${rows - 0.5} 1L0.5 1Z` }),
+    el("path", { class: "raw", d: line(behind) }),
+    el("path", { class: colour, d: line(values) }),
   );
 }
 
@@ -93,30 +99,28 @@ function pictureLane() {
   addLane("Pictures", String(clip.pictures.length), 52, track);
 }
 
-/* A head's probability, its threshold (or the band it lies in), where it fired and where the reference acts. */
-function headLane(name, values, head, fired, references, colour) {
-  const [low, high] = clip.thresholds[head];
+/* A head's probability and score, the evidence it needs (or the band that lies in), where it fired and where the
+   reference acts. */
+function headLane(name, head, key, references, colour) {
+  const [low, high] = clip.evidence;
   const exact = low === high;
   const inner = HEAD_HEIGHT - 2 * HEAD_INSET;
   const y = (p) => HEAD_INSET + (1 - p) * inner;
-  const track = el("div", { class: "lane head", "data-lane": head }, curve(values, 1, colour + "-curve"));
+  const curves = curve(head.score, 1, colour + "-curve", head.probability);
+  const track = el("div", { class: "lane head", "data-lane": key }, curves);
   const band = `top:${y(high)}px;height:${(high - low) * inner}px`;
-  track.append(el("div", { class: "threshold" + (exact ? " exact" : ""), style: band }));
+  track.append(el("div", { class: "evidence" + (exact ? " exact" : ""), style: band }));
   for (const event of references) {
     track.append(el("i", { class: "reference", style: `left:${percent(event.row)}%` }));
   }
-  for (const row of fired) {
-    const style = `left:${percent(row)}%;top:${y(values[row])}px;color:var(--${colour})`;
+  for (const row of head.fired) {
+    const style = `left:${percent(row)}%;top:${y(head.score[row])}px;color:var(--${colour})`;
     track.append(el("i", { class: "fired", style }));
   }
-  if (exact) {
-    const title = "The head fires where its probability reaches the dashed line.";
-    addLane(name, `fires from ${low.toFixed(3)}`, HEAD_HEIGHT, track, title);
-  } else {
-    const title =
-      "The records tell the threshold only within the band: nothing below it fired, everything above it did.";
-    addLane(name, `fires from ${low.toFixed(2)}–${high.toFixed(2)}`, HEAD_HEIGHT, track, title);
-  }
+  const rule = "Fires where the score reaches the dashed line, or comes close to it as the other head fires.";
+  const within = "The records tell only that the line is within the band.";
+  if (exact) addLane(name, `fires from ${low.toFixed(3)}`, HEAD_HEIGHT, track, rule);
+  else addLane(name, `fires from ${low.toFixed(2)}–${high.toFixed(2)}`, HEAD_HEIGHT, track, `${rule} ${within}`);
 }
 
 /* Marks with their text, each as wide as the room up to the next one. */
@@ -135,14 +139,15 @@ function textLane(lane) {
 }
 
 /* A step's state over time: predicted above, as it should be below. */
-function stepLane(step) {
-  const track = el("div", { class: "lane step", "data-lane": step.id });
-  const add = ([first, last, state], place) => {
+function stepLane(step, key) {
+  const track = el("div", { class: "lane step", "data-lane": key });
+  const add = ([first, last, state], place, who) => {
     const style = `left:${(first / rows) * 100}%;width:${((last - first + 1) / rows) * 100}%`;
-    track.append(el("i", { class: `run ${place} state${state}`, style }));
+    const title = `${who}: ${stateName(state)}, frames ${clip.first + first}–${clip.first + last}`;
+    track.append(el("i", { class: `run ${place} state${state}`, style, title }));
   };
-  for (const run of step.predicted) add(run, "above");
-  for (const run of step.reference || []) add(run, "below");
+  for (const run of step.predicted) add(run, "above", "predicted");
+  for (const run of step.reference || []) add(run, "below", "reference");
   addLane((step.id + " " + step.name).trim(), "", 26, track);
 }
 
@@ -173,16 +178,17 @@ function drawLanes() {
   time.replaceChildren(axis);
   if (clip.pictures.length) pictureLane();
   const speak = capitalised(data.lossNames.speaking_binary);
-  headLane(speak, clip.speaking, "speaking", clip.spoke, eventsOf("wanted"), "speak");
+  headLane(speak, clip.speaking, "speaking", eventsOf("wanted"), "speak");
   if (clip.has_reference) textLane("wanted");
   textLane("said");
   if (clip.update) {
     const update = capitalised(data.lossNames.dst_binary);
-    headLane(update, clip.update, "dst", clip.updated, eventsOf("update_wanted"), "update");
+    headLane(update, clip.update, "dst", eventsOf("update_wanted"), "update");
     if (clip.has_reference) textLane("update_wanted");
     textLane("update");
-    clip.steps.forEach(stepLane);
   }
+  if (clip.step_state) stepLane(clip.step_state, "step_state");
+  for (const step of clip.steps) stepLane(step, step.id);
   textLane("user");
   contextLane();
   textLane("context");
@@ -206,13 +212,21 @@ function showFrame(row) {
   frame.replaceChildren(...parts);
 }
 
-/* The heads' probabilities and the tokens held. */
+/* What the heads read and decided, and the tokens held. */
 function frameNumbers(row) {
   const numbers = el("dl", {});
   const add = (name, value, id) => numbers.append(el("dt", {}, name), el("dd", { id }, value));
-  const decision = (p, fired) => probability(p) + (fired ? "  fired" : "");
-  add("speak", decision(clip.speaking[row], spoke.has(row)), "frame-speaking");
-  if (clip.update) add("update", decision(clip.update[row], updated.has(row)), "frame-update");
+  const addHead = (name, head) => {
+    add(name + " probability", fourDigits(head.probability[row]), `frame-${name}-probability`);
+    add(name + " score", fourDigits(head.score[row]) + (head.fired.includes(row) ? "  fired" : ""), "frame-" + name);
+  };
+  addHead("speak", clip.speaking);
+  if (clip.update) addHead("update", clip.update);
+  if (clip.step_state) {
+    const [now, due] = statesAt(clip.step_state, row);
+    const correction = now === due ? "" : el("span", { class: "wrong" }, "≠ " + stateName(due));
+    add("step state", el("span", {}, stateName(now) + " ", correction), "frame-step-state");
+  }
   add("context", clip.tokens[row] + " tokens", "frame-tokens");
   return numbers;
 }
@@ -227,8 +241,7 @@ function spokenNode(event) {
 
 /* A step's state at the frame; where it is wrong, also what it should be. */
 function stepNode(step, row) {
-  const now = stateAt(step.predicted, row);
-  const due = step.reference ? stateAt(step.reference, row) : now;
+  const [now, due] = statesAt(step, row);
   const wrong = due !== now;
   const title = stateName(now) + (wrong ? ", should be " + stateName(due) : "");
   const mark = el("i", { class: "state" + now });
@@ -250,9 +263,9 @@ function go(row, scroll = true) {
   pinned = clamp(row, 0, rows - 1);
   showCursor(pinned, false);
   const number = clip.first + pinned;
-  const speak = probability(clip.speaking[pinned]);
+  const speak = fourDigits(clip.speaking.score[pinned]);
   time.setAttribute("aria-valuenow", number);
-  time.setAttribute("aria-valuetext", `frame ${number}, ${clock(timeOf(pinned))}, speak ${speak}`);
+  time.setAttribute("aria-valuetext", `frame ${number}, ${clock(timeOf(pinned))}, speak score ${speak}`);
   selectEvents();
   if (scroll) scrollToCursor();
 }
@@ -381,7 +394,9 @@ function drawLegend() {
   const add = (mark, style, text) => entries.push(legendEntry(mark, style, text));
   if (clip.has_reference) add("mark", "", "where the reference acts");
   add("dot", "", "the head fired");
-  add("dashed", "", "threshold");
+  add("thin", "", "probability");
+  add("thick", "", "score, the mean that decides");
+  add("dashed", "", "evidence that a score has to reach");
   if (clip.has_reference) {
     add("", "background:var(--good)", "matched");
     add("", "background:var(--warn)", "other words");
@@ -412,9 +427,7 @@ function eventNode(event) {
 /* Show one of the clips, from its first frame. */
 function openClip(index) {
   clip = data.clips[index];
-  rows = clip.speaking.length;
-  spoke = new Set(clip.spoke);
-  updated = new Set(clip.updated);
+  rows = clip.tokens.length;
   shown = null;
   drawTitle();
   drawLanes();

@@ -44,8 +44,17 @@ class Event:
 
 
 @dataclass
+class HeadLane:
+    """A head over time, one value a frame: its probability, and the score that decides (prospect/decisions.py)."""
+
+    probability: list[float | None]
+    score: list[float | None]  # None: nothing was left to update
+    fired: list[int]  # rows
+
+
+@dataclass
 class StepLane:
-    """One step's state over time, as runs of (first row, last row, index into STATES)."""
+    """A step's state over time, as runs of (first row, last row, index into STATES)."""
 
     id: str
     name: str
@@ -55,7 +64,7 @@ class StepLane:
 
 @dataclass
 class Timeline:
-    """A streamed clip. F frames; probabilities and tokens have one entry a frame."""
+    """A streamed clip. F frames; tokens has one entry a frame."""
 
     id: str
     goal: str
@@ -63,13 +72,12 @@ class Timeline:
     first: int  # absolute number of row 0
     seconds: float  # time of row 0 in the video
     has_reference: bool
-    speaking: list[float | None]
-    update: list[float | None] | None  # None: a model without task state
-    spoke: list[int]  # rows at which the head fired
-    updated: list[int]
+    evidence: tuple[float, float]  # the score at which heads fire: lowest and highest it can be, equal where known
+    speaking: HeadLane
+    update: HeadLane | None  # None: a model without task state
     tokens: list[int]
-    thresholds: dict[str, tuple[float, float]]  # by head, lowest and highest value it can have; equal where it is known
     events: list[Event]
+    step_state: StepLane | None  # as the state head reads it; None: a model without that head
     steps: list[StepLane]
     metrics: list[tuple[str, str]]
     pictures: list[tuple[int, str]] = field(default_factory=list)  # (row, data URI)
@@ -83,7 +91,8 @@ def read_records(path: str | Path) -> dict[str, list[dict]]:
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read: {error}"
         raise ProspectError(what, where=str(path), remedy="python infer.py --out makes it") from error
-    needed = ("clip_id", "frame_idx", "time", "speaking_prob", "dst_update_prob", "dst_state")
+    needed = ("clip_id", "frame_idx", "time", "speaking_prob", "dst_update_prob", "speaking_score", "dst_update_score")
+    needed += ("dst_state", "step_state")
     for at, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
@@ -108,16 +117,16 @@ def read_records(path: str | Path) -> dict[str, list[dict]]:
 def timeline(
     records: list[dict],
     clip: Clip | None,
-    thresholds: dict[str, float] | None = None,
+    evidence: float | None = None,
     *,
     pictures: str | None = None,
     header_only: bool = False,
 ) -> Timeline:
     """What the time line of one streamed clip shows.
 
-    records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. thresholds: by
-    head ("speaking", "dst"); without them, the page shows between which probabilities they must lie. pictures: where
-    the frames are to be seen, anything prospect.vision.frames.frames_at reads.
+    records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. evidence: the
+    score at which heads fire (infer.evidence); without it, the page shows between which scores it must lie. pictures:
+    where the frames are to be seen, anything prospect.vision.frames.frames_at reads.
     header_only: the clip gives goal and steps, and its conversation is no reference (a video streamed live).
     Raises ProspectError when the records are not of this clip.
     """
@@ -128,11 +137,6 @@ def timeline(
     if clip is not None and not header_only:
         reference = as_far_as_streamed(clip, records)
         score = score_clip(reference, records, load_similarity("lexical"), dst=tracks_state)
-    heads = {"speaking": "speaking", "dst": "dst_update"} if tracks_state else {"speaking": "speaking"}
-    if thresholds is None:
-        bounds = {head: threshold_bounds(records, name) for head, name in heads.items()}
-    else:
-        bounds = {head: (thresholds[head], thresholds[head]) for head in heads}
     return Timeline(
         id=records[0]["clip_id"],
         goal=clip.goal if clip else "",
@@ -140,13 +144,12 @@ def timeline(
         first=first,
         seconds=records[0]["time"],
         has_reference=reference is not None,
-        speaking=[number(record["speaking_prob"]) for record in records],
-        update=[number(record["dst_update_prob"]) for record in records] if tracks_state else None,
-        spoke=[row for row, record in enumerate(records) if record["speaking_decision"]],
-        updated=[row for row, record in enumerate(records) if record["dst_update_decision"]],
+        evidence=evidence_bounds(records) if evidence is None else (evidence, evidence),
+        speaking=head_lane(records, "speaking"),
+        update=head_lane(records, "dst_update") if tracks_state else None,
         tokens=[record["context_tokens"] for record in records],
-        thresholds=bounds,
         events=timeline_events(records, reference, score),
+        step_state=step_state_lane(records, reference) if records[0]["step_state"] is not None else None,
         steps=step_lanes(records, clip, reference) if tracks_state else [],
         metrics=shown_metrics(score) if score else [],
         pictures=thumbnails(pictures, fps, first, F) if pictures else [],
@@ -172,15 +175,29 @@ def as_far_as_streamed(clip: Clip, records: list[dict]) -> Clip:
     return replace(clip, end_frame=last, turns=tuple(turns))
 
 
-def threshold_bounds(records: list[dict], head: str) -> tuple[float, float]:
-    """Between which probabilities a head's threshold lies: above every silent one below the lowest that fired.
+def head_lane(records: list[dict], head: str) -> HeadLane:
+    return HeadLane(
+        probability=[number(record[f"{head}_prob"]) for record in records],
+        score=[number(record[f"{head}_score"]) for record in records],
+        fired=[row for row, record in enumerate(records) if record[f"{head}_decision"]],
+    )
 
-    probabilities   0.1   0.4   0.7*  0.9*       (* fired)      the threshold is in (0.4, 0.7]
+
+def evidence_bounds(records: list[dict]) -> tuple[float, float]:
+    """Between which scores `infer.evidence` lies: above every silent one, up to the lowest that fired by itself.
+
+    Where both heads fire, one may have been drawn along by the other, so the higher score alone counts.
+
+    speaking    0.1   0.4   0.7*  0.2*       (* fired)
+    update      0.3   0.2   0.5   0.9*                      evidence is in (0.5, 0.7]
     """
-    fired = [record[f"{head}_prob"] for record in records if record[f"{head}_decision"]]
-    highest = min(fired, default=1.0)
-    silent = [record[f"{head}_prob"] for record in records if not record[f"{head}_decision"]]
-    return max((p for p in silent if p < highest), default=0.0), highest
+    silent, fired = [0.0], [1.0]
+    for record in records:
+        heads = [(record[f"{head}_score"], record[f"{head}_decision"]) for head in ("speaking", "dst_update")]
+        silent += [score for score, fires in heads if not fires and score is not None]
+        together = [score for score, fires in heads if fires]
+        fired += [max(together)] if together else []
+    return max(silent), min(fired)
 
 
 def timeline_events(records: list[dict], clip: Clip | None, score: ClipScore | None) -> list[Event]:
@@ -259,17 +276,25 @@ def step_lanes(records: list[dict], clip: Clip | None, reference: Clip | None) -
     predicted: list[State] = [record["dst_state"] for record in records]
     due = None if reference is None else reference.states_after()
     names = {step.id: step.name for step in clip.steps} if clip else dict.fromkeys(predicted[0], "")
-    return [
-        StepLane(id, name, state_runs(predicted, id), None if due is None else state_runs(due, id))
-        for id, name in names.items()
-    ]
+    lanes = []
+    for id, name in names.items():
+        mine, wanted = ([s.get(id, "not_started") for s in states] for states in (predicted, due or []))
+        lanes.append(StepLane(id, name, state_runs(mine), None if due is None else state_runs(wanted)))
+    return lanes
 
 
-def state_runs(states: Sequence[State], id: str) -> list[tuple[int, int, int]]:
+def step_state_lane(records: list[dict], reference: Clip | None) -> StepLane:
+    """The state of the most recently started step, as the state head reads it and as it should be."""
+    read = state_runs([record["step_state"] for record in records])
+    due = None if reference is None else state_runs([STATES[i] for i in reference.latest_step_state()])
+    return StepLane("", "Step state (head)", read, due)
+
+
+def state_runs(states: Sequence[str]) -> list[tuple[int, int, int]]:
     """A step's states over time as (first row, last row, index into STATES)."""
     found: list[tuple[int, int, int]] = []
     for row, state in enumerate(states):
-        now = STATES.index(state.get(id, "not_started"))
+        now = STATES.index(state)
         if found and found[-1][2] == now:
             found[-1] = (found[-1][0], row, now)
         else:
