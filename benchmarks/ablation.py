@@ -61,7 +61,8 @@ BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
 
 TRAIN_CLIPS, VAL_CLIPS, HELD_OUT_CLIPS, HELD_OUT_SEED = 480, 32, 40, 1000
 COMMON = (  # what every run of this page shares beyond config.yaml: a context of 320 tokens, and a shorter run
-    "data.max_seq_len=320", "infer.reserved=64", "infer.max_reply_tokens=32", "infer.max_update_tokens=16",  # 64 just holds both
+    "data.max_seq_len=320",
+    "infer.reserved=64", "infer.max_reply_tokens=32", "infer.max_update_tokens=16",  # 64 just holds both
     "train.max_steps=400", "train.eval_every=400", "train.save_every=400", "train.log_every=10",
 )  # fmt: skip
 WHOLE = "data.max_seq_len=1536"  # tokens that hold a whole task
@@ -109,7 +110,8 @@ NO_MEAN, ALONE = "infer.smoothing=1", "infer.coupling=0"
 STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop")  # those that need no task state
 SECTIONS = {
     "What is trained is what is streamed, one change after another": (
-        Row("labels over the whole range, text behind it; decisions as teacher-forced", "old-labels", (NO_MEAN, ALONE), False),
+        Row("labels over the whole range, text behind it; decisions as teacher-forced",
+            "old-labels", (NO_MEAN, ALONE), False),
         Row("the same, evidence tuned on streamed clips", "old-labels", (NO_MEAN, ALONE)),
         Row("+ the heads coupled", "old-labels", (NO_MEAN,)),
         Row("+ a running mean of the probabilities", "old-labels"),
@@ -177,7 +179,8 @@ def train(trained: str, seed: int, out: Path) -> None:
         command = [sys.executable, "train.py", "config.yaml", *settings(trained, seed, out)]
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if status != 0:
-        raise ProspectError(f"train.py ended with status {status}", where=name, remedy=f"see {log.name}")
+        what = f"train.py ended with status {status}"
+        raise ProspectError(what, where=name, remedy=f"see {log.name}")
 
 
 def check_settings(trained: str, seed: int, out: Path) -> None:
@@ -189,9 +192,8 @@ def check_settings(trained: str, seed: int, out: Path) -> None:
     )
     differ = [name for name in wanted if wanted[name] != found.get(name)]
     if differ:
-        raise ProspectError(
-            f"was trained with other settings ({', '.join(differ)})", where=str(run), remedy="remove this run"
-        )
+        what = f"was trained with other settings ({', '.join(differ)})"
+        raise ProspectError(what, where=str(run), remedy="remove this run")
 
 
 def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
@@ -242,7 +244,7 @@ def run_variant(trained: str, seed: int, out: Path) -> None:
 
 
 def next_step_floor(trained: str, out: Path) -> float:
-    """`next step` of a guess without any memory: what most often follows the step just completed, in the training clips."""
+    """`next step` of a guess without any memory: what most often follows the completed step in the training clips."""
     corpus, held_out = corpora(trained, out)
     follows: dict[tuple[str, str], Counter] = {}
 
@@ -271,8 +273,10 @@ def page(seeds: list[int], out: Path, command: str, floor: float) -> str:
         for key, numbers in read_json(out / run_name(trained, seed) / "measured.json").items()
     }
     lines = [
-        f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))} of weights, data order and negatives.",
-        f"The most frequent step after the one just completed, guessed without any memory, is the right next step in {floor:.3f} of cases.",
+        f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))} of weights, data order and "
+        "negatives.",
+        "The most frequent step after the one just completed, guessed without any memory, is the right next step in "
+        f"{floor:.3f} of cases.",
         "",
     ]
     for title, rows in SECTIONS.items():
@@ -300,7 +304,8 @@ def main() -> None:
     out = arguments.out.resolve()
     for difficulty in sorted({variant.difficulty for variant in TRAINED.values()}):
         for path, seed, clips, val_clips in (
-            (out / difficulty, 0, TRAIN_CLIPS, VAL_CLIPS), (out / f"{difficulty}-held-out", HELD_OUT_SEED, 1, HELD_OUT_CLIPS),
+            (out / difficulty, 0, TRAIN_CLIPS, VAL_CLIPS),
+            (out / f"{difficulty}-held-out", HELD_OUT_SEED, 1, HELD_OUT_CLIPS),
         ):  # fmt: skip
             if not path.exists():
                 write_sample(path, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)

@@ -1,13 +1,15 @@
-"""How fast clips become batches: each stage alone on one core, then the whole with worker processes.
+"""How fast clips become batches: each stage alone on one core, then all of them with worker processes.
 
     python benchmarks/data.py [--clips 512] [--frames 220] [--passes 3]
 
-Made-up clips with a turn about every 20 frames and a tokenizer trained on them, so that nothing has to be downloaded.
-`load` maps the embedding files into memory; `format, tokenize, label` is what reads them, from the page cache. The stages are timed in seconds of
-processor time, so that a busy machine does not change them, the whole in seconds on the wall.
+The clips are synthetic, with a turn about every 20 frames, and the tokenizer is trained on them, so nothing has to be
+downloaded. `load` maps the embedding files into memory; `format, tokenize, label` is what reads them, from the page
+cache. Single stages are timed in processor time, so that other load does not change them; the last rows, with worker
+processes, in wall-clock time.
 """
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -71,7 +73,7 @@ class Batches:
 
 
 def clips_per_second(work: Callable[[], None], clips: int, passes: int, clock: Callable[[], float]) -> float:
-    """The best of several passes: the others were disturbed by something."""
+    """Clips per second in the fastest of several passes: other load can only slow one down."""
     seconds = []
     for _ in range(passes):
         started = clock()
@@ -128,8 +130,9 @@ def main() -> None:
             print(f"{name:28}{clips_per_second(work, args.clips, args.passes, time.process_time):10.0f} clips/s")
         for workers in (0, 1, 2):
             loader = DataLoader(Batches(corpus, batches, tokenizer.pad_id), batch_size=None, num_workers=workers)
-            rate = clips_per_second(lambda: deque(loader, maxlen=0), args.clips, args.passes, time.perf_counter)
-            print(f"{f'whole, {workers} workers':28}{rate:10.0f} clips/s")
+            load_batches = functools.partial(deque, loader, maxlen=0)
+            rate = clips_per_second(load_batches, args.clips, args.passes, time.perf_counter)
+            print(f"{f'all, {workers} workers':28}{rate:10.0f} clips/s")
 
 
 if __name__ == "__main__":

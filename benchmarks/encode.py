@@ -1,12 +1,12 @@
-"""Frames a second of the SigLIP tower: prospect/vision/tower.py against transformers, same random weights, same pictures.
+"""Frames per second of the SigLIP tower: prospect/vision/tower.py against transformers, same weights, same pictures.
 
     pip install -r requirements-vision.txt transformers==5.23.0
     python benchmarks/encode.py [--batch 2] [--repeats 5] [--threads 2] [--layers 27]
 
-The shape is so400m-patch14-384: 27 blocks of width 1152, 729 patches, 0.67 TFLOP a picture. On a GPU both run under amp
-in fp16, on the CPU in fp32. The two take turns, so that whatever else the machine does falls on both, and each turn's
+The shape is so400m-patch14-384 with random weights: 27 blocks of width 1152, 729 patches, 0.67 TFLOP per picture. On a
+GPU both run under amp in fp16, on the CPU in fp32. The two take turns, so that other load slows both, and each turn's
 ratio is taken before the median. Only the towers are compared, from pixels to the pooled vector; preparing a 720p
-picture is timed by itself. With --peak (TFLOP/s of the device) the share of it that is reached is printed, too.
+picture is timed by itself. With --peak (the device's TFLOP/s), the share of it that is reached is printed too.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PREPROCESSING = dict(size={"height": 384, "width": 384}, resample=3, image_mean=
 
 
 def flops(config: VisionConfig) -> float:
-    """Of one picture, a multiplication and an addition counted as two."""
+    """Floating-point operations per picture; a multiplication and an addition count as two."""
     P, C, hidden = config.grid**2, config.hidden_size, config.intermediate_size
     patches = 2 * P * 3 * config.patch_size**2 * C
     block = 2 * P * (4 * C * C + 2 * C * hidden) + 2 * 2 * P * P * C  # linear maps, then scores and mixing
@@ -82,14 +82,13 @@ def main() -> None:
     ratio = statistics.median(their_seconds / our_seconds for their_seconds, our_seconds in turns)
     per_picture = flops(ours.config)
     print(f"{device.type}, {arguments.threads} threads, batches of {arguments.batch}, {arguments.layers} blocks, "
-          f"{per_picture / 1e12:.3f} TFLOP a picture; largest difference {difference:.1e}")  # fmt: skip
+          f"{per_picture / 1e12:.3f} TFLOP per picture; largest difference {difference:.1e}")  # fmt: skip
     for name, each in (("transformers", their_time), ("prospect", our_time)):
         speed = arguments.batch / each
         share = f" = {speed * per_picture / 1e12 / arguments.peak:.0%} of peak" if arguments.peak else ""
         print(f"{name:>12}  {speed:8.3f} frames/s  {speed * per_picture / 1e9:10.1f} GFLOP/s{share}")
-    print(
-        f"prospect / transformers, frames a second: {ratio:.3f} (turns {', '.join(f'{a / b:.3f}' for a, b in turns)})"
-    )
+    each_turn = ", ".join(f"{a / b:.3f}" for a, b in turns)
+    print(f"prospect / transformers, frames per second: {ratio:.3f} (turns {each_turn})")
 
     picture = torch.randint(0, 256, (3, 720, 1280), dtype=torch.uint8, device=device)
     prepare([picture], ours.preprocessing)

@@ -1,15 +1,15 @@
-"""The trained sample model on clips it has never seen, and on two controls that take its sight away.
+"""The trained sample model on clips it has never seen, and on two controls that blind it.
 
     python benchmarks/held_out.py [--checkpoint runs/sample/best] [--clips 40]
 
-Streams a sample corpus of another seed (the same world, other people and stories), and again with each clip's
+Streams a sample corpus generated with another seed (same tasks, new people and stories), then again with each clip's
 embeddings shuffled in time, and with the embeddings of another clip. A system that merely knew when assistants usually
-speak would do as well on the controls; this one must fall.
+speak would do as well on the controls; this one must do worse.
 
     replies right   a reply is right when it comes within 1 s of its reference's range and names the same step; F1, and
                     how many replies were right, said, and due
 
-Last, a question that no clip has: the user asks "What now?" at a random frame at which nothing happens.
+Finally, an unscripted question: the user asks "What now?" at a random frame at which nothing happens.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def swapped(jobs: list[Job]) -> list[Job]:
 
 
 def with_question(job: Job) -> tuple[Job, int, int | None]:
-    """The clip with a question at a frame 5 s or more from every turn; that frame, and the step a right answer names."""
+    """The clip with a question 5 s or more from every turn; its frame; the index of the step a right answer names."""
     draw, clip = generator(CORPUS_SEED, "question", job.clip.id), job.clip
     taken = [turn.end_frame for turn in clip.turns if turn.role != "system"]
     quiet = [
@@ -89,9 +89,8 @@ def main() -> None:
             numbers, replies = decision_numbers(scores), sum((score.replies for score in scores), Counts())
             columns = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
             cells = " | ".join(f"{numbers[column]:.3f}" for column in columns if column in numbers)
-            print(
-                f"| {name} | {cells} ({replies.matched} of {replies.predicted}, due {replies.reference}) |", flush=True
-            )
+            counts = f"{replies.matched} of {replies.predicted}, due {replies.reference}"
+            print(f"| {name} | {cells} ({counts}) |", flush=True)
 
         answered, named = 0, 0
         asked = {id(job): (job, frame, right) for job, frame, right in map(with_question, jobs)}

@@ -1,6 +1,6 @@
-"""What this machine can do at most, measured: the rate of a large matrix product and the speed at which memory is read.
+"""This machine's limits, measured: the rate of a large matrix product and the bandwidth of reading memory.
 
-A benchmark's own rate over these is its share of the hardware's limit.
+A benchmark's own rate divided by these is its share of the hardware limit.
 """
 
 import time
@@ -10,7 +10,7 @@ import torch
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 7) -> float:
-    """The fastest of several runs: what else the machine does can only slow one down."""
+    """Seconds of the fastest of several runs: other load can only slow one down."""
     times = []
     for _ in range(repeats + 1):  # the first is warm-up
         synchronise(device)
@@ -27,14 +27,14 @@ def synchronise(device: str) -> None:
 
 
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, a multiplication and an addition being two."""
+    """FLOP/s of a large square matrix product; a multiplication and an addition count as two operations."""
     n = 8192 if device == "cuda" else 1536
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n**3 / seconds(lambda: a @ b, device)
 
 
 def read_bandwidth(device: str, dtype: torch.dtype) -> float:
-    """Bytes a second read from memory by a matrix-vector product far larger than every cache."""
+    """Bytes per second read from memory by a matrix-vector product far larger than every cache."""
     rows, columns = (65536, 16384) if device == "cuda" else (16384, 8192)
     matrix = torch.ones(rows, columns, device=device, dtype=dtype)
     vector = torch.ones(columns, device=device, dtype=dtype)

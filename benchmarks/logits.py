@@ -1,12 +1,12 @@
-"""What the logits cost in memory, by the share of tokens that the LM head learns from: ours and the transformers way.
+"""What the logits cost in memory, by the share of tokens that the LM head learns from: ours against transformers.
 
     python benchmarks/logits.py [--shape small] [--device cpu] [--labelled 0 0.05 0.1 0.2 0.33 0.66]
 
-Only the end of a training step: hidden states [B,T,H] are given, the LM head's two losses and their gradients are
-computed. Ours reads the labelled positions alone, and from LM_CHUNK of them on one chunk after another, each computed
-again in the backward pass; the transformers way reads all positions and masks the losses. Printed is the peak above
-what lay in memory before, for each share in a process of its own. The gradient of the LM head is in both and in every
-row (the row of share 0 has little else), so the growth is what the logits take.
+Only the end of a training step is run: from given hidden states [B,T,H], the LM head's two losses and their gradients.
+Ours reads the labelled positions alone; above LM_CHUNK of them it works in chunks, each recomputed in the backward
+pass. The transformers version reads all positions and masks the losses. Each share runs in its own process, which
+prints the peak above the memory in use before. The gradient of the LM head is in both columns and in every row (the
+row of share 0 has little else), so the growth is what the logits take.
 """
 
 import argparse
@@ -30,19 +30,19 @@ def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    """Both losses in one pass over the logits, which is the best that can be done with all of them."""
+    """Both losses in one pass over the logits: the best that can be done when all of them are computed."""
     logits = model.lm_head(hidden).float().flatten(0, 1)  # [B*T, V]
     targets = [F.pad(batch[key], (0, 1), value=IGNORE)[:, 1:].flatten().to(hidden.device) for key in GEN_KEYS]
     return F.cross_entropy(logits, torch.maximum(*targets), ignore_index=IGNORE, reduction="sum")
 
 
 def status_mib(name: str) -> float:
-    """VmRSS (in memory now) or VmHWM (the most so far) of this process."""
+    """VmRSS (in memory now) or VmHWM (the peak so far) of this process, in MiB."""
     return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 2**10
 
 
 def peak_above(which: str, shape: str, labelled: float, device: str) -> float:
-    """MiB at the peak of one forward and backward, above what was there before."""
+    """MiB at the peak of one forward and backward pass, above the memory in use before."""
     batch = make_batch(shape, labelled, device)
     model = Prospect(model_config(shape)).to(device)
     B, T = batch["input_ids"].shape
@@ -53,7 +53,7 @@ def peak_above(which: str, shape: str, labelled: float, device: str) -> float:
         before = torch.cuda.memory_allocated()
         loss(model, hidden, batch).backward()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = status_mib("VmRSS")
     loss(model, hidden, batch).backward()
     return status_mib("VmHWM") - before
@@ -70,28 +70,17 @@ def main() -> None:
         print(peak_above(arguments.of, arguments.shape, arguments.labelled[0], arguments.device))
         return
     tokens = int(make_batch(arguments.shape, 0, "cpu")["attention_mask"].sum())
-    print(
-        f"{arguments.shape} on {arguments.device}: {tokens} tokens, vocabulary {SHAPES[arguments.shape][5]:,}, chunks of {LM_CHUNK}"
-    )
+    vocabulary = f"vocabulary {SHAPES[arguments.shape].vocab:,}"
+    print(f"{arguments.shape} on {arguments.device}: {tokens} tokens, {vocabulary}, chunks of {LM_CHUNK}")
     print("| learned | tokens learned | ours, MiB | transformers, MiB |\n|---:|---:|---:|---:|")
     for share in arguments.labelled:
         batch = make_batch(arguments.shape, share, "cpu")
         learned = sum(int((batch[key] != IGNORE).sum()) for key in GEN_KEYS)
         peaks = []
         for which in ("ours", "theirs"):
-            command = [
-                sys.executable,
-                __file__,
-                "--shape",
-                arguments.shape,
-                "--device",
-                arguments.device,
-                "--labelled",
-                str(share),
-                "--of",
-                which,
-            ]
-            # One arena and no thresholds that grow: what is freed goes back to the system at once, and the peak is that of live tensors.
+            command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device,
+                       "--labelled", str(share), "--of", which]  # fmt: skip
+            # One arena, fixed thresholds: freed memory returns to the system at once, so the peak is of live tensors.
             environment = os.environ | {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:

@@ -2,8 +2,8 @@
 
     python benchmarks/startup.py [config.yaml] [--repeats 3] [section.key=value ...]
 
-The corpus and the tokenizer are made beforehand, as in every run but the first. Each repeat is a process of its own; the
-first step is seen by its line in metrics.jsonl, which is written at once.
+The corpus and the tokenizer are made beforehand, as in every run but the first. Each repeat is its own process; the
+first step is detected by its line in metrics.jsonl, which is written at once.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
@@ -21,7 +22,7 @@ from prospect.config import load_config
 from prospect.errors import ProspectError, run_entry_point
 
 
-def seconds_until(happened, process: subprocess.Popen, started: float) -> float:
+def seconds_until(happened: Callable[[], bool], process: subprocess.Popen, started: float) -> float:
     while not happened():
         if process.poll() is not None and not happened():
             raise ProspectError(f"the run ended before its first step: {process.stderr.read()[-300:]}")
@@ -30,16 +31,9 @@ def seconds_until(happened, process: subprocess.Popen, started: float) -> float:
 
 
 def time_run(config: str, overrides: list[str], out: Path) -> float:
-    """One run up to its first step, which is then stopped."""
-    command = [
-        sys.executable,
-        "train.py",
-        config,
-        *overrides,
-        f"run.out={out}",
-        "run.name=startup",
-        "train.log_every=1",
-    ]
+    """Seconds from the start of a run to its first step; the run is then stopped."""
+    settings = [*overrides, f"run.out={out}", "run.name=startup", "train.log_every=1"]
+    command = [sys.executable, "train.py", config, *settings]
     log = out / "startup" / "metrics.jsonl"
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -5,13 +5,13 @@
 
 Needs transformers (requirements-dev.txt). The loop is the usual one of streaming assistants: each frame's projected
 embedding goes through LlamaForCausalLM with a DynamicCache, which grows by concatenation, and the LM head is read at
-every frame; a second one reads two heads instead. The engine reads its two heads, from a cache allocated once: frame by frame (K=1), with look-ahead,
-and frame by frame for several streams at once.
+every frame; a variant reads two heads instead. The engine reads its two heads, with a cache allocated once: frame by
+frame (K=1), with look-ahead, and frame by frame for several streams at once.
 
-All stream the same frames behind the same prompt, one after the other within each round, so that whatever else the
-machine does falls on all of them. Printed are medians over the rounds of milliseconds a frame, the 95th percentile of
-single steps, and the medians of each round's ratio. A frame by itself must read every weight but the token embeddings
-from memory, and the cache: those bytes a second over what this machine reads at most is the last column.
+All of them stream the same frames after the same prompt, one after the other within each round, so that other load
+slows them alike. The table shows, over the rounds, the median of milliseconds per frame, the 95th percentile of single
+steps, and the median of each round's ratio. To process one frame, every weight but the token embeddings must be read
+from memory, and the cache too: the last column is those bytes per second as a share of what this machine can read.
 """
 
 import argparse
@@ -50,19 +50,19 @@ def transformers_model(model: Prospect):
         raise ProspectError("transformers is not installed", remedy="pip install -r requirements-dev.txt") from error
     c, weight = model.config, model.lm_head.weight
     config = LlamaConfig(vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-                         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-                         num_key_value_heads=c.num_key_value_heads, rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
+                         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
+                         head_dim=c.head_dim, num_key_value_heads=c.num_key_value_heads,
+                         rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
     peer = LlamaForCausalLM(config).to(weight.device, weight.dtype).eval()
-    peer.load_state_dict(
-        {name: tensor for name, tensor in model.state_dict().items() if name.startswith(("model.", "lm_head."))}
-    )
+    shared = ("model.", "lm_head.")  # by name; the projector and the heads are ours alone
+    peer.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(shared)})
     return peer
 
 
 def transformers_loop(
     peer, model: Prospect, prompt: list[int], frames: torch.Tensor, device: str, read_lm_head: bool
 ) -> tuple[list[float], float]:
-    """Seconds of each of frames [F,D] behind the prompt, and the last probability of speaking."""
+    """Seconds of each of frames [F,D] after the prompt, and the last probability of speaking."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=peer.config)
@@ -82,7 +82,7 @@ def transformers_loop(
 
 
 def engine(sessions: list[StreamSession], frames: torch.Tensor, lookahead: int) -> tuple[list[float], float]:
-    """Seconds of each step over frames [F,D], which every session sees, and the last probability of speaking."""
+    """Seconds of each step over frames [F,D], shown to every session, and the last probability of speaking."""
     times, at = [], 0
     while at < len(frames):
         upcoming = [Frame(row) for row in frames[at : at + lookahead]]
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of weights and arithmetic, in both")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--frames", type=int, default=64, help="frames a round")
+    parser.add_argument("--frames", type=int, default=64, help="frames per round")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device, dtype = arguments.device, torch_dtype(arguments.precision)
@@ -127,12 +127,7 @@ def main() -> None:
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
     config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
-    raw = {
-        "start_frame_idx": 0,
-        "end_frame_idx": arguments.frames - 1,
-        "conversation": [],
-        "inferred_goal": "Go on " * 30,
-    }
+    raw = dict(start_frame_idx=0, end_frame_idx=arguments.frames - 1, conversation=[], inferred_goal="Go on " * 30)
     clip, _ = parse_clip(raw, "bench", 0)
     prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
     frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
@@ -148,7 +143,7 @@ def main() -> None:
         **{f"engine, K={k}": k for k in LOOKAHEAD},
         f"engine, K=1, {STREAMS} streams": STREAMS,
     }
-    a_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds a frame, of each round
+    per_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds per frame, of each round
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
         measured = []
@@ -162,27 +157,26 @@ def main() -> None:
         if round_number:
             for name, times in zip(modes, measured):
                 shown = len(frames) * (STREAMS if "streams" in name else 1)
-                a_frame[name].append(sum(times) / shown * 1e3)
+                per_frame[name].append(sum(times) / shown * 1e3)
                 steps[name] += [1e3 * t for t in times]
 
     need = frame_bytes(model, len(prompt) + len(frames) // 2)
     print(
-        f"{arguments.shape} on {device}, {arguments.precision}: {len(frames)} silent frames behind {len(prompt)} tokens, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; a frame reads {need / 1e6:.0f} MB, memory gives {bandwidth / 1e9:.1f} GB/s"
+        f"{arguments.shape} on {device}, {arguments.precision}: "
+        f"{len(frames)} silent frames after {len(prompt)} tokens, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"a frame reads {need / 1e6:.0f} MB, memory bandwidth {bandwidth / 1e9:.1f} GB/s"
     )
-    print(
-        "| | ms a frame | p95 of a step, ms | frames/s | against transformers (lowest..highest round) | of the bandwidth |"
-    )
+    print("| | ms per frame | p95 of a step, ms | frames/s | speed-up (lowest..highest round) | share of bandwidth |")
     print("|---|---:|---:|---:|---:|---:|")
-    for name, values in a_frame.items():
-        ratios = [theirs / ours for theirs, ours in zip(a_frame["transformers, growing cache"], values)]
+    for name, values in per_frame.items():
+        ratios = [theirs / ours for theirs, ours in zip(per_frame["transformers, growing cache"], values)]
         median, p95 = statistics.median(values), float(np.percentile(steps[name], 95))
-        share = (
-            f"{need / (median / 1e3) / bandwidth:.0%}" if name == "engine, K=1" else ""
-        )  # the others read a weight once for many
-        print(
-            f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f}) | {share} |"
-        )
+        speed_up = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})"
+        share = ""
+        if name == "engine, K=1":  # the others read a weight once for many frames
+            share = f"{need / (median / 1e3) / bandwidth:.0%}"
+        print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {speed_up} | {share} |")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""One training step, ours and the transformers way, on the same weights and the same batch.
+"""One training step, ours against transformers, on the same weights and the same batch.
 
     python benchmarks/train_step.py [--shape small] [--device cpu] [--repeats 5] [--labelled 0.33]
     python benchmarks/train_step.py --shape llama-3.2-3b --device cuda --precision bf16
 
-The transformers way is what a user would otherwise run, and what the peers do: LlamaForCausalLM with a projector and two
-heads, an attention mask, logits of the whole vocabulary at every position, and its own loss function once for replies
-and once for updates. "One pass" is the same with both losses taken in one pass over the logits, written by hand. Forward,
-backward and AdamW (fused in both) are timed, alternating in one process; peak memory is that of a process of its own
-for each. The last row sets the operations that a step needs (padding, and logits that nothing is learned from, are not
-among them) against the rate of a large matrix product on this machine. Needs transformers (requirements-dev.txt).
+The transformers version is what a user would otherwise run, and what similar projects do: LlamaForCausalLM with a
+projector and two heads, an attention mask, logits of the full vocabulary at every position, and its own loss function,
+once for replies and once for updates. "One pass" is the same with both losses computed by hand in one pass over the
+logits. Forward, backward and AdamW (fused in both) are timed, alternating in one process; peak memory is measured in a
+separate process for each. One row divides the operations that a step needs (padding, and logits that nothing is learned
+from, do not count) by the rate of a large matrix product on this machine. Needs transformers (requirements-dev.txt).
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +34,28 @@ from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
 from prospect.weights import save_model
 
-# name: (hidden, intermediate, layers, heads, kv heads, vocabulary, sequences, shortest, longest sequence)
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's widths and counts, and the batch it is trained on."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    sequences: int = 1  # in the batch
+    shortest: int = 4096  # sequence, in tokens; the others are spread evenly up to the longest
+    longest: int = 4096
+
+
 SHAPES = {
-    "tiny": (64, 128, 2, 4, 2, 1024, 2, 60, 80),  # to try the script
-    "small": (512, 1408, 6, 8, 4, 49152, 4, 640, 818),
-    "smollm2-1.7b": (2048, 8192, 24, 32, 32, 49152, 1, 4096, 4096),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128256, 1, 4096, 4096),
-    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256, 1, 4096, 4096),
+    "tiny": Shape(64, 128, 2, 4, 2, 1024, sequences=2, shortest=60, longest=80),  # to try the script
+    "small": Shape(512, 1408, 6, 8, 4, 49152, sequences=4, shortest=640, longest=818),
+    "smollm2-1.7b": Shape(2048, 8192, 24, 32, 32, 49152),
+    "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128256),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256),
 }
 D = 2048  # width of a frame embedding
 FRAMES = 0.32  # share of a sequence's tokens that are frames, as in the real clip
@@ -48,19 +64,19 @@ PRECISIONS = ["fp32", "bf16"]
 
 
 def model_config(shape: str) -> ModelConfig:
-    hidden, intermediate, layers, heads, kv_heads, vocab, *_ = SHAPES[shape]
-    return ModelConfig(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-                       num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=hidden // heads,
-                       tie_word_embeddings=True, vision_dim=D, image_token_id=1)  # fmt: skip
+    s = SHAPES[shape]
+    return ModelConfig(vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.intermediate,
+                       num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
+                       head_dim=s.hidden // s.heads, tie_word_embeddings=True, vision_dim=D,
+                       image_token_id=1)  # fmt: skip
 
 
 def make_batch(shape: str, labelled: float, device: str) -> dict[str, torch.Tensor]:
-    """A right-padded batch: frames, then text of which a share `labelled` of all tokens is learned; decisions at frames."""
-    *_, vocab, B, shortest, longest = SHAPES[shape]
-    draw = torch.Generator().manual_seed(0)
-    lengths = torch.linspace(shortest, longest, B).long()
-    T = int(lengths.max())
-    ids = torch.randint(2, vocab, (B, T), generator=draw)
+    """A right-padded batch of frames among text; decisions at frames; a share `labelled` of all tokens is learned."""
+    s, draw = SHAPES[shape], torch.Generator().manual_seed(0)
+    lengths = torch.linspace(s.shortest, s.longest, s.sequences).long()
+    B, T = s.sequences, int(lengths.max())
+    ids = torch.randint(2, s.vocab, (B, T), generator=draw)
     gen, speaking = torch.full((B, T), IGNORE), torch.full((B, T), IGNORE)
     mask = torch.arange(T) < lengths[:, None]
     for b, length in enumerate(lengths.tolist()):
@@ -72,14 +88,13 @@ def make_batch(shape: str, labelled: float, device: str) -> dict[str, torch.Tens
         gen[b, learned] = ids[b, learned]
     ids[~mask] = 0
     half = torch.arange(T) % 2 == 0  # replies and updates: disjoint text
-    batch = {
+    return {
         "input_ids": ids.to(device), "attention_mask": mask.to(device),
         "image_embeds": torch.randn(int((ids == 1).sum()), D, generator=draw).half().to(device),
         "speaking_gen_labels": gen.masked_fill(~half, IGNORE), "speaking_labels": speaking,
         "dst_gen_labels": gen.masked_fill(half, IGNORE), "dst_update_labels": speaking,
         "dst_state_labels": torch.full((B, T), IGNORE),
     }  # fmt: skip
-    return batch
 
 
 def our_step(directory: str, batch: dict, device: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], float]:
@@ -131,7 +146,7 @@ def their_step(
         )
         loss = masked_bce(speaking_head(out.hidden_states[-1]), labels["speaking_labels"])
         loss = loss + masked_bce(dst_head(out.hidden_states[-1]), labels["dst_update_labels"])
-        if one_pass:  # no position is learned from by both
+        if one_pass:  # no position carries both labels
             targets = [F.pad(labels[key], (0, 1), value=IGNORE)[:, 1:].flatten() for key in GEN_KEYS]
             tokens = F.cross_entropy(
                 out.logits.float().flatten(0, 1), torch.maximum(*targets), ignore_index=IGNORE, reduction="none"
@@ -156,7 +171,7 @@ def time_once(step: Callable[[], float], device: str) -> tuple[float, float]:
 
 
 def needed_flops(shape: str, batch: dict) -> float:
-    """Floating-point operations that a step needs: 6 for each weight that a token passes (2 forward, 4 backward)."""
+    """Floating-point operations that a step needs: 6 per weight and token (2 forward, 4 backward), and attention."""
     c = model_config(shape)
     heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
     block = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)  # weights
@@ -166,16 +181,15 @@ def needed_flops(shape: str, batch: dict) -> float:
     projector = frames * (c.vision_dim * c.hidden_size * 2 / 3 + c.hidden_size**2)  # embeddings need no gradient
     # Attention: half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass.
     attention = 6 * c.num_hidden_layers * heads * float((lengths**2).sum())
-    return (
-        6 * (float(lengths.sum()) * c.num_hidden_layers * block + learned * c.hidden_size * c.vocab_size + projector)
-        + attention
-    )
+    blocks = float(lengths.sum()) * c.num_hidden_layers * block
+    return 6 * (blocks + learned * c.hidden_size * c.vocab_size + projector) + attention
 
 
 def peak_memory(which: str, arguments: argparse.Namespace, directory: str) -> float:
-    """GiB at the peak of two steps, in a process of its own."""
-    command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device, "--labelled", str(arguments.labelled),
-               "--precision", arguments.precision, "--memory-of", which, "--directory", directory]  # fmt: skip
+    """GiB at the peak of two steps, in a separate process."""
+    command = [sys.executable, __file__, "--shape", arguments.shape, "--device", arguments.device,
+               "--labelled", str(arguments.labelled), "--precision", arguments.precision,
+               "--memory-of", which, "--directory", directory]  # fmt: skip
     if arguments.checkpointing:
         command.append("--checkpointing")
     done = subprocess.run(command, capture_output=True, text=True)
@@ -206,7 +220,7 @@ def main() -> int:
         if arguments.device == "cuda":
             print(torch.cuda.max_memory_allocated() / 2**30)
         else:
-            # VmHWM, not ru_maxrss: that one starts at the size of the process that started us.
+            # VmHWM, not ru_maxrss, which starts at the size of the parent process.
             status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
             print(int(status.split()[0]) / 2**20)
         return 0
@@ -235,20 +249,22 @@ def main() -> int:
     median = {name: statistics.median(values) for name, values in times.items()}
     gen = sum(int((batch[key] != IGNORE).sum()) for key in GEN_KEYS)
     print(
-        f"{arguments.shape} on {arguments.device}, {arguments.precision}: {tokens} tokens, {gen} of them learned by the LM head ({gen / tokens:.0%}); "
-        f"first losses {', '.join(f'{loss:.4f}' for loss in losses.values())}; torch {torch.__version__}, {torch.get_num_threads()} threads"
+        f"{arguments.shape} on {arguments.device}, {arguments.precision}: "
+        f"{tokens} tokens, {gen} of them learned by the LM head ({gen / tokens:.0%}); "
+        f"first losses {', '.join(f'{loss:.4f}' for loss in losses.values())}; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     needed, rate = needed_flops(arguments.shape, batch), matmul_flops(arguments.device, dtype)
     columns: dict[str, Callable[[str], str]] = {
         f"step, s (median of {arguments.repeats})": lambda name: f"{median[name]:.3f}",
         "tokens/s": lambda name: f"{tokens / median[name]:.0f}",
-        "ours is as fast, times": lambda name: f"{median[name] / median['ours']:.2f}",
-        f"TFLOP/s, of {needed / 1e12:.2f} TFLOP a step": lambda name: f"{needed / median[name] / 1e12:.3f}",
-        f"of the {rate / 1e12:.3f} TFLOP/s of a large matrix product": lambda name: (
+        "speed-up of ours": lambda name: f"{median[name] / median['ours']:.2f}",
+        f"TFLOP/s, of {needed / 1e12:.2f} TFLOP per step": lambda name: f"{needed / median[name] / 1e12:.3f}",
+        f"share of {rate / 1e12:.3f} TFLOP/s (large matrix product)": lambda name: (
             f"{needed / median[name] / rate:.0%}"
         ),
         "peak memory, GiB": lambda name: f"{memory[name]:.2f}",
-        "ours takes of it": lambda name: f"{memory['ours'] / memory[name]:.2f}",
+        "share of it that ours takes": lambda name: f"{memory['ours'] / memory[name]:.2f}",
     }
     print("| | ours | transformers | transformers, one pass |\n|---|---:|---:|---:|")
     for title, value in columns.items():

@@ -478,7 +478,7 @@ def label_tokens(
     starts [T]: the character at which each token starts. A token belongs to the range in which it starts; a frame is
     decided at the last token that starts before its end, the last of its <image> tokens.
 
-    `binary_at: text` is seed 000's table: 1 on every token of a learned turn, 0 at frames where neither head fires.
+    `binary_at: text` labels the tokens of a turn's text: 1 on each of them, 0 at frames where neither head fires.
     `silence_lm` (ProAssist): such a frame is followed by "the turn is over". The label at t+1 is what the hidden state
     at t learns, so the end token is the label *behind* the frame, whatever token stands there.
 
@@ -568,8 +568,8 @@ def _turns_layout(clip: Clip, config: DataConfig, turns: list[Turn], labels: dic
 def kept_frames(clip: Clip, config: DataConfig, seed: int) -> np.ndarray:
     """Absolute numbers of the frames that the stream layout shows, increasing.
 
-    all; turns: only the frames of turns; hybrid: seed 002's sampling (frames of task-state changes, a window around
-    speech, every n-th frame, a random share of the rest, at most so many a clip). A frame at which a text stands is
+    all; turns: only the frames of turns; hybrid: hybrid frame sampling (frames of task-state changes, a window around
+    speech, every n-th frame, a random share of the rest, up to a cap per clip). A frame at which a text stands is
     kept in every mode. The random share is drawn for (seed, clip), the same in every epoch, so that lengths stay.
     """
     first, F = clip.start_frame, clip.num_frames
@@ -609,7 +609,7 @@ RECENT_TURNS = 200  # the newest turns, which truncation keeps first
 def _truncate(
     clip: Clip, layout: Layout, tokens: np.ndarray, prompt_length: Callable[[int], int], config: DataConfig
 ) -> Window:
-    """One sequence by seed 002's priorities: the newest turns, then task-state changes, instructions, the rest.
+    """One sequence by priority truncation: the newest turns, then task-state changes, instructions, the rest.
 
     Everything from the RECENT_TURNS-th newest text on comes first, so a clip of fewer texts keeps its newest stretch
     without a gap. Within a priority the newest units are kept. An update is never lost behind the first unit kept

@@ -58,15 +58,17 @@ def test_an_older_configuration_is_read_without_the_settings_that_are_gone(copy)
 def test_every_file_is_on_the_disk_before_the_directory_gets_its_name(tmp_path, monkeypatch):
     """A power cut after the rename must find the files' bytes there: fsync of each file and folder comes first."""
     done: list[str] = []
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
-    )
+
+    def record_sync(descriptor: int) -> None:
+        done.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", record_sync)
     rename = os.rename
     monkeypatch.setattr(os, "rename", lambda a, b: (done.append(f"rename {Path(b).name}"), rename(a, b)))
     write(tmp_path / "step-000001")
     before = done[: done.index("rename step-000001")]
-    assert sorted(before) == [
-        "sync .step-000001.writing", "sync deeper", "sync model.safetensors", "sync shard", "sync state.json"]  # fmt: skip
+    expected = ["sync .step-000001.writing", "sync deeper", "sync model.safetensors", "sync shard", "sync state.json"]
+    assert sorted(before) == expected
     assert done[len(before) :] == ["rename step-000001", f"sync {tmp_path.name}"]
 
 

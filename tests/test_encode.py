@@ -1,4 +1,4 @@
-"""prospect/vision/frames.py and prospect/vision/encode.py on videos made here: the right picture for every frame, and whole files.
+"""frames.py and encode.py of prospect/vision/ on videos made here: the right picture for every frame, complete files.
 
 The videos carry their picture numbers in blocks of 8 x 8 pixels, 16 bits, so that no codec blurs them. What is expected
 is computed here from the times at which the pictures were put in, never by the code under test.

@@ -327,7 +327,7 @@ def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
 
     theirs = transformers.LlamaForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
-    saved = {name for name in peft.get_peft_model_state_dict(theirs)}
+    saved = set(peft.get_peft_model_state_dict(theirs))
     assert saved == {"base_model.model." + name for name in model.state_dict() if is_adapter(name)}
     ids = torch.arange(1, 49).reshape(2, 24)
     model.eval()

@@ -75,7 +75,7 @@ def test_rows_at_different_positions_and_rollback():
     def number(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=draw))
 
-    for turn in range(40):
+    for _ in range(40):
         rows = [row for row in range(4) if number(0, 1)] or [2]  # neighbours or not, one or several
         new = [[number(2, VOCAB - 1) for _ in range(number(1, 5))] for _ in rows]
         T = max(map(len, new))

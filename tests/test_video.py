@@ -1,4 +1,4 @@
-"""prospect/vision/video.py: the task file, both paces, what the user says, how real time is kept; and infer.py --video."""
+"""prospect/vision/video.py: the task file, both paces, what the user says, real-time pace; and infer.py --video."""
 
 import itertools
 import json

@@ -1,6 +1,6 @@
-"""prospect/vision/tower.py against the numbers of an independent implementation (tests/fixtures/make_vision_fixtures.py).
+"""prospect/vision/tower.py against an independent implementation (tests/fixtures/make_vision_fixtures.py).
 
-Only torch is needed: the reference numbers lie in tests/fixtures/vision.
+Only torch is needed: the reference numbers are stored in tests/fixtures/vision.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""A corpus and a configuration so small that whole training runs fit into a test.
+"""A corpus and a configuration so small that complete training runs fit into a test.
 
-    write_tiny_corpus(folder)             train.json, val.json and embeddings/ in `folder`, the same for the same arguments
+    write_tiny_corpus(folder)             train.json, val.json and embeddings/ in `folder`; same arguments, same files
     tiny_config(folder, "section.key=value", ...)         a Config on that corpus
     write_tiny_config(folder, "section.key=value", ...)   the same as FOLDER/config.yaml, for `python train.py`
     run_training(folder, "section.key=value", ..., world=2)   train.py's loop in processes of its own; exit statuses
@@ -86,7 +86,9 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
             "train": [str(folder / "train.json")], "val": [str(folder / "val.json")], "sample": None,
             "max_seq_len": 512, "batch_tokens": 512, "neg_frame_sampling_rate": 0.1,
         },
-        "train": {"max_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "save_every": 3, "device": "cpu"},
+        "train": {
+            "max_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "save_every": 3, "device": "cpu",
+        },
         "infer": {"reserved": 64},
     }  # fmt: skip
     return make_config(apply_overrides(values, list(overrides)), "tiny")
