@@ -31,12 +31,13 @@ from prospect.data import Corpus
 from prospect.errors import run_entry_point
 from prospect.evaluate import records_file
 from prospect.load import load_for_inference
-from prospect.metrics import Counts, HeadTrace
+from prospect.metrics import Counts, HeadTrace, logit
 from prospect.sample import write_sample
 from prospect.score import score_clip, score_step_state, score_task_state, summarise, says_the_same, timely_replies
 from prospect.stream import FrameRecord
 from prospect.text_metrics import load_similarity
 from prospect.thresholds import decision_report, teacher_forced, traces
+from prospect.tuning import SHIFTS, teacher_forced_thresholds
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.weights import save_model
 
@@ -271,9 +272,9 @@ def test_replies_right_by_hand():
     turns = [("assistant", "Now do step one.", 12, 14), ("assistant", "Do two, please.", 18, 18),
              ("assistant", "All done. Well built!", 24, 25), ("assistant", "One again.", 30, 31)]  # fmt: skip
     clip = read(raw_clip(turns, 10, 39))  # of the steps "one" and "two", at 2 fps
-    said = {10: "ONE it is.", 13: "Take two.", 16: "Take one.", 20: "Now two!", 23: "All done. Bye.", 34: "one"}
+    said = {10: "ONE it is.", 13: "Take two.", 16: "Take one.", 19: "Now two!", 23: "All done. Bye.", 34: "one"}
     # 13 lies in 12..14, so it is the first turn's, and names the wrong step: 10 and 16 (2 frames away) are redundant.
-    # 20 is 2 frames late for 18 and right; 23 is one early, and right; 34 is 3 late for 31.
+    # 19 is nearer to 18 than 16 is, and right; 23 is one early, and right; 34 is 3 late for 31.
     assert timely_replies(clip, records_from(clip, said)) == [(1, 0, False), (3, 1, True), (4, 2, True)]
     numbers = summarise([score_clip(clip, records_from(clip, said), LEXICAL, False)])
     assert (numbers["replies_right_precision"], numbers["replies_right_recall"]) == (2 / 6, 2 / 4)
@@ -563,99 +564,93 @@ def test_a_model_without_task_state(clips, tmp_path, capsys):
     assert not any("dst" in name or "transition" in name or "goal" in name for name in results["tiny"])
     assert call(checkpoint, "--data", clips, "--sweep") == 0
     shown = capsys.readouterr().out
-    assert "speaking: event precision" in shown and "dst:" not in shown
+    assert "speaking, teacher-forced: event F1" in shown and "dst" not in shown.replace(str(tmp_path), "")
     assert read_state(checkpoint).thresholds.keys() == {"speaking"}
 
 
 # ---- the sweep -----------------------------------------------------------------------------------
 
 
-def most_pairs(predicted: list[int], reference: list[int], tolerance: int) -> int:
-    """The largest number of pairs at most `tolerance` apart, by trying everything."""
-    if not predicted:
-        return 0
-    first, rest = predicted[0], predicted[1:]
-    return max([most_pairs(rest, reference, tolerance)] + [
-        1 + most_pairs(rest, [r for r in reference if r != frame], tolerance)
-        for frame in reference if abs(frame - first) <= tolerance
-    ])  # fmt: skip
-
-
-def brute_force(probabilities: list[np.ndarray], events: list[list[int]], fps: list[int]) -> tuple[float, list[float]]:
-    """The threshold in the middle of the longest stretch of best event F1, and the F1 of all."""
-    curve = []
-    for threshold in THRESHOLDS:
-        pairs = predicted = 0
-        for p, reference, rate in zip(probabilities, events, fps):
-            starts = [i for i in range(len(p)) if p[i] >= threshold and (i == 0 or p[i - 1] < threshold)]
-            pairs, predicted = pairs + most_pairs(starts, reference, rate), predicted + len(starts)
-        curve.append(2 * pairs / (predicted + sum(map(len, events))))
-    best = [i for i, f1 in enumerate(curve) if f1 == max(curve)]
-    stretches = [[i] for i in best if i - 1 not in best]
-    for stretch in stretches:
-        while stretch[-1] + 1 in best:
-            stretch.append(stretch[-1] + 1)
-    longest = max(stretches, key=len)
-    return float(THRESHOLDS[longest[(len(longest) - 1) // 2]]), curve
-
-
 def test_thresholds_of_clips_with_different_frame_rates():
     """At 4 fps an event may be 4 frames early, at 2 fps 2: the same figures, found and not found."""
-    values = np.zeros(12)
-    values[[1, 6]] = [0.9, 0.4]  # for an event at 4
-    labels = np.zeros(12, int)
-    clips = [ClipTrace("clip", fps, {"speaking": values}, {"speaking": labels}, {"speaking": [4]}) for fps in (2, 4)]
-    for order in (clips, clips[::-1]):
-        numbers, thresholds = decision_report(order, ["speaking"])
-        # Above 0.4: one event a clip, 3 frames early: found at 4 fps alone. Below: both times 6 is 2 frames late.
-        best, curve = brute_force([values, values], [[4], [4]], [2, 4])
-        assert thresholds == {"speaking": best} and best < 0.4
-        assert numbers["speaking_event_f1"] == 2 * 2 / (4 + 2) == max(curve)
+    values, labels = np.zeros(12), np.zeros(12, int)
+    values[[1, 6]], labels[4] = [0.9, 0.4], 1
+    heads = [HeadTrace(values, labels, fps) for fps in (2, 4)]
+    for order in (heads, heads[::-1]):
+        numbers = decision_report({"speaking": order})
+        # Above 0.4: one event a clip, 3 frames early, found at 4 fps alone: 2 / 4. Down to 0.4 both are found, at 6 at
+        # 2 fps and at 1 or 6 at 4, and one event a clip is redundant: 4 / 6.
+        assert numbers["speaking_event_f1"] == 2 * 2 / (4 + 2) and 0 < numbers["speaking_threshold"] <= 0.4
 
 
 @pytest.mark.parametrize("decision", ["heads", "lm"])
-def test_the_sweep_stores_what_brute_force_finds(tmp_path, decision, capsys):
+def test_the_teacher_forced_pass_reads_the_heads_of_one_forward(tmp_path, decision):
     draw = np.random.default_rng(5)
     raws = [tiny_clip(draw, f"c{n}", 14 + n, replies=2, words=3) | {"fps": 2 + 2 * (n % 2)} for n in range(4)]
     file = write_clips(tmp_path, "clips.json", raws)
-    checkpoint = make_checkpoint(tmp_path / "step-000003", f"infer.decision={decision}", speaking=0.111, dst=0.222)
-    before = json.loads((checkpoint / "state.json").read_text())
+    checkpoint = make_checkpoint(tmp_path / "step-000003", f"infer.decision={decision}")
     config, tokenizer, model = load_for_inference(checkpoint)
-    assert (config.infer.speaking_threshold, config.infer.dst_threshold) == (0.111, 0.222)
-
-    # Each clip in one forward, the frames found by their token in the sequence.
     corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
-    speaking, dst, events = [], [], {"assistant": [], "DST_UPDATE": []}
+    heads = traces(corpus, teacher_forced(model, corpus, [3, 1, 0, 2], config).sequences)
     for index, raw in enumerate(raws):
         sample = corpus[(0, index)]
         ids = torch.from_numpy(sample.input_ids)
-        with torch.no_grad():
+        with torch.no_grad():  # each clip in one forward, the frames found by their token in the sequence
             hidden = model(ids[None], torch.from_numpy(sample.image_embeds))[0, ids == tokenizer.image_id]
             end = model.lm_head(hidden).softmax(-1)[:, tokenizer.end_id]
-            head = model.speaking_decision_head(hidden)[:, 0].sigmoid()
-            speaking.append((head if decision == "heads" else 1 - end).numpy())
-            dst.append(model.dst_update_head(hidden)[:, 0].sigmoid().numpy())
-        for role, found in events.items():
+            speaking = model.speaking_decision_head(hidden)[:, 0].sigmoid() if decision == "heads" else 1 - end
+            dst = model.dst_update_head(hidden)[:, 0].sigmoid()
+        for head, expected, role in (("speaking", speaking, "assistant"), ("dst", dst, "DST_UPDATE")):
+            found = heads[head][index]
+            np.testing.assert_allclose(found.probabilities, expected.numpy(), atol=1e-5)
             ends = {turn["end_frame"] - raw["start_frame_idx"] for turn in raw["conversation"] if turn["role"] == role}
-            found.append(sorted(ends))
-    fps = [raw["fps"] for raw in raws]
-    best_speaking, curve = brute_force(speaking, events["assistant"], fps)
-    best_dst, _ = brute_force(dst, events["DST_UPDATE"], fps)
-    assert len({round(f1, 6) for f1 in curve}) > 3  # there was something to choose from
+            starts = {turn["start_frame"] - raw["start_frame_idx"] for turn in raw["conversation"] if turn["role"] == role}
+            positive = set(np.flatnonzero(found.labels == 1).tolist())
+            assert positive <= {row for first in starts for row in (first, first + 1)}  # turns are one or two frames long
+            assert len(positive) >= len(ends) and found.fps == raw["fps"] and set(found.labels.tolist()) == {0, 1}
 
+
+def test_the_sweep_stores_the_best_shift_of_both_thresholds(tmp_path, capsys):
+    """Against `prospect.evaluate` itself with each of the thresholds that the sweep may choose."""
+    draw = np.random.default_rng(5)
+    file = write_clips(tmp_path, "clips.json", [tiny_clip(draw, f"c{n}", 20 + n, replies=3, words=3) for n in range(5)])
+    checkpoint = make_checkpoint(tmp_path / "step-000003", speaking=0.111, dst=0.222, seed=4)
+    before = json.loads((checkpoint / "state.json").read_text())
+    config, tokenizer, model = load_for_inference(checkpoint)
+    corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
+    start, report = teacher_forced_thresholds(model, corpus, config, [[0, 1], [2, 3, 4]])
+    assert start == {head: report[f"{head}_threshold"] for head in ("speaking", "dst")}
+
+    tried, values = [], []
+    for shift in (2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0):
+        tried.append({head: float(1 / (1 + (1 - p) / p * np.exp(-shift))) for head, p in start.items()})
+        out, (speaking, dst) = tmp_path / f"out{shift}", tried[-1].values()
+        words = [f"infer.speaking_threshold={speaking!r}", f"infer.dst_threshold={dst!r}"]
+        assert call(checkpoint, "--data", file, "--out", out, *words) == 0
+        numbers = results_of(out)["tiny"]
+        of_events = (numbers["speaking_event_f1"] + numbers["dst_event_f1"]) / 2
+        values.append((of_events + numbers["replies_right_f1"] + numbers["joint_goal_accuracy"]) / 3)
+    assert len(set(values)) >= 3  # there was something to choose from
+    stop = next((n + 1 for n in range(2, 7) if max(values[n - 1 : n + 1]) <= max(values[: n - 1])), 7)
+    best = [n for n in range(stop) if values[n] == max(values[:stop])]
+    chosen = tried[best[len(best) // 2]]
+
+    capsys.readouterr()
     assert call(checkpoint, "--data", file, "--sweep") == 0
     after = json.loads((checkpoint / "state.json").read_text())
-    assert after["thresholds"] == {"speaking": best_speaking, "dst": best_dst}
+    assert after["thresholds"] == pytest.approx(chosen, rel=1e-9)
     assert {key: value for key, value in after.items() if key != "thresholds"} == {
         key: value for key, value in before.items() if key != "thresholds"}  # fmt: skip
     config, _, _ = load_for_inference(checkpoint)
-    assert (config.infer.speaking_threshold, config.infer.dst_threshold) == (best_speaking, best_dst)
+    assert after["thresholds"] == {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
 
     shown = capsys.readouterr().out
-    curves = [line for line in shown.splitlines() if line.startswith("| 0.")]
-    assert len(curves) == 2 * 13 and curves[0].startswith("| 0.0025 |") and curves[12].startswith("| 0.9975 |")
-    assert curves[6].startswith("| 0.5000 |") and curves[6].endswith(f" {curve[60]:.3f} |")
-    assert f"chosen: {best_speaking:.4f}, event F1 {max(curve):.3f};" in shown
+    lines = [line for line in shown.splitlines() if line.startswith("| speaking ")]
+    assert [line.split("|")[1:3] for line in lines] == [
+        [f" speaking {t['speaking']:.4f}, dst {t['dst']:.4f} ", f" {value:.3f} "]
+        for t, value in zip(tried[:stop], values)]  # fmt: skip
+    assert f"chosen: speaking {chosen['speaking']:.4f}, dst {chosen['dst']:.4f}\n" in shown
+    assert f"stored in {checkpoint / 'state.json'}" in shown and "streamed, 5 clips:" in shown
 
 
 def test_a_sweep_under_the_other_decision_does_not_touch_the_speaking_threshold(clips, tmp_path, capsys):
@@ -688,11 +683,12 @@ def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "step", "data.frames=turns")
     config, tokenizer, model = load_for_inference(checkpoint)
     corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
-    found = teacher_forced(model, corpus, [[0]], torch.device("cpu"), "mean", "heads", torch.no_grad)
-    [trace] = traces(corpus, found[2])
-    assert np.flatnonzero(trace.probabilities["speaking"]).tolist() == [3, 4, 17, 18]
-    assert trace.labels["speaking"].tolist() == [-100] * 3 + [1, 1] + [-100] * 12 + [1, 1, -100]
-    assert trace.events == {"speaking": [4, 18], "dst": []}
+    heads = traces(corpus, teacher_forced(model, corpus, [0], config).sequences)
+    [speaking], [dst] = heads["speaking"], heads["dst"]
+    assert np.flatnonzero(speaking.probabilities).tolist() == [3, 4, 17, 18]
+    labels = speaking.labels.tolist()
+    assert [row for row, label in enumerate(labels) if label != -100] == [3, 4, 17, 18]
+    assert speaking.events(0.0).reference == 2 and dst.events(0.0).reference == 0
 
 
 # ---- ProAssist, the baseline ---------------------------------------------------------------------
@@ -753,17 +749,11 @@ def test_proassist_trains_a_step_and_is_evaluated(proassist, capsys):
     config, tokenizer, model = load_for_inference(checkpoint)
     assert config.infer.decision == "lm" and chosen == {"speaking": config.infer.speaking_threshold}
     corpus = Corpus([val], config.data, tokenizer, 2048, rate=1.0, seed=0)
-    speaking, events = [], []
-    for index in range(2):
-        sample = corpus[(0, index)]
-        ids = torch.from_numpy(sample.input_ids)
-        with torch.no_grad():
-            hidden = model(ids[None], torch.from_numpy(sample.image_embeds).float())[0, ids == tokenizer.image_id]
-            speaking.append(1 - model.lm_head(hidden).softmax(-1)[:, tokenizer.end_id].numpy())
-        clip, _ = corpus.load(0, index)
-        events.append(sorted({t.end_frame - clip.start_frame for t in clip.turns if t.role == "assistant"}))
-    assert chosen["speaking"] == brute_force(speaking, events, [2, 2])[0]
-    assert evaluation["evaluation"]["speaking_threshold"] == chosen["speaking"]
+    start, _ = teacher_forced_thresholds(model, corpus, config, [[0, 1]])
+    assert evaluation["evaluation"]["speaking_threshold"] == pytest.approx(start["speaking"], abs=1e-6)
+    shift = logit(chosen["speaking"]) - logit(start["speaking"])
+    assert min(abs(shift - each) for each in SHIFTS) < 1e-3
+    assert "streamed_replies_right_f1" in evaluation["evaluation"]
     capsys.readouterr()
     assert call(checkpoint, "--data", val, "infer.max_reply_tokens=8", "infer.speaking_threshold=1") == 0
     assert "strategy: summarize_and_drop; decision: lm" in capsys.readouterr().out
