@@ -241,14 +241,16 @@ class HeadTrace:
 def threshold_curve(traces: Sequence[HeadTrace]) -> list[tuple[float, Counts]]:
     """Event counts over all clips at every threshold that matters: (threshold, counts), thresholds ascending.
 
-    Lowering a threshold finds another event only when it reaches the highest probability of that event's frames. So
-    those are the candidates, however far out they lie; each is moved half-way, in the logit, to the next lower
-    probability of a frame that should be silent, where a small shift harms least. Of many, CANDIDATES evenly spread.
+    Lowering a threshold finds another event only when it reaches the highest probability of that event's frames, or
+    of those within EVENT_TOLERANCE. So both are candidates, however far out they lie; each is moved half-way, in the
+    logit, to the next lower probability of a frame that should be silent, where a small shift harms least. Of many,
+    CANDIDATES evenly spread ones.
     """
     peaks = {
-        float(trace.probabilities[first : last + 1].max())
+        float(trace.probabilities[max(first - reach, 0) : last + reach + 1].max())
         for trace in traces
         for first, last in firing_runs(trace.labels == 1)
+        for reach in (0, int(EVENT_TOLERANCE * trace.fps))
     }
     silent = np.unique(np.concatenate([trace.probabilities[trace.labels != 1] for trace in traces]).astype(np.float64))
     candidates = sorted({between(peak, silent) for peak in peaks}) or [0.5]
@@ -560,7 +562,7 @@ def task_state_metrics(
     """Task state of one clip.
 
     predicted_states, reference_states    [F, S] indices into STATES, after the updates of each frame (`state_matrix`)
-    also_right                            other right states [F, S]: while an update is due, with and without it
+    also_right                            other right states [F, S]: while updates are due, with and without them
     predicted_updates, reference_updates  single transitions, (row, Transition); the predicted are those applied
     num_generated, num_valid              update texts written, and how many of them were applied
     window_seconds                        (l, r) as for dialogue
@@ -571,7 +573,8 @@ def task_state_metrics(
     F, S = reference_states.shape
     if S == 0:  # a clip without a task has no state to be right about
         F = 0
-    same = np.logical_or.reduce([predicted_states == states for states in (reference_states, *also_right)])  # [F, S]
+    right = np.stack([reference_states, *also_right])  # a step only moves forward: what lies between is right, too
+    same = (right.min(0) <= predicted_states) & (predicted_states <= right.max(0))  # [F, S]
     states = confusion(predicted_states, np.where(same, predicted_states, reference_states))
 
     window = tuple(int(seconds * fps) for seconds in window_seconds)

@@ -189,21 +189,27 @@ SLOW_FSDP = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("parallel", SLOW_DDP)
 def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
-    """Three validation batches on two ranks: one rank has nothing left to do in the second round."""
+    """Three validation batches on two ranks: one rank has nothing left to do in the second round.
+
+    Under DDP each rank also streams a share of the clips; under FSDP none does, and thresholds are teacher-forced.
+    """
     write_tiny_corpus(tmp_path)
-    one = [
-        line
-        for line in metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2")
-        if "evaluation" in line
-    ]
-    assert run_training(tmp_path, "run.name=two", f"train.parallel={parallel}", "data.batch_tokens=512", world=2) == [
-        0,
-        0,
-    ]
-    two = [line for line in metrics(tmp_path, "two") if "evaluation" in line]
+    streamable = ["infer.max_reply_tokens=8", "infer.max_update_tokens=20"]
+    metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2", *streamable)
+    ways = [f"train.parallel={parallel}", "data.batch_tokens=512", *streamable]
+    assert run_training(tmp_path, "run.name=two", *ways, world=2) == [0, 0]
+    one, two = ([line for line in metrics(tmp_path, name) if "evaluation" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [3, 6]
     for a, b in zip(one, two):
-        assert a["evaluation"] == pytest.approx(b["evaluation"], rel=1e-4, abs=1e-5)
+        expected = a["evaluation"]
+        assert any(name.startswith("streamed_") for name in expected)
+        if parallel == "fsdp":
+            expected = {name: value for name, value in expected.items() if not name.startswith("streamed_")}
+        assert expected == pytest.approx(b["evaluation"], rel=1e-4, abs=1e-5)
+    thresholds = [read_state(tmp_path / "runs" / name / "last").thresholds for name in ("one", "two")]
+    if parallel == "fsdp":
+        thresholds[0] = {head: one[-1]["evaluation"][f"{head}_threshold"] for head in ("speaking", "dst")}
+    assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-4)
 
 
 def metrics_of_steps(folder: Path, *overrides: str) -> list[dict]:

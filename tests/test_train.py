@@ -1,6 +1,7 @@
 """The loop's parts: the schedule, the order of the data, precision and compilation; and the script as a user runs it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,11 +16,14 @@ import torch.nn as nn
 from tiny import train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect.build import load_corpus
 from prospect.checkpoint import read_state
 from prospect.config import TrainConfig
 from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
+from prospect.load import load_for_inference, load_job
 from prospect.sequence import LABEL_KEYS
+from prospect.tuning import SHIFTS, best_tried, try_thresholds
 
 SCRIPT = Path(train.__file__)
 
@@ -233,6 +237,63 @@ def test_a_run_as_long_as_its_epochs(corpus):
     assert (
         losses(corpus, "epochs", "train.max_steps=null", "train.num_epochs=2", "train.eval_every=99")[-1]["step"] == 18
     )
+
+
+# ---- validation ----------------------------------------------------------------------------------
+
+STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
+
+
+def logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def test_validation_streams_and_stores_the_thresholds_that_did_best(corpus, capsys):
+    lines = [line["evaluation"] for line in losses(corpus, "streamed", *STREAMABLE) if "evaluation" in line]
+    shown = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
+    assert len(lines) == len(shown) == 2
+    names = {"speaking_event_f1": "speaking F1", "dst_event_f1": "update F1", "joint_goal_accuracy": "joint goal",
+             "replies_right_f1": "replies right"}  # fmt: skip
+    for evaluation, line in zip(lines, shown):
+        assert {"streamed_speaking_event_precision", "streamed_valid_update_ratio", "streamed_state_head_accuracy"} <= set(
+            evaluation)  # fmt: skip
+        for name, title in names.items():
+            assert f"{title} {evaluation[f'streamed_{name}']:.3f}" in line
+
+    # Both thresholds are the teacher-forced ones, moved by the same number of logits, one of those that were tried.
+    state = read_state(corpus / "runs/streamed/last")
+    shifts = [logit(state.thresholds[head]) - logit(lines[-1][f"{head}_threshold"]) for head in ("speaking", "dst")]
+    assert shifts[0] == pytest.approx(shifts[1], abs=1e-6) and min(abs(shifts[0] - shift) for shift in SHIFTS) < 1e-6
+
+    # The checkpoint, loaded and searched again, gives the same thresholds and the same numbers.
+    config, tokenizer, model = load_for_inference(corpus / "runs/streamed/last")
+    val = load_corpus(config, tokenizer, "val")
+    start = {head: lines[-1][f"{head}_threshold"] for head in ("speaking", "dst")}
+    jobs = [load_job(val.sources[entry.file], entry.clip, config.model.vision_dim)[0] for entry in val.entries]
+    best = best_tried(list(try_thresholds(model, tokenizer, jobs, config, start)), "mean")
+    assert best.thresholds == pytest.approx(state.thresholds)
+    assert {f"streamed_{name}": value for name, value in best.numbers.items()} == pytest.approx(
+        {name: value for name, value in lines[-1].items() if name.startswith("streamed_")})  # fmt: skip
+
+
+def test_streaming_leaves_training_as_it_was(corpus):
+    """The same losses with and without it: it draws nothing, and changes no weight and no mode."""
+    streamed = [line["loss"] for line in losses(corpus, "with", *STREAMABLE, "train.eval_every=1") if "loss" in line]
+    without = [line["loss"] for line in losses(corpus, "without", "train.eval_every=99") if "loss" in line]
+    assert streamed == without
+
+
+def test_where_clips_cannot_be_streamed_thresholds_are_teacher_forced(corpus, capsys):
+    """One line says so, and why; the run goes on."""
+    lines = [line["evaluation"] for line in losses(corpus, "forced", "infer.reserved=20") if "evaluation" in line]
+    shown = capsys.readouterr().out.splitlines()
+    told = [line for line in shown if "thresholds are teacher-forced" in line]
+    assert len(told) == len(lines) == 2 and all("infer.reserved 20 cannot hold" in line for line in told)
+    assert not any(name.startswith("streamed_") for name in lines[-1])
+    thresholds = {head: lines[-1][f"{head}_threshold"] for head in ("speaking", "dst")}
+    assert read_state(corpus / "runs/forced/last").thresholds == thresholds
+    [*_, last] = [line for line in shown if "validation loss" in line]
+    assert f"speaking F1 {lines[-1]['speaking_event_f1']:.3f}" in last and "joint goal" not in last
 
 
 # ---- the script itself ---------------------------------------------------------------------------
