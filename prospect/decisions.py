@@ -18,7 +18,7 @@ The rule sees the past alone, frame after frame, so look-ahead and several strea
 from dataclasses import dataclass
 
 from prospect.config import InferConfig
-from prospect.metrics import fires, logit, sigmoid
+from prospect.metrics import fires, logit
 
 HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
 
@@ -63,10 +63,11 @@ def decide(infer: InferConfig, evidence: Evidence, speaking: float, dst: float |
 
 
 def centred(probability: float, threshold: float) -> float:
-    """The probability with its logit moved so that `threshold` becomes one half."""
-    return sigmoid(logit(probability) - logit(threshold))
+    """The probability with its odds divided by those of `threshold`, which so becomes one half."""
+    yes, no = probability * (1 - threshold), (1 - probability) * threshold
+    return yes / (yes + no) if yes + no else 1.0
 
 
 def nearly(score: float, infer: InferConfig) -> bool:
-    """Whether a score is less than `infer.coupling` logits below firing."""
-    return logit(score) > logit(infer.evidence) - infer.coupling
+    """Whether a score is at most `infer.coupling` logits below firing, and coupling is not off (0)."""
+    return infer.coupling > 0 and logit(score) >= logit(infer.evidence) - infer.coupling

@@ -31,6 +31,14 @@ def logit(p: float) -> float:
     return math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(math.inf, p - 0.5)
 
 
+def against(p: float, threshold: float) -> float:
+    """p with its odds divided by the threshold's."""
+    if threshold in (0, 1):
+        return 1.0 - threshold
+    odds = p / (1 - p) / (threshold / (1 - threshold))
+    return odds / (1 + odds)
+
+
 class Naive:
     """margin: how near any choice came to falling the other way; below 1e-5, rounding may decide it."""
 
@@ -178,21 +186,22 @@ class Naive:
                 event = (before, len(prompt) + sum(len(tokens) for _, tokens in past))
             past.append((state, new))
 
-            # The heads, read at the frame's last <image>; a score is a running mean, but of this frame alone behind a user.
+            # The heads, read at the frame's last <image>; a score is a running mean, behind a user of this frame alone.
             context = prompt + [token for _, tokens in past for token in tokens]
             speaking, dst, step_state = self.read(context)
+            # A head's own threshold counts as even odds: the odds are divided by its odds first.
             weight = 1.0 if user else infer.smoothing
-            speaking_score = weight * speaking + (1 - weight) * speaking_score
-            heads = {"speaking": (speaking_score, infer.speaking_threshold)}
+            speaking_score = weight * against(speaking, infer.speaking_threshold) + (1 - weight) * speaking_score
+            heads = {"speaking": speaking_score}
             if dst is not None and (not infer.constrain_dst or any(now != "completed" for now in state.values())):
-                dst_score = weight * dst + (1 - weight) * dst_score
-                heads["dst"] = (dst_score, infer.dst_threshold)
-            fired = {head for head, (score, threshold) in heads.items() if score >= threshold}
+                dst_score = weight * against(dst, infer.dst_threshold) + (1 - weight) * dst_score
+                heads["dst"] = dst_score
+            fired = {head for head, score in heads.items() if score >= infer.evidence}
             if fired and infer.coupling:
-                distances = {head: logit(threshold) - logit(score) for head, (score, threshold) in heads.items()}
+                distances = {head: logit(infer.evidence) - logit(score) for head, score in heads.items()}
                 self.margin = min([self.margin, *(abs(distance - infer.coupling) for distance in distances.values())])
                 fired |= {head for head, distance in distances.items() if distance <= infer.coupling}
-            self.margin = min([self.margin, *(abs(score - threshold) for score, threshold in heads.values())])
+            self.margin = min([self.margin, *(abs(score - infer.evidence) for score in heads.values())])
             record = dict(
                 frame_idx=frame, time=frame / clip.fps, speaking_prob=speaking, dst_update_prob=dst,
                 speaking_score=speaking_score, dst_update_score=dst_score if "dst" in heads else None,

@@ -13,9 +13,11 @@ from prospect.decisions import Decision, Evidence, decide, nearly
 NEVER = 1.0  # a threshold that no score here reaches
 
 
-def settings(speaking: float = 0.6, dst: float = 0.6, smoothing: float = 0.5, coupling: float = 0.0) -> InferConfig:
+def settings(
+    evidence: float = 0.6, speaking: float = 0.5, dst: float = 0.5, smoothing: float = 0.5, coupling: float = 0.0
+) -> InferConfig:
     infer = InferConfig(smoothing=smoothing, coupling=coupling)
-    return replace(infer, speaking_threshold=speaking, dst_threshold=dst)
+    return replace(infer, speaking_threshold=speaking, dst_threshold=dst, evidence=evidence)
 
 
 def decided(infer: InferConfig, speaking: list[float], dst: list | None = None, asked: tuple = ()) -> list[Decision]:
@@ -67,7 +69,7 @@ def test_a_frame_behind_the_user_s_text_is_decided_by_itself():
 
 def test_the_threshold_itself_is_reached():
     assert spoken(decided(settings(smoothing=1.0), [0.59, 0.6, 0.61])) == [1, 2]
-    assert updated(decided(settings(NEVER, smoothing=1.0), [0.0] * 3, [0.59, 0.6, 0.61])) == [1, 2]
+    assert updated(decided(settings(speaking=NEVER, smoothing=1.0), [0.0] * 3, [0.59, 0.6, 0.61])) == [1, 2]
 
 
 def test_coupling_takes_along_the_head_that_is_nearly_there_both_ways():

@@ -27,7 +27,7 @@ from prospect.stream import Frame, FrameRecord, Job, StreamSession, advance, gen
 from prospect.tokenizer import Piece, Tokenizer, train_tokenizer
 
 VISION = 8
-NEVER = 2.0  # a threshold that no probability reaches
+NEVER = 1.0  # a threshold that no probability here reaches
 ROUNDED = ("speaking_prob", "dst_update_prob", "speaking_score", "dst_update_score")
 STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop", "summarize_with_dst", "slide")
 
@@ -72,6 +72,7 @@ def stream_config(**infer) -> Config:
     defaults = dict(
         speaking_threshold=NEVER,
         dst_threshold=NEVER,
+        evidence=0.5,
         max_reply_tokens=8,
         max_update_tokens=8,
         reserved=130,
