@@ -357,8 +357,8 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
 def test_what_streamed_clips_scored_is_shown_first():
     logged = {
         "loss_dst_binary": 1.0, "loss": 2.0, "speaking_auroc": 0.5, "streamed_speaking_event_precision": 0.5,
-        "streamed_speaking_event_f1": 0.4, "streamed_dst_event_f1": 0.3, "streamed_replies_right_f1": 0.2,
-        "streamed_joint_goal_accuracy": 0.1,
+        "streamed_speaking_event_f1": 0.4, "streamed_dst_event_f1": 0.3, "streamed_replies_right_f1": 0.0,
+        "streamed_joint_goal_accuracy": 0.1, "streamed_transition_f1": 0.0,
     }  # fmt: skip
     assert evaluation_names([(1, {"loss": 3.0}), (2, logged)]) == [
         "streamed_speaking_event_f1", "streamed_dst_event_f1", "streamed_joint_goal_accuracy",

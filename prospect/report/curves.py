@@ -101,7 +101,7 @@ def evaluation_names(evaluations: list[tuple[int, dict]]) -> list[str]:
     """Every number that some evaluation has: SHOWN_FIRST, the losses, the others as they are logged."""
     names = list(dict.fromkeys(name for _, numbers in evaluations for name in numbers))
     used = [name for name in names if any(numbers.get(name) for _, numbers in evaluations)]  # no row of zeros
-    first = [name for name in SHOWN_FIRST if name in used]
+    first = [name for name in SHOWN_FIRST if name in names]
     rest = [name for name in used if name not in first]
     return first + sorted(rest, key=lambda name: (name != "loss", not name.startswith("loss")))
 
