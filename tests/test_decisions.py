@@ -54,8 +54,9 @@ def test_after_firing_the_evidence_starts_again():
     found = decided(settings(), [0.8] * 6)
     assert scores(found) == pytest.approx([0.4, 0.6] * 3) and spoken(found) == [1, 3, 5]
     # One head's firing resets the other too: its evidence was of the time before the text.
-    found = decided(settings(dst=NEVER), [0.8] * 4, [0.8] * 4)
-    assert [decision.dst_score for decision in found] == pytest.approx([0.4, 0.6, 0.4, 0.6])
+    found = decided(settings(), [0.8] * 4, [0.7] * 4)
+    assert [decision.dst_score for decision in found] == pytest.approx([0.35, 0.525, 0.35, 0.525])
+    assert spoken(found) == [1, 3] and updated(found) == []
 
 
 def test_a_frame_behind_the_user_s_text_is_decided_by_itself():
@@ -82,28 +83,33 @@ def test_coupling_takes_along_the_head_that_is_nearly_there_both_ways():
     assert spoken(decided(near, [0.5], [0.5])) == updated(decided(near, [0.5], [0.5])) == []  # neither fires by itself
 
 
-def test_coupling_looks_at_the_scores_and_at_each_head_s_own_threshold():
-    # The update's second score is (.5 * .3) + .5 * .15 = .225 (logit -1.237), its threshold .4 (-.405): .83 below.
-    infer = settings(speaking=0.6, dst=0.4, coupling=0.9)
-    found = decided(infer, [0.0, 1.0, 0.0], [0.3, 0.3, 0.3])
-    assert scores(found) == pytest.approx([0.0, 0.5, 0.25]) and spoken(found) == []
-    found = decided(infer, [0.8, 0.8], [0.3, 0.3])
-    assert spoken(found) == [1] and updated(found) == [1]
-    assert found[1].dst_score == pytest.approx(0.225)
-    assert updated(decided(replace(infer, coupling=0.8), [0.8, 0.8], [0.3, 0.3])) == []
+def test_a_head_s_own_threshold_counts_as_even_odds():
+    """Odds are divided by the threshold's: .25 has 1/3, so .25 becomes 1/2, .5 becomes 3/4, and .1 (1/9) becomes 1/4."""
+    found = decided(settings(dst=0.25, smoothing=1.0), [0.0] * 3, [0.25, 0.5, 0.1])
+    assert [decision.dst_score for decision in found] == pytest.approx([0.5, 0.75, 0.25]) and updated(found) == [1]
+    assert spoken(decided(settings(0.5, speaking=1e-5, smoothing=1.0), [0.9e-5, 1e-5, 1.1e-5])) == [1, 2]
+    assert spoken(decided(settings(speaking=0.0, smoothing=1.0), [1e-9])) == [0]  # 0: always; 1: never
+    assert spoken(decided(settings(speaking=NEVER, smoothing=1.0), [0.999999])) == []
+
+
+def test_coupling_looks_at_the_scores():
+    # The update's scores are .5 * .5 = .25 and .25 / 2 + .25 = .375 (logit -.511); .6 has logit .405: .916 below.
+    for coupling, together in ((0.9, []), (0.95, [1])):
+        found = decided(settings(dst=0.25, coupling=coupling), [0.8, 0.8], [0.25, 0.25])
+        assert spoken(found) == [1] and updated(found) == together
+        assert found[1].dst_score == pytest.approx(0.375)
 
 
 def test_no_coupling():
     found = decided(settings(smoothing=1.0, coupling=0.0), [0.6, 0.59999], [0.59999, 0.6])
     assert spoken(found) == [0] and updated(found) == [1]
-    assert not nearly(0.9, 0.5, 0.0) and nearly(0.5, 0.5, 1e-6)
+    assert not nearly(0.9, settings(coupling=0.0)) and nearly(0.6, settings(coupling=1e-6))
 
 
 def test_without_smoothing_and_coupling_it_is_a_plain_threshold():
     draw = np.random.default_rng(0)
     speaking, dst = draw.random(200).tolist(), draw.random(200).tolist()
-    found = decided(settings(0.7, 0.8, smoothing=1.0), speaking, dst, asked=(3, 50))
-    assert scores(found) == speaking and [decision.dst_score for decision in found] == dst
+    found = decided(settings(0.5, 0.7, 0.8, smoothing=1.0), speaking, dst, asked=(3, 50))
     assert spoken(found) == [i for i, p in enumerate(speaking) if p >= 0.7]
     assert updated(found) == [i for i, p in enumerate(dst) if p >= 0.8]
 
@@ -114,7 +120,7 @@ def test_nothing_legal_to_update_and_no_task_state():
     found = decided(infer, [0.8, 0.8, 0.8], [None, None, None])
     assert spoken(found) == [1] and updated(found) == [] and {d.dst_score for d in found} == {None}
     # Where nothing is legal for a while, the update's evidence waits as it was: .4, then .4 / 2 + .9 / 2.
-    found = decided(settings(NEVER), [0.0] * 3, [0.8, None, 0.9])
+    found = decided(settings(speaking=NEVER), [0.0] * 3, [0.8, None, 0.9])
     assert [decision.dst_score for decision in found] == [0.4, None, pytest.approx(0.65)] and updated(found) == [2]
 
 
@@ -122,7 +128,7 @@ def test_a_changed_future_changes_nothing():
     draw = np.random.default_rng(1)
     for _ in range(50):
         infer = settings(
-            *draw.uniform(0.3, 0.7, 2), smoothing=draw.choice([1.0, 0.5, 0.3]), coupling=draw.choice([0.0, 2.0])
+            *draw.uniform(0.3, 0.6, 3), smoothing=draw.choice([1.0, 0.5, 0.3]), coupling=draw.choice([0.0, 2.0])
         )
         speaking, dst, asked = draw.random(30).tolist(), draw.random(30).tolist(), tuple(draw.integers(0, 30, 3))
         cut = int(draw.integers(1, 30))
