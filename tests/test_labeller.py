@@ -24,6 +24,7 @@ import pytest
 from conftest import EOS, IMAGE, raw_clip, read, samples_of
 
 from prospect import sequence
+from prospect.config import HybridConfig
 from prospect.errors import ProspectError
 
 NO = -100
@@ -301,6 +302,7 @@ def compare_one(case: int, plain) -> None:
         "rate": float(draw.choice([0.0, 0.5, 1.0])),
         "text_at": TEXT_AT[case % 3] if draw.random() < 0.5 else "drawn",
         "frames": str(draw.choice(["all", "all", "turns", "hybrid"])),
+        "hybrid": HybridConfig(max_frames_per_clip=int(draw.integers(3, 40))),
         "overlap": float(draw.choice([0.0, 0.25, 0.6])),
         "dst": bool(draw.random() < 0.9),
     }
