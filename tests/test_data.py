@@ -370,7 +370,7 @@ def test_places_depend_on_seed_epoch_clip_and_turn_and_on_nothing_else():
     assert draws != [places_of(other, epoch) for epoch in range(200)]
     late = {(places["A"] == 16, places["B"] == 26) for places in draws}
     assert late == {(True, True), (True, False), (False, True), (False, False)}  # each turn has a draw of its own
-    shorter = read(raw_clip([("assistant", "A", 14, 16), turns[1]], 5, 30, id="one"))  # B's is as it was
+    shorter = read(raw_clip([("assistant", "A", 16, 16), turns[1]], 5, 30, id="one"))  # B's is as it was
     assert [places["B"] for places in draws] == [places_of(shorter, epoch)["B"] for epoch in range(200)]
 
 

@@ -24,10 +24,12 @@ import pytest
 from conftest import EOS, IMAGE, raw_clip, read, samples_of
 
 from prospect import sequence
+from prospect.config import HybridConfig
 from prospect.errors import ProspectError
 
 NO = -100
-HEADS = {"assistant": "speaking_labels", "DST_UPDATE": "dst_update_labels"}
+HEADS = {"assistant": "speaking_gen_labels", "DST_UPDATE": "dst_gen_labels"}  # who has a head: the labels of its text
+DECISIONS = ("speaking_labels", "dst_update_labels", "dst_state_labels")
 TEXT_AT = ("drawn", "last", "range")
 
 # ---- what a sample says --------------------------------------------------------------------------
@@ -54,26 +56,23 @@ def entries_of(sample) -> tuple[str, list[Shown]]:
     for at, id in enumerate(ids):
         if id == IMAGE:
             assert begin == at  # no text is cut
-            decided = [labels[key][at] for key in ("speaking_labels", "dst_update_labels", "dst_state_labels")]
-            entries.append(Shown("frame", next(frames), "", False, *decided))
+            entries.append(Shown("frame", next(frames), "", False, *[labels[key][at] for key in DECISIONS]))
             begin = at + 1
         elif id == EOS:
             head, _, text = bytes(ids[begin:at]).decode().partition("] " if ids[begin] == ord("[") else ": ")
             kind = {"System": "system", "User": "user", "Assistant": "assistant", "[DST_UPDATE": "DST_UPDATE"}[head]
-            piece = slice(begin, at + 1)
-            for role, key in (("assistant", "speaking_gen_labels"), ("DST_UPDATE", "dst_gen_labels")):
-                assert labels[key][piece] in ([ids[piece], [NO] * (at + 1 - begin)] if role == kind else
-                                              [[NO] * (at + 1 - begin)])  # fmt: skip
-            for key in ("speaking_labels", "dst_update_labels", "dst_state_labels"):
-                assert set(labels[key][piece]) == {NO}
-            learned = kind in HEADS and ids[begin] in (
-                labels["speaking_gen_labels"][begin],
-                labels["dst_gen_labels"][begin],
-            )
-            entries.append(Shown(kind, text=text, learned=learned))
+            piece, none = slice(begin, at + 1), [NO] * (at + 1 - begin)
+            learned = [key for key in HEADS.values() if labels[key][piece] != none]
+            assert learned in ([], [HEADS.get(kind)]) and all(labels[key][piece] == ids[piece] for key in learned)
+            assert all(labels[key][piece] == none for key in DECISIONS)
+            entries.append(Shown(kind, text=text, learned=bool(learned)))
             begin = at + 1
     assert begin == len(ids) and next(frames, None) is None and entries[0].kind == "system"
     return entries[0].text, entries[1:]
+
+
+def prompt_state(prompt: str) -> dict[str, str]:
+    return dict(re.findall(r"^(S\d) \w+ \[(\w+)\]$", prompt, re.MULTILINE))
 
 
 def behind(entries: list[Shown]) -> dict[int, list[Shown]]:
@@ -83,6 +82,20 @@ def behind(entries: list[Shown]) -> dict[int, list[Shown]]:
         frame = entry.frame if entry.kind == "frame" else frame
         if entry.kind in HEADS:
             found[frame].append(entry)
+    return found
+
+
+def in_front(entries: list[Shown]) -> dict[int, list[str]]:
+    """What the user says right before each frame of a stream."""
+    found, heard = {}, []
+    for entry in entries:
+        if entry.kind == "user":
+            heard.append(entry.text)
+        else:
+            assert entry.kind == "frame" or not heard  # nothing comes between
+            found |= {entry.frame: heard} if heard else {}
+            heard = []
+    assert not heard
     return found
 
 
@@ -142,10 +155,24 @@ def label_by_hand(turns: list[tuple], frame: int, role: str, allowed: dict, at: 
     return 0
 
 
+def by_end(turns: list[tuple]) -> list[tuple]:
+    return sorted(turns, key=lambda turn: turn[3])
+
+
+def states_after(begun: str | None, updates: list[str]) -> dict[str, str]:
+    """The state of every step after these updates, each of which must be legal; begun: the step under way before."""
+    state = dict.fromkeys(("S1", "S2", "S3", "S4"), "not_started") | ({begun: "in_progress"} if begun else {})
+    for move in [move for update in updates for move in update.split(", ")]:
+        step, what = move.split("->")
+        assert state[step] == {"start": "not_started", "complete": "in_progress"}[what]
+        state[step] = {"start": "in_progress", "complete": "completed"}[what]
+    return state
+
+
 def state_by_hand(turns: list[tuple], frame: int, at: dict[int, int], begun: str | None) -> int:
     """0, 1 or 2: the state of the most recently started step at a frame; begun: the step under way in the beginning."""
     step, state = begun, 1 if begun else 0
-    for role, content, _, last in sorted(turns, key=lambda turn: turn[3]):
+    for role, content, _, last in by_end(turns):
         if role == "DST_UPDATE" and at.get(last, last) <= frame:
             for move in content.split(", "):
                 name, what = move.split("->")
@@ -167,26 +194,21 @@ def random_turns(
     for _ in range(int(draw.integers(1, 9))):
         first = start + int(draw.integers(0, frames))
         last = min(first + int(draw.integers(0, longest)), start + frames - 1)
-        if (
-            ranges and draw.random() < 0.5
-        ):  # like real clips: a range again, one that ends with it, or one that touches it
+        if ranges and draw.random() < 0.5:  # like real clips: one again, one that ends with it, or one that touches it
             a, b = ranges[int(draw.integers(len(ranges)))]
             first, last = [(a, b), (min(a + 1, b), b), (min(b + 1, start + frames - 1),) * 2][int(draw.integers(3))]
         ranges.append((first, last))
     roles = draw.choice(["user", "assistant", "DST_UPDATE"], size=len(ranges), p=[0.25, 0.4, 0.35]).tolist()
-    turns = [
-        [role, f"#{number}", first, last]
-        for number, (role, (first, last)) in enumerate(zip(roles, ranges, strict=True))
-    ]
+    turns = [[role, f"#{n}", *ranges[n]] for n, role in enumerate(roles)]
     moves = [f"S{step}->{move}" for step in range(1, 5) for move in ("start", "complete")]
     begun = "S1" if draw.random() < 0.3 else None
     moves = moves[1:] if begun else moves
-    for turn in sorted(turns, key=lambda turn: turn[3]):
+    for turn in by_end(turns):
         if turn[0] == "DST_UPDATE":
             turn[1] = moves.pop(0) if moves else None
     turns = [tuple(turn) for turn in turns if turn[1] is not None]
-    updates = sorted((turn for turn in turns if turn[0] == "DST_UPDATE"), key=lambda turn: turn[3])
-    return turns, begun if updates and updates[0][1] == "S1->complete" else None
+    completed = any(content == "S1->complete" for _, content, _, _ in turns)
+    return turns, begun if completed else None
 
 
 def random_case(case: int):
@@ -224,11 +246,15 @@ def compare_stream(
     turns = turns if dst else [turn for turn in turns if turn[0] != "DST_UPDATE"]
     report, learned_until = [], -1
     for sample in samples:
-        _, entries = entries_of(sample)
+        prompt, entries = entries_of(sample)
         shown = [entry.frame for entry in entries if entry.kind == "frame"]
         repeated = [frame for frame in shown if frame <= learned_until]
         learned = [frame for frame in shown if frame > learned_until]
         texts = behind(entries)
+
+        # The state in the prompt is that before the first frame.
+        before = [content for role, content, _, last in by_end(turns) if role == "DST_UPDATE" and last < shown[0]]
+        assert prompt_state(prompt) == (states_after(begun, before) if dst else {})
 
         # Where the texts stand: each of what is due in this window once, in its part, in order; nothing else.
         at, allowed = {}, {}
@@ -246,6 +272,9 @@ def compare_stream(
             at[end] = found[0]
             assert all(text.learned == (end in learned) for text in texts[found[0]])
         assert sorted(at.values()) == sorted(texts) == list(at.values())
+
+        asked = {frame: [turn[1] for turn in turns if turn[0] == "user" and turn[3] == frame] for frame in shown}
+        assert in_front(entries) == {frame: said for frame, said in asked.items() if said}
 
         # What the frames are labelled.
         for entry in entries:
@@ -273,6 +302,7 @@ def compare_one(case: int, plain) -> None:
         "rate": float(draw.choice([0.0, 0.5, 1.0])),
         "text_at": TEXT_AT[case % 3] if draw.random() < 0.5 else "drawn",
         "frames": str(draw.choice(["all", "all", "turns", "hybrid"])),
+        "hybrid": HybridConfig(max_frames_per_clip=int(draw.integers(3, 40))),
         "overlap": float(draw.choice([0.0, 0.25, 0.6])),
         "dst": bool(draw.random() < 0.9),
     }
@@ -382,34 +412,22 @@ def blocks_of(sample) -> tuple[dict[str, str], list[Block]]:
             blocks.append(Block(frames, entry))
             frames = []
     assert not frames
-    return dict(re.findall(r"^(S\d) \w+ \[(\w+)\]$", prompt, re.MULTILINE)), blocks
-
-
-def states_after(state: dict[str, str], updates: list[str]) -> dict[str, str]:
-    """The state after these updates, each of which must be legal."""
-    state = dict(state)
-    for move in ", ".join(updates).split(", ") if updates else []:
-        step, what = move.split("->")
-        assert state[step] == {"start": "not_started", "complete": "in_progress"}[what]
-        state[step] = {"start": "in_progress", "complete": "completed"}[what]
-    return state
+    return prompt_state(prompt), blocks
 
 
 def compare_turns(turns: list[tuple], begun: str | None, samples: list, text_at: str, rate: float) -> None:
     """Hold every window of the turns layout against the labeller."""
-    in_order = sorted(turns, key=lambda turn: turn[3])
+    in_order = by_end(turns)
     number_of = {(role, content): number for number, (role, content, _, _) in enumerate(in_order)}
     learned_until = 0  # blocks of earlier windows
     for sample in samples:
-        prompt_state, blocks = blocks_of(sample)
+        state, blocks = blocks_of(sample)
         first = number_of[blocks[0].said.kind, blocks[0].said.text]
         window = in_order[first : first + len(blocks)]
 
         # The state in the prompt is that after all earlier blocks, and before every frame shown.
-        start = dict.fromkeys(prompt_state, "not_started") | ({begun: "in_progress"} if begun else {})
         earlier = [content for role, content, _, _ in in_order[:first] if role == "DST_UPDATE"]
-        assert prompt_state == states_after(start, earlier)
-        states_after(prompt_state, [content for role, content, _, _ in window if role == "DST_UPDATE"])
+        assert state == states_after(begun, earlier)
         shown = [frame.frame for block in blocks for frame in block.frames]
         assert min(shown) > max([last for *_, last in in_order[:first]], default=-1)
 
