@@ -5,8 +5,8 @@
     python infer.py --video FILE --vision DIR [--task steps.yaml] [--pace live] [--checkpoint DIR] [--out FILE] ...
 
 A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record per frame, each written in
-one piece as soon as it is known: whenever the program is stopped, the file holds complete lines, one for every frame up
-to there. Ctrl-C ends with status 130.
+one piece as soon as it is known: whenever the program is stopped, the file holds complete lines, one for every frame so
+far. Ctrl-C ends with status 130.
 
 With --stdin the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
@@ -77,7 +77,7 @@ def show(record: FrameRecord, out: TextIO | None, terminal: TextIO) -> None:
 
 
 def write_line(out: TextIO, value: dict) -> None:
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is whole or not there
+    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
     out.flush()
 
 
@@ -217,12 +217,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     add("--out", metavar="FILE.jsonl", help="one record per frame")
-    add("--html", metavar="PAGE.html", help="with --clip: a time line of what was said and what should have been")
+    add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
     add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
-    add("--pace", choices=("fast", "live"), default="fast", help="live: as slow as the video")
+    add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
     add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
     add("--pool", help="as it was given to prospect.encode")
     add("--tokens", type=int, help="as it was given to prospect.encode")

@@ -3,12 +3,12 @@
     python -m prospect.check FILE ... [--embeddings DIR] [--vision-dim N] [--strict] [--workers N]
 
 Each problem is one line: file, clip, turn and field, what is wrong, and what to do about it. A table counts them by
-kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training makes the same checks at its
-start and stops there, or leaves the bad clips out (`data.on_bad: skip`).
+kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training runs the same checks at its
+start, and stops there or skips the bad clips (`data.on_bad: skip`).
 
-prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. Here the two
-are put together, for all clips: a file for every clip, of the right width, one row per frame, every number finite, and
-no id twice. Of a JSONL file no more is in memory than the clip being checked and its embeddings.
+prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. This file
+combines the two for all clips: a file for every clip, of the right width, one row per frame, every number finite, and
+no id used twice. Of a JSONL file, only the clip being checked and its embeddings are in memory.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
 
 @dataclass
 class Checked:
-    """What was found out about one clip. width: D of its embeddings, None where they cannot be read."""
+    """The findings about one clip. width: D of its embeddings, None where they cannot be read."""
 
     source: int
     index: int
@@ -55,7 +55,7 @@ class Checked:
 
 
 def check_clip(source: Source, number: int, index: int, vision_dim: int | None) -> Checked:
-    """Everything wrong with one clip and its embeddings. number: the source's; vision_dim None: any width will do."""
+    """Everything wrong with one clip and its embeddings. number: the source's; vision_dim None: any width."""
     try:
         raw = source.file[index]
     except ProspectError as error:  # a broken line of a JSONL file
@@ -69,8 +69,7 @@ def check_clip(source: Source, number: int, index: int, vision_dim: int | None) 
 
 
 def check_embeddings(checked: Checked, source: Source, clip: Clip | None, named: Any, vision_dim: int | None) -> None:
-    """Add to `checked` what is wrong with its embedding file; of a clip that is broken itself (None), all but the count
-    of rows."""
+    """Add what is wrong with a clip's embedding file to `checked`; rows are not counted for a broken clip (None)."""
     where = f"{source.file.path}, clip {checked.id}"
 
     def note(kind: str, what: str, remedy: str) -> None:
@@ -115,7 +114,7 @@ def told(kind: str, error: ProspectError) -> Problem:
 def check_all(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
     """Every clip of the sources, in order, with ids that occur twice among its problems. Shows a progress bar.
 
-    workers: processes to check in, when there are clips enough to keep them busy; else it is done right here.
+    workers: how many processes to use, when there are enough clips to keep them busy; else this process does it.
     """
     total = sum(len(source.file) for source in sources)
     workers = min(workers, total // WORTH_A_PROCESS)
@@ -144,14 +143,14 @@ def _in_processes(sources: Sequence[Source], vision_dim: int | None, workers: in
         for number, source in enumerate(sources)
         for begin in range(0, len(source.file), CHUNK)
     ]
-    # Spawned, not forked: training has threads by then, and a fork copies their locks without them.
+    # Spawned, not forked: training has threads by then, and a fork copies their locks but not the threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(sources, vision_dim))
     try:
         for part in pool.map(_check_chunk, chunks):
             yield from part
     except BrokenProcessPool as error:
-        what = "a checking process was ended, perhaps for its memory"
+        what = "a checking process was killed, perhaps for lack of memory"
         raise ProspectError(what, remedy="use fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -163,7 +162,7 @@ _given: tuple[Sequence[Source], int | None] = ((), None)  # in a checking proces
 def _begin_process(sources: Sequence[Source], vision_dim: int | None) -> None:
     global _given
     _given = (sources, vision_dim)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
 
 def _check_chunk(chunk: tuple[int, int, int]) -> list[Checked]:
@@ -185,8 +184,8 @@ class Usable:
 
 
 def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int) -> Usable:
-    """Check all clips. With `data.on_bad: stop` the first error is raised, and says how many more there are and how to
-    see them all; with `skip` the bad clips are left out, and each is named."""
+    """Check all clips. With `data.on_bad: stop` the first error is raised; it reports how many more there are and how
+    to list them. With `skip` the bad clips are left out, and each is named."""
     usable = Usable()
     errors: list[Problem] = []
     bad_clips = 0
@@ -251,7 +250,7 @@ def parse_arguments() -> argparse.Namespace:
     add("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
     add("--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file")
     add("--embeddings-outside", action="store_true", help="allow clips to name files outside that folder")
-    add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, but one")
+    add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, the same for all")
     add("--strict", action="store_true", help="warnings count as errors")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one per core")
     arguments = parser.parse_args()

@@ -1,15 +1,15 @@
 """Clip files: JSON written by other people and programs in, validated Clip objects and their embeddings out.
 
-Files are a JSON list of clips, one clip object, or JSONL (one clip a line, read only when asked for). Every problem of
-a clip is found before any is reported. Turns without frames of their own get them from their time:
+Files are a JSON list of clips, one clip object, or JSONL (one clip per line, read only when asked for). Every problem
+of a clip is found before any is reported. Turns without frames get them from their time:
 
     a turn at 97.2 s, 2 fps:    frames int(96.7*2)..int(97.7*2) = 193..195, three frames
 
 The state of the task is found by replaying transitions from the state at the clip's start. Snapshots in a file
 (`dst_state`) serve only to find that first state, because files disagree on whether a snapshot is meant before or after
-its turn, and a clip-level `initial_dst_state` is in real files the state at the *end*: it is never read.
+its turn. In real files a clip-level `initial_dst_state` is the state at the *end*, so it is never read.
 
-A Source is a clip file with the folder of its embeddings: the one way to get from a file's name to a clip and its rows.
+A Source is a clip file with the folder of its embeddings: the one way from a file name to a clip and its rows.
 """
 
 import json
@@ -64,7 +64,7 @@ class ClipFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.raw: list[Any] | None = None
-        self.parsed: dict[int, Clip] = {}  # of a file held in memory anyway; a JSONL clip is parsed whenever asked for
+        self.parsed: dict[int, Clip] = {}  # of a file held in memory anyway; a JSONL clip is parsed each time
         self.offsets: list[int] = []
         try:
             if self.path.suffix == ".jsonl":
@@ -85,7 +85,7 @@ class ClipFile:
         try:
             value = _parse_json(content, str(self.path))
         except ProspectError:
-            # Several objects one below the other are JSONL whatever the file is called.
+            # Several objects, one per line, are JSONL whatever the file is called.
             if _is_object(content.lstrip().partition("\n")[0]):
                 self.offsets = _line_offsets(self.path)
                 return
@@ -136,7 +136,7 @@ class ClipFile:
 
 
 def parse_clip_name(name: str) -> tuple[str, str | None]:
-    """FILE, FILE:ID or FILE:INDEX as (FILE, None or the id or index). A file's name and an id may both hold colons."""
+    """FILE, FILE:ID or FILE:INDEX as (FILE, None or the id or index). File names and ids may both contain colons."""
     cuts = [i for i, character in enumerate(name) if character == ":" and Path(name[:i]).is_file()]
     if not cuts or Path(name).is_file():
         return name, None
@@ -206,7 +206,7 @@ def parse_clip(raw: Any, file: str, index: int) -> tuple[Clip | None, list[Probl
 
 
 class _Reader:
-    """Reads one raw clip field by field. What is wrong is collected on the way, so that all of it can be reported."""
+    """Reads one raw clip field by field. Problems are collected on the way, so that all of them can be reported."""
 
     def __init__(self, raw: dict[str, Any], where: str):
         self.raw, self.where, self.problems = raw, where, []
@@ -257,7 +257,7 @@ class _Reader:
     # ---- the clip --------------------------------------------------------------------------------
 
     def clip(self, index: int) -> Clip | None:
-        """The clip; None where what is wrong leaves nothing to build one from."""
+        """The clip; None where its problems leave nothing to build one from."""
         raw = self.raw
         if _nesting(raw) > MAX_NESTING:
             self.problem("nested too deeply", "", f"is nested more than {MAX_NESTING} deep", "flatten the extra fields")
@@ -457,7 +457,7 @@ class _Reader:
     # ---- the task's state ------------------------------------------------------------------------
 
     def initial_state(self, steps: list[Step], turns: list[Turn], start_seconds: float) -> State:
-        """Each step's state before the clip's first frame, from the first evidence there is:
+        """Each step's state before the clip's first frame, from the first evidence available:
 
         its first transition in the clip (a `complete` means that it was in progress); else a snapshot that names it
         (the step never moves here, so any snapshot will do); else its times; else not started.
@@ -482,7 +482,7 @@ class _Reader:
         return state
 
     def first_snapshots(self) -> dict[str, str]:
-        """What the first snapshot that names a step says of it, by step id."""
+        """Each step's state in the first snapshot that names it, by step id."""
         seen: dict[str, str] = {}
         conversation = self.raw.get("conversation")
         for i, item in enumerate(conversation if isinstance(conversation, list) else []):
@@ -541,11 +541,11 @@ def _nesting(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Source:
-    """A clip file, and the folder in which its clips' embeddings are."""
+    """A clip file and the folder that holds its embeddings."""
 
     file: ClipFile
     folder: Path
-    allow_outside: bool  # may a clip name an embedding file outside of it?
+    allow_outside: bool  # may a clip name an embedding file outside this folder?
 
     def find(self, name: str) -> int:
         """The index of the clip with this id, or of this number."""
@@ -570,8 +570,8 @@ def open_source(path: str | Path, embeddings: str | Path | None, allow_outside: 
 def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
     """The clip as its embedding file has it, and a warning where the two differ by the last frame.
 
-    A file written end-exclusive has one row fewer than frames: its last frame is missing, and what was said at it is
-    said at the last frame there is. Any other count is an error.
+    A file written end-exclusive has one row fewer than frames: its last frame is missing, and what was said at it
+    moves to the last frame that exists. Any other count is an error.
     """
     if rows == clip.num_frames:
         return clip, None
@@ -586,7 +586,7 @@ def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
 
 
 def load_embeddings(clip: Clip, folder: Path, vision_dim: int, *, allow_outside: bool = False) -> np.ndarray:
-    """The clip's frame embeddings, [rows, I, D] (I vectors a frame, 1 for a plain [rows, D] file), as stored."""
+    """The clip's frame embeddings, [rows, I, D] (I vectors per frame, 1 for a plain [rows, D] file), as stored."""
     path = find_embeddings(clip.id, folder, clip.embeddings, allow_outside=allow_outside)
     rows = read_embeddings(path)
     rows = rows[:, None] if rows.ndim == 2 else rows

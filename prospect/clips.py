@@ -5,7 +5,7 @@ Frame numbers are absolute and ranges are inclusive at both ends. Row r of a cli
 
     start_frame = 193, end_frame = 451:   row 0 is frame 193, row 258 is frame 451, 259 rows
 
-How clip files are read, checked and refused is in prospect/clip_files.py.
+prospect/clip_files.py reads clip files, checks them and refuses bad ones.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Clip:
         return frame / self.fps
 
     def updates(self) -> list[Turn]:
-        """The DST_UPDATE turns in the order in which they act: by frame, and at one frame as in `turns`."""
+        """The DST_UPDATE turns in the order in which they apply: by frame, within a frame as in `turns`."""
         return sorted((turn for turn in self.turns if turn.role == "DST_UPDATE"), key=lambda turn: turn.end_frame)
 
     def state_before(self, frame: int) -> State:

@@ -181,7 +181,7 @@ RETIRED = {  # settings that only older checkpoints have
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names of precisions, and torch's
 
 
-# A limit that a value must keep, by field: (lowest, highest), both allowed.
+# The bounds of a value, by field: (lowest, highest), both allowed.
 _BOUNDS = {
     "model.vision_dim": (1, 10**6), "model.vocab_size": (259, 10**7), "model.hidden_size": (1, 10**6),
     "model.num_hidden_layers": (1, 10**4), "model.num_attention_heads": (1, 10**4),
@@ -340,7 +340,7 @@ def _cross_checks(config: Config) -> list[str]:
 
 
 def without_retired(values: Any) -> Any:
-    """The values of an older checkpoint's config.yaml, without the settings that are gone."""
+    """The values of an older checkpoint's config.yaml, without settings that no longer exist."""
     for section, keys in RETIRED.items():
         found = values.get(section) if isinstance(values, dict) else None
         for key in keys if isinstance(found, dict) else ():

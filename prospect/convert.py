@@ -4,19 +4,20 @@
     python -m prospect.convert proassist IN.json OUT.jsonl --reverse  such clips -> ProAssist's prepared dialogues
 
 ProAssist (arXiv 2506.05904) publishes 30,135 dialogues as JSONL. A conversation there is literally the order in which
-the model meets things: stretches of frames, [start, end) with the end excluded, and between them texts. We have no
-frame entries: a turn says at which frame it stands. An assistant's text follows the last frame of its turn, a user's
-text precedes it (so that the frame can decide the answer), hence
+the model sees things: ranges of frames, [start, end) with the end excluded, with texts between them. Our clips have no
+frame entries: each turn names its frames. An assistant's text follows the last frame of its turn, a user's text
+precedes it (so that the frame can decide the answer), hence
 
     prepared   frames 11..15   user "I want"   frames 15..16   assistant "Great"   frames 16..21
     shown      f11 f12 f13 f14 User: I want f15 Assistant: Great f16 f17 f18 f19 f20
     ours       user 15..15, the frame after its text; assistant 15..15, the frame before its text; clip 11..20 inclusive
 
-Each turn is that one frame, as ProAssist decides at one frame a text. The way back rebuilds the stretches from the
-turns, and every dialogue is converted back at once and compared: one that would not return exactly as it came is
-refused by name.
+Each turn covers that one frame, as ProAssist decides each text at one frame. The way back rebuilds the ranges from the
+turns. Every dialogue is converted back at once and compared: one that would not return exactly as it came is refused
+by name.
 
-What a dialogue has and we have not is carried along untouched (`metadata`, `progress`, `labels`, ...). We add:
+Fields that a dialogue has and our clips lack are carried along unchanged (`metadata`, `progress`, `labels`, ...). We
+add:
 
     id                 {video_uid}_{clip_idx}_{user_id}: several dialogues belong to one stretch of one video. A
                        repeated id gets _2, _3, ... in the order of the file
@@ -25,7 +26,7 @@ What a dialogue has and we have not is carried along untouched (`metadata`, `pro
                        the file
     inferred_goal, inferred_knowledge    `metadata`'s task_goal and knowledge, where given
     dst                [], as no task state is known
-    unanswered         user turns after the last frame, which no frame is left to answer: not in our conversation
+    unanswered         user turns after the last frame: no frame is left to answer them, so they are kept apart
 """
 
 import argparse
@@ -78,7 +79,7 @@ def _turns(sample: dict[str, Any], start: int, end: int, where: str) -> tuple[li
     """The turns of a prepared dialogue over the frames [start, end), and the user's turns after the last of them."""
     conversation, unanswered = [], []
     upcoming = start  # the first frame not yet shown
-    latest = (start - 1, 1)  # where the text before is: (its frame, 0 before or 1 after that frame)
+    latest = (start - 1, 1)  # where the previous text is: (its frame, 0 before or 1 after that frame)
     for i, entry in enumerate(_entries(sample, where)):
         here = f"{where}, entry {i}"
         if entry["role"] == "frames":
@@ -132,7 +133,7 @@ def to_prepared(clip: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _entries(dialogue: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """The conversation, once every entry is known to be an object with a role."""
+    """The conversation, after checking that every entry is an object with a role."""
     entries = dialogue.get("conversation")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "role" in entry for entry in entries):
         raise ProspectError("must be a list of objects with a role", where=f"{where}, conversation")
@@ -173,7 +174,7 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def write_objects(objects: Iterator[dict[str, Any]], path: Path) -> int:
     """Write JSONL where `path` ends with .jsonl, else a JSON list; returns how many.
 
-    One object is held at a time. A refused dialogue leaves nothing behind.
+    One object is in memory at a time. A refused dialogue leaves nothing behind.
     """
     before, between, after = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
     count = 0

@@ -1,15 +1,15 @@
 """The ranks of a run: one process alone, or several under torchrun, on one node or many.
 
-`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it a run is rank 0 of 1 and nothing here talks to anyone.
+`torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without it a run is rank 0 of 1 and nothing is exchanged.
 
 Two ways to share the work, both of which leave the same gradient on every rank (`train.parallel`):
 
     ddp     every rank holds the whole model; gradients are averaged while backward runs (arXiv 2006.15704)
     fsdp    every rank holds 1/world of each weight, gradient and moment; a block's weights are gathered just before it
-            runs and let go after it (FSDP2's fully_shard; ZeRO stage 3, arXiv 1910.02054)
+            runs and released after it (FSDP2's fully_shard; ZeRO stage 3, arXiv 1910.02054)
 
-Everything that ranks say to each other about the run itself (counts, votes to stop, errors) is small, lives on the host
-and travels through gloo, so that asking never waits for a GPU.
+Everything that ranks exchange about the run itself (counts, votes to stop, errors) is small, stays on the host and goes
+through gloo, so that asking never waits for a GPU.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ class Ranks:
 
 
 def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto` is cuda where there is one. Raises ProspectError for a device that is not there."""
+    """`auto` is cuda where there is one. Raises ProspectError for a device that does not exist."""
     try:
         kind = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted)
     except RuntimeError as error:
@@ -67,8 +67,8 @@ def start_ranks(device: str) -> Ranks:
     rank = int(os.environ.get("RANK", 0))
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        # torchrun's store outlives the workers: without a name of their own, those of a restart would find there the
-        # addresses of dead ones and wait for them.
+        # torchrun's store outlives the workers: without a prefix of their own, restarted workers would find the
+        # addresses of dead ones in it and wait for them.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
@@ -97,7 +97,7 @@ def sum_named(numbers: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
 
 
 def any_rank(flag: bool, ranks: Ranks) -> bool:
-    """Whether the flag is raised on any rank: how all ranks come to stop at the same step."""
+    """Whether the flag is set on any rank, so that all ranks stop at the same step."""
     return bool(all_sum(torch.tensor(float(flag)), ranks) > 0)
 
 
@@ -112,7 +112,7 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 
 @contextlib.contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
-    """A block that every rank runs. Where it fails on any rank all leave, so that none waits for one that is gone.
+    """A block that every rank runs. If it fails on any rank, all exit, so that none waits for one that is gone.
 
     The first rank that failed raises its error. The others exit silently with the same status, so the user sees one
     error line.
@@ -140,16 +140,16 @@ def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module
     if ranks.world == 1:
         return model
     if config.parallel == "ddp":
-        # Without device_ids: DDP would else move the labels to the device, and they are wanted on the host.
+        # Without device_ids: with them DDP would move the labels to the device, but they are needed on the host.
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # Weights are gathered and used in the 16-bit type, gradients summed over ranks in fp32. What goes into a block is
-    # left as it is: the angles of RoPE stay in fp32, as on one rank.
+    # Weights are gathered and used in the 16-bit type, gradients summed over ranks in fp32. A block's inputs keep
+    # their type: the angles of RoPE stay in fp32, as on one rank.
     dtype = None if config.precision == "fp32" else torch_dtype(config.precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # The root has the rest: embeddings, projector, LM head, decision heads. It stays gathered until backward is done
+    # The root holds the rest: embeddings, projector, LM head, decision heads. It stays gathered until backward is done
     # with it, because evaluation reads the heads after forward.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return model
@@ -158,24 +158,24 @@ def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
     """Under DDP, let backward only add to this rank's gradients: they are averaged once, in a step's last backward.
 
-    FSDP averages after every micro-batch: to keep unaveraged gradients it would have to hold them whole.
+    FSDP averages after every micro-batch: to keep unaveraged gradients it would have to hold them in full.
     """
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
 
 
 def release(model: nn.Module) -> None:
-    """After a forward without backward: let go of what FSDP has gathered, so that parameters are shards again."""
+    """After a forward without backward: free what FSDP has gathered, so that parameters are shards again."""
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full (every rank must ask for it); any other as it is."""
+    """A sharded tensor in full (every rank must call this); any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Of a tensor that every rank has in full, what this rank holds when it is laid out like `parameter`."""
+    """This rank's shard of a tensor that every rank has in full, laid out like `parameter`."""
     tensor = tensor.to(parameter.device)
     if isinstance(parameter, DTensor):
         return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -186,10 +186,10 @@ def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 class StopRequest:
-    """SIGTERM or SIGINT asks the loop to finish its step, save and leave; a second Ctrl-C leaves at once.
+    """SIGTERM or SIGINT asks the loop to finish its step, save and exit; a second Ctrl-C exits at once.
 
-    torchrun passes a Ctrl-C on to ranks that have had it from the terminal already, so a second one is taken for the
-    user's only when it comes a second later.
+    torchrun forwards a Ctrl-C to ranks that have already received it from the terminal, so a second one counts as the
+    user's only when it comes more than a second later.
     """
 
     def __init__(self):
@@ -206,6 +206,6 @@ class StopRequest:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For processes that prepare data: a signal to the whole group must not kill them under an unfinished step."""
+    """For processes that prepare data: a signal to the whole group must not kill them during an unfinished step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -44,9 +44,9 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
 
     `named` is the clip's own ``embeddings`` field, relative to `folder`; without it the first that exists of
     ``{clip_id}_embeddings`` and ``{clip_id}`` with the endings .pkl, .npy and .safetensors is taken. Wherever ``..``,
-    an absolute path or a symbolic link leads, the file has to lie inside `folder`, unless `allow_outside`.
+    an absolute path or a symbolic link leads, the file must be inside `folder`, unless `allow_outside`.
 
-    Raises ProspectError when the file lies outside or there is none (every path tried is named).
+    Raises ProspectError when the file is outside or there is none (every path tried is named).
     """
     where = f"clip {clip_id!r}"
     if named is None:
@@ -65,7 +65,7 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
         remedy = "check the id, the `embeddings` field and the permissions of the directory"
         raise ProspectError(what, where=where, remedy=remedy) from None
     if found is None and named is not None and not allow_outside:
-        # A path that leads outside is refused for that reason even where nothing lies there.
+        # A path that leads outside is refused for that reason even where no file exists.
         inside = Path(os.path.abspath(tried[0])).is_relative_to(os.path.abspath(folder))
     if not inside and not allow_outside:
         what = f"embeddings {str(found or tried[0])!r} lie outside the directory {str(folder)!r}"
@@ -126,7 +126,7 @@ def _refusing(path: Path) -> Iterator[None]:
     try:
         if path.suffix not in ENDINGS:
             raise refusal(path, f"no known format of embeddings ends in {path.suffix!r}", f"use {', '.join(ENDINGS)}")
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever, /dev/zero never end
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever, /dev/zero would never end
             raise refusal(path, "is not a regular file", "name the embedding file itself")
         if path.stat().st_size == 0:
             raise refusal(path, "the file is empty", "copy or compute it again")
@@ -142,7 +142,7 @@ def _refusing(path: Path) -> Iterator[None]:
         raise refusal(path, "holds numbers too large for float32", "check how the embeddings were computed") from None
     except Exception as error:
         # Here two libraries parse bytes that anyone may have written (numpy's header alone raises ValueError,
-        # TypeError, SyntaxError and TokenError); whichever way they fail, the file is bad and the user is told so.
+        # TypeError, SyntaxError and TokenError); whichever way they fail, the file is bad, and that is reported.
         what = f"broken {path.suffix} file: {str(error)[:200]!r}"
         raise refusal(path, what, f"copy it again, or {RESAVE}") from None
 
@@ -186,26 +186,26 @@ def _checked_header(file: safetensors.safe_open, path: Path) -> tuple[str, str]:
 
 
 def write_embeddings(rows: np.ndarray, path: Path) -> None:
-    """`rows` as .npy, .pkl or .safetensors, after the ending of `path`, whole or not at all; folders are made."""
+    """Write `rows` as .npy, .pkl or .safetensors, by `path`'s ending, completely or not at all; folders are created."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         remedy = "name another directory"
-        raise ProspectError(f"cannot be made: {error.strerror}", where=str(path.parent), remedy=remedy) from None
+        raise ProspectError(f"cannot be created: {error.strerror}", where=str(path.parent), remedy=remedy) from None
     with write_whole(path) as file:
         if path.suffix == ".npy":
             np.save(file, rows, allow_pickle=False)
         elif path.suffix == ".safetensors":
             file.write(safetensors.numpy.save({"embeddings": np.ascontiguousarray(rows)}))
         else:
-            # As plain array: the memory map's class is no business of whoever reads the pickle.
+            # As a plain array, so that the pickle does not name the class of a memory map.
             pickle.dump(np.array(rows), file)
 
 
 def convert(directory: Path, out: Path, file_format: str) -> int:
     """Write every .pkl of `directory` to `out` as `file_format`; broken files are reported on stderr and left out.
 
-    A file appears whole or not at all, so that an interrupted conversion is simply run again. Returns the exit
+    A file appears complete or not at all, so an interrupted conversion can simply be run again. Returns the exit
     status: 2 if any file was broken, else 0. Raises ProspectError when nothing can be read or written at all.
     """
     try:
@@ -234,7 +234,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m prospect.embeddings", description="Convert embeddings once.")
     parser.add_argument("command", choices=["convert"])
     parser.add_argument("directory", type=Path, help="directory of .pkl files, one array each")
-    parser.add_argument("out", type=Path, help="directory for the converted files, made if missing")
+    parser.add_argument("out", type=Path, help="directory for the converted files, created if missing")
     parser.add_argument("--format", choices=["safetensors", "npy"], default="safetensors", dest="file_format")
     arguments = parser.parse_args()
     return convert(arguments.directory, arguments.out, arguments.file_format)

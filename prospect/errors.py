@@ -21,7 +21,7 @@ class ProspectError(Exception):
     def __str__(self) -> str:
         line = f"{self.where}: {self.what}" if self.where else self.what
         line = f"{line} ({self.remedy})" if self.remedy else line
-        line = " ".join(line.split())  # one line, whatever a file's own text held
+        line = " ".join(line.split())  # one line, whatever a file's own text contained
         return "".join(c if c.isprintable() else "?" for c in line)  # and no escape sequence reaches the terminal
 
     def __reduce__(self):  # keeps where and remedy when a data worker hands the error to its parent
@@ -42,7 +42,7 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
-    except BrokenPipeError:  # the reader of our output (head, less) has left: that is no failure of ours
+    except BrokenPipeError:  # the reader of our output (head, less) has closed it: not a failure
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     sys.exit(status)

@@ -21,7 +21,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write bytes into, which replaces `path` when the block ends.
 
     A reader sees the old file, or none, or the complete new one, also after a crash. A block that raises leaves nothing
-    behind. Raises ProspectError where the disk refuses.
+    behind. Raises ProspectError when the file cannot be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{WRITING}")
     try:

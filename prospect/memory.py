@@ -1,4 +1,4 @@
-"""What a run will keep in a GPU's memory, also for a backbone that is not downloaded yet."""
+"""How much GPU memory a run will take, even on a backbone that is not downloaded yet."""
 
 import dataclasses
 from pathlib import Path
@@ -30,7 +30,7 @@ PUBLISHED = {
 
 
 def published_config(backbone: str) -> ModelConfig:
-    """The shape of a backbone that is not here, by its directory's name. Raises ProspectError for an unknown name."""
+    """The shape of a backbone not yet downloaded, by its directory name. Raises ProspectError for an unknown name."""
     name = Path(backbone).name.removeprefix("Meta-")
     known = [key for key in PUBLISHED if name.startswith(key)]
     if not known:
@@ -51,7 +51,7 @@ def describe_memory(config: Config) -> list[str]:
 
     Frozen weights take the bytes of their type. What is trained takes 16 bytes per parameter (weight, gradient and
     AdamW's two moments in fp32) and in bf16 or fp16 two more, the copy that autocast computes with. With activation
-    checkpointing only a block's input is kept, and one block at a time is computed again. Raises ProspectError for a
+    checkpointing only a block's input is kept, and one block at a time is recomputed. Raises ProspectError for a
     backbone that is neither there nor in PUBLISHED.
     """
     m, t = config.model, config.train

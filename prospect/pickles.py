@@ -6,7 +6,7 @@ still runs that machine: it calls the allowed functions with arguments of the fi
 ``__setstate__`` methods and memory through them. So the machine is not run here. Three steps replace it:
 
     1. `_replay` walks the instructions and *writes down* what the file asks for: a tree made only of numbers, strings,
-       bytes, tuples and `Call` notes. Nothing is imported, called, or allocated on the word of the file. An
+       bytes, tuples and `Call` notes. Nothing is imported, called, or allocated because the file asks for it. An
        instruction or a function name that no numpy array needs ends the walk; so does instruction MAX_OPCODES.
     2. `_array_of` compares that tree with the only two forms in which numpy has ever pickled a plain array.
     3. The array is a view of bytes that were in the file, after their number was compared with shape times width.
@@ -58,7 +58,7 @@ GLOBALS = {
 
 @dataclass(eq=False)
 class Call:
-    """A note that the file wants `function(*arguments)` called, and `state` put into what comes back."""
+    """A note that the file wants `function(*arguments)` called, and `state` set on the result."""
 
     function: Name
     arguments: tuple
@@ -136,7 +136,7 @@ def _replay(data: bytes, path: Path) -> object:
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 if not (isinstance(function, Name) and isinstance(arguments, tuple)):
-                    raise refusal(path, "calls something that is not a function of numpy's")
+                    raise refusal(path, "calls something that is not a numpy function")
                 stack.append(Call(function, arguments))
             case "BUILD":
                 state = stack.pop()
@@ -201,7 +201,7 @@ def _array_of(tree: object, path: Path) -> np.ndarray:
     if buffer is None:
         raise refusal(path, "the array's values are not plain bytes")
     if len(shape) > 3 or any(type(extent) is not int or not 0 <= extent <= sys.maxsize for extent in shape):
-        raise refusal(path, "its shape is none that embeddings have, wanted [rows, D] or [rows, I, D]")
+        raise refusal(path, "its shape is not one that embeddings have, wanted [rows, D] or [rows, I, D]")
     claimed = math.prod(shape) * data_type.itemsize
     if claimed != len(buffer):
         raise refusal(path, f"shape {list(shape)} takes {claimed} bytes, the file has {len(buffer)}", "copy it again")

@@ -2,12 +2,12 @@
 
     python -m prospect.sample --out data/sample --seed 0 --difficulty easy
 
-A newcomer has no frames of real recordings, which are large and not free to pass on. This file writes clips with
-nothing to download: people work through one of three tasks of six steps, an assistant watches, keeps the task state and
-speaks unasked, as in ProAssist (arXiv 2506.05904). It writes, under --out,
+A newcomer has no frames of real recordings, which are large and may not be redistributed. This file generates clips
+without any download: people work through one of three tasks of six steps; an assistant watches, tracks the task state
+and speaks unasked, as in ProAssist (arXiv 2506.05904). It writes, under --out,
 
     train.json, val.json            JSON lists of clips
-    embeddings/{id}_embeddings.pkl  one pickled numpy array [F, D] float16 a clip; row r is frame start_frame_idx + r
+    embeddings/{id}_embeddings.pkl  one pickled numpy array [F, D] float16 per clip; row r is frame start_frame_idx + r
 
 **The world** is fixed: every seed, split and difficulty shares it. A *look* is a random direction of unit length: one
 per task for idle hands, and two per step, for the step under way and done. A step going wrong looks half like the step
@@ -17,14 +17,14 @@ of their space, looks and noise lie in one subspace of R dimensions out of the D
     (IDLE_SHARE * idle look of the task  +  look of what is now seen  +  noise) / a constant
 
 **The people** do not follow the recipe to the letter. The assistant names the lowest step not yet completed; the person
-does that one, or another. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame tells which. One must
-have kept the state, and in a clip that begins mid-task one must have read it in the prompt.
+does that one, or another. When S3 is done, the step to name may be S1, S2, S4, S5 or S6: no frame shows which. The
+model must have tracked the state, and in a clip that starts mid-task it must have read it in the prompt.
 
-**The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips begin mid-task; a
-person who does not do the step named does the next open one. `long`: every clip is a whole task, from the wish to the
-last step, 2.7 times as long; a person who does not do the step named does any other open one. So what was completed
-minutes ago, long out of a short context, decides what is to be said now. `hard`: the stories of `long`, word for word,
-and on one frame of eighteen another look of the task is nearer, so that evidence must be gathered.
+**The difficulties.** `easy`: the nearest look is the right one on every frame; half of the clips start mid-task; a
+person who does not do the step named does the next open one. `long`: every clip is a complete task, from the wish to
+the last step, 2.7 times as long; a person who does not do the step named does any other open one. So what was completed
+minutes ago, long out of a short context, decides what must be said now. `hard`: the stories of `long`, word for word,
+but on one frame in eighteen another look of the task is nearer, so evidence must be accumulated.
 
     frame   50          60               91               130             138             170
             |           |                |                |               |               |
@@ -51,7 +51,7 @@ import numpy as np
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, to_disk, tree_to_disk
 
-FPS = 2  # frames a second
+FPS = 2  # frames per second
 D = 2048  # width of an embedding, that of SmolVLM2's vision features
 R = 128  # dimensions of the subspace that holds every look and all noise
 NUM_STEPS = 6
@@ -61,9 +61,9 @@ SPLITS = ("train", "val")
 @dataclass(frozen=True)
 class Difficulty:
     noise: float  # in each of the R directions, for looks of length 1: what counts for telling two looks apart
-    whole_tasks: bool  # from the wish to the last step; else of a drawn length, half of the clips from mid-task on
-    obey: float  # probability that the person begins the step just named
-    choices: int  # of how many open steps, in the recipe's order, the person chooses; all alike but for the one named
+    whole_tasks: bool  # from the wish to the last step; else of a drawn length, half of the clips starting mid-task
+    obey: float  # probability that the person starts the step just named
+    choices: int  # among how many open steps, in recipe order, the person chooses; all but the named one equally likely
 
 
 DIFFICULTIES = {
@@ -78,10 +78,10 @@ CLIP_SEED = 1
 
 GAP_MIN, GAP_MAX = 15, 60  # frames between events; skewed so that the mean is about 30
 LENGTH_MIN, LENGTH_MAX = 100, 400  # frames in a clip; skewed, so that the mean is about 190
-MID_TASK_PROBABILITY = 0.5  # that a clip begins with some steps already completed
-IN_PROGRESS_PROBABILITY = 0.4  # that such a clip begins with yet another step under way
+MID_TASK_PROBABILITY = 0.5  # that a clip starts with some steps already completed
+IN_PROGRESS_PROBABILITY = 0.4  # that such a clip starts with another step under way
 QUESTION_PROBABILITY = 0.12  # that the next event is a user's question
-MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, once a step at most
+MISTAKE_PROBABILITY = 0.2  # that the next event of a step under way is a mistake, at most one per step
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Event:
     """Something that happens at row `row` (frames from the clip's start), the first on which it can be seen.
 
     kind: open (user states the goal) | start | complete | mistake | recover | question. `step` counts from 0;
-    it is None for open and question. A recovery is seen but said by nobody; every other event has turns.
+    it is None for open and question. A recovery can be seen but nobody mentions it; every other event has turns.
     """
 
     row: int
@@ -158,13 +158,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Story:
-    """All that happens in a clip, before it is put into words (`conversation`) or pictures (`draw`)."""
+    """Everything that happens in a clip, before it is put into words (`conversation`) or pictures (`draw`)."""
 
     task: int  # index into TASKS
     start_frame: int  # absolute number of the clip's first frame
     num_rows: int  # F
     done_before: tuple[int, ...]  # steps completed before the clip, in the order in which they were completed
-    under_way_before: int | None  # the step under way when the clip begins
+    under_way_before: int | None  # the step under way when the clip starts
     events: tuple[Event, ...]
 
 
@@ -192,7 +192,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def look_index(kind: str, step: int = 0) -> int:
-    """Where a look stands in `world_looks`: 0 idle, then the steps under way, then done, then going wrong."""
+    """The index of a look in `world_looks`: 0 idle, then the steps under way, then done, then going wrong."""
     return 0 if kind == "idle" else 1 + ("under_way", "done", "wrong").index(kind) * NUM_STEPS + step
 
 
@@ -264,7 +264,7 @@ def act_out(rng: np.random.Generator, rules: Difficulty) -> Story:
 
 
 def _choose_step(done: list[int], rng: np.random.Generator, rules: Difficulty) -> int:
-    """The step the person begins: the lowest open one, which the assistant has named, or one of those after it."""
+    """The step the person starts: the lowest open one, which the assistant has named, or one of those after it."""
     open_steps = [step for step in range(NUM_STEPS) if step not in done][: rules.choices]
     if len(open_steps) == 1 or rng.random() < rules.obey:
         return open_steps[0]
@@ -279,7 +279,7 @@ def _draw_gap(rng: np.random.Generator) -> int:
 
 
 def write_clip(story: Story, uid: str, rng: np.random.Generator) -> dict:
-    """The clip as it stands in the JSON file; `rng` chooses among wordings."""
+    """The clip as it is in the JSON file; `rng` chooses among wordings."""
     task = TASKS[story.task]
     recipe = [f"{number}. {step[0].upper()}{step[1:]}." for number, step in enumerate(task.steps, 1)]
     return {
@@ -305,7 +305,7 @@ def conversation(story: Story, rng: np.random.Generator) -> list[dict]:
     if story.under_way_before is not None:
         state[story.under_way_before] = "in_progress"
 
-    # Prompt text; like in real files its frames mean nothing and lie outside the clip.
+    # Prompt text; as in real files, its frames mean nothing and are outside the clip.
     turns = [{"role": "system", "content": SYSTEM_PROMPT, "start_frame": 0, "end_frame": 1, "labels": "system|generic"}]
 
     def add(row: int, role: str, content: str | list[dict], labels: str) -> None:
@@ -352,7 +352,7 @@ def said_at(event: Event, task: Task, state: list[str], rng: np.random.Generator
 
 
 def step_times(story: Story) -> list[dict]:
-    """The clip's `dst`: every step's start and end, in seconds. What lies outside the clip gets a time outside it."""
+    """The clip's `dst`: every step's start and end, in seconds. What happens outside it gets a time outside it."""
     starts: dict[int, float] = {}
     ends: dict[int, float] = {}
     before = [(table, step) for step in story.done_before for table in (starts, ends)]
@@ -363,7 +363,7 @@ def step_times(story: Story) -> list[dict]:
     for event in story.events:
         if event.kind in ("start", "complete"):
             (starts if event.kind == "start" else ends)[event.step] = (story.start_frame + event.row) / FPS
-    # After the clip, ten seconds apart: first the end of a step left under way, then those not begun, in order.
+    # After the clip, ten seconds apart: first the end of a step left under way, then those not started, in order.
     after = [(ends, step) for step in starts if step not in ends]
     after += [(table, step) for step in range(NUM_STEPS) if step not in starts for table in (starts, ends)]
     for number, (table, step) in enumerate(after, 1):
@@ -396,7 +396,7 @@ def seen_looks(story: Story) -> np.ndarray:
 def draw(story: Story, clean: np.ndarray, subspace: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
     """The clip's embeddings, [F, D] float16: on each row its clean frame, out of [tasks, L, D], plus fresh noise.
 
-    The noise lies in `subspace` [R, D].
+    The noise is in `subspace` [R, D].
     """
     noisy = rng.standard_normal((story.num_rows, R), dtype=np.float32) * np.float32(noise)  # [F, R]
     return (clean[story.task][seen_looks(story)] + noisy @ subspace).astype(np.float16)  # [F, D]
@@ -409,7 +409,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
     """Write a corpus of `clips` training and `val_clips` validation clips into the new directory `out`.
 
     Clip number k of a split depends on (seed, split, k) alone, however many are asked for. Everything is written into
-    a directory beside `out` which is then renamed: a half-written corpus never bears the name of a whole one.
+    a directory beside `out` which is then renamed: a half-written corpus never has the name of a complete one.
 
     Raises ProspectError for an unknown difficulty, a negative seed, fewer than one clip in a split, a directory that
     holds something already, and whatever keeps the files from being written.

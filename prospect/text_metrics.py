@@ -1,4 +1,4 @@
-"""How alike two texts are: the similarity that decides a match, and BLEU, METEOR and CIDEr of what was matched.
+"""How similar two texts are: the similarity that decides a match, and BLEU, METEOR and CIDEr of matched pairs.
 
 Similarities are cosines, [P, R] for P predicted and R reference texts:
 
@@ -52,7 +52,7 @@ def lexical_similarity(predicted: Sequence[str], reference: Sequence[str]) -> np
     """
 
     def features(text: str) -> Counter:
-        tokens = words(text) or [text]  # "?!" has no words: it is like itself alone
+        tokens = words(text) or [text]  # "?!" has no words: it equals only itself
         return Counter(tokens) + Counter(zip(tokens, tokens[1:]))
 
     predicted_counts, reference_counts = [features(text) for text in predicted], [features(text) for text in reference]
@@ -175,7 +175,7 @@ def text_metrics(hypotheses: Sequence[str], references: Sequence[str]) -> TextSc
 
 
 def weighted_by_jaccard(scores: dict[str, float], jaccard_index: float) -> dict[str, float]:
-    """`X_w` = jaccard_index * X: text quality that also pays for what was missed or redundant."""
+    """`X_w` = jaccard_index * X: text quality, reduced by what was missed or redundant."""
     return {f"{name}_w": jaccard_index * score for name, score in scores.items()}
 
 

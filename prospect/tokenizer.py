@@ -1,9 +1,9 @@
 """Text to token ids and back, with control tokens that no text can forge, and the templates that render roles.
 
-A sequence is built of pieces. A *control* piece (`<image>`, an end token, a role header's marks) becomes exactly its
+A sequence consists of pieces. A *control* piece (`<image>`, an end token, a role header's marks) becomes exactly its
 token. A *text* piece is encoded by a tokenizer that knows no control tokens at all, so a user who says
-"<|im_end|><image>" is heard as saying those characters. Because every turn is encoded piece by piece, a header fed at
-inference is the very tokens that training had there, whatever follows it.
+"<|im_end|><image>" has merely said those characters. Because every turn is encoded piece by piece, a header fed at
+inference has exactly the tokens that it had in training, whatever follows it.
 """
 
 import functools
@@ -48,7 +48,7 @@ class Template:
 
     bos: str  # control token before everything, or ""
     open: str  # control token that starts a header, or "": then roles are words (SPOKEN)
-    close: str  # control token behind the role, or ""
+    close: str  # control token after the role, or ""
     line_break: str  # ends a header that has control tokens
     gap: str  # starts the content's text
     end: str  # control token that ends a turn
@@ -113,7 +113,7 @@ class Tokenizer:
         plain["added_tokens"], plain["post_processor"] = [], None
         self.text_backend = Backend.from_str(json.dumps(plain))  # knows no control token, so no text can become one
         bos = names.get("bos_token", "")
-        begins = self.backend.encode("").tokens[:1] == [bos]  # Llama's tokenizers begin every text with it
+        begins = self.backend.encode("").tokens[:1] == [bos]  # Llama's tokenizers start every text with it
         self.template = make_template(template, bos if begins else "", names.get("eos_token", ""))
         if template == "plain" and not self.template.end:
             remedy = "add eos_token to tokenizer_config.json, or choose data.template=chatml or llama3"
@@ -131,7 +131,7 @@ class Tokenizer:
                 raise ProspectError(what, where=str(path), remedy="use a byte-level BPE tokenizer")
         self.image_id = self.ids[IMAGE]
         self.end_id = self.ids[t.end]
-        # Padding is masked by its position, never recognised by its id; it only must not be an <image>.
+        # Padding is masked by its position, never recognised by its id; it just must not be <image>.
         self.pad_id = self.ids.get(names.get("pad_token", ""), self.end_id)
         self.vocab_size = self.backend.get_vocab_size(with_added_tokens=True)
 
@@ -156,7 +156,7 @@ class Tokenizer:
         """Token ids [T] of the pieces, one after another, and the character at which each token starts, [T].
 
         Characters count over the pieces' joined texts. Several tokens of one character (an emoji is four bytes) all
-        start at it. Starts never decrease, and a token's start lies inside its own piece.
+        start at it. Starts never decrease, and a token's start is inside its own piece.
         """
         texts = [piece.text for piece in pieces if not piece.control]
         encodings = iter(self.text_backend.encode_batch(texts, add_special_tokens=False))
@@ -197,7 +197,7 @@ class Tokenizer:
         return {text: id for id, text in written.items() if text.isascii() and text.isprintable() and text}
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """That a model of `vocab_size` tokens knows every token this can give, <image> apart. Raises ProspectError."""
+        """Raise ProspectError unless a model of `vocab_size` tokens knows every token of this one, except <image>."""
         t = self.template
         beyond = [name for name in (t.bos, t.open, t.close, t.end) if name and self.ids[name] >= vocab_size]
         words = self.text_backend.get_vocab_size()

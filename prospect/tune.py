@@ -7,14 +7,14 @@
     lora    frozen                  trained     trained
     full    trained                 -           trained
 
-What is frozen may be stored in 16 bits, for it is only read. What is trained is in fp32, where small steps are not
+What is frozen may be stored in 16 bits, because it is only read. What is trained is in fp32, where small steps are not
 rounded away; so forward passes of such a mixed model run under autocast.
 
 An adapter puts a trainable product beside a frozen weight W [out,in], of rank r much smaller than either side:
 
     y = x W^T + (alpha / r) * dropout(x) A^T B^T          A [r,in], B [out,r], B = 0 at the start
 
-so that at the start nothing has changed. At the end the product can be added into W, and inference costs nothing extra.
+so nothing changes at the start. At the end the product can be added to W, and inference costs nothing extra.
 """
 
 import math
@@ -71,7 +71,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B come beside them."""
+    """A linear layer with an adapter. Its own weight and bias keep their names; lora_A and lora_B are added."""
 
     def __init__(self, base: nn.Linear, config: LoraConfig):
         nn.Module.__init__(self)  # not Linear's, which would allocate a weight: ours is the base layer's own
@@ -124,7 +124,7 @@ def add_lora(model: Prospect, config: LoraConfig, seed: int = 0) -> None:
     for parent, name, layer in linear_layers(model):
         if name in config.targets:
             adapted = LoRALinear(layer, config)
-            if not layer.weight.is_meta:  # on meta a checkpoint's values follow
+            if not layer.weight.is_meta:  # on the meta device a checkpoint's values follow
                 bound = 1 / math.sqrt(layer.in_features)  # Kaiming's uniform rule with a = sqrt(5)
                 drawn = torch.empty(adapted.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
                 adapted.lora_A.weight.copy_(drawn)
@@ -139,7 +139,7 @@ def has_adapters(model: Prospect) -> bool:
 
 @torch.no_grad()
 def merge_lora(model: Prospect) -> None:
-    """Add every adapter into its weight, W + (alpha / r) B A, computed in fp32, and take the adapters off."""
+    """Add every adapter to its weight, W + (alpha / r) B A, computed in fp32, and remove the adapters."""
     for parent, name, layer in linear_layers(model):
         if isinstance(layer, LoRALinear):
             update = layer.scale * (layer.lora_B.weight.float() @ layer.lora_A.weight.float())  # [out,in]

@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face directories, our checkpoints, and the export from the one to the other.
+"""Weights in and out: Hugging Face directories, our checkpoints, and the export from ours to theirs.
 
 Everything is safetensors and JSON. One layout serves checkpoints and exports:
 
@@ -9,8 +9,8 @@ Everything is safetensors and JSON. One layout serves checkpoints and exports:
     adapter_model.safetensors
 
 A backbone has only the first two. A checkpoint of `tune: full` has the first three. A checkpoint of `tune: heads` or
-`lora` leaves the transformer out and names its directory in config.json: loading puts the two together. An export
-(`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and all of its transformer, so that
+`lora` leaves the transformer out and names its directory in config.json: loading combines the two. An export
+(`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and contains the full transformer, so that
 `LlamaForCausalLM.from_pretrained` opens it.
 
 The model is built on the meta device, where it has shapes but no memory; tensors are then mapped from their files and
@@ -51,7 +51,7 @@ MODEL_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 OUR_FILE = "prospect.safetensors"
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-FLOAT_TYPES = ("F32", "BF16", "F16")  # how safetensors calls what a Llama may be stored in
+FLOAT_TYPES = ("F32", "BF16", "F16")  # safetensors' names of the types a Llama may be stored in
 
 
 # ---- config.json ---------------------------------------------------------------------------------
@@ -75,8 +75,8 @@ NEUTRAL = {
     "quantization_config": (None,),
 }
 
-# The table of names, both ways: what Hugging Face calls our `model.`, by kind of checkpoint. All that follows it, and
-# all other names, are the same on both sides.
+# The table of names, both ways: what Hugging Face calls our `model.`, by kind of checkpoint. Everything
+# after it, and all other names, are the same on both sides.
 TEXT_PREFIX = {"llama": "model.", "smolvlm": "model.text_model."}
 # What is beside the text model and is ignored: SmolVLM2's vision tower, and a buffer that old Llama files carry.
 LEFT_ALONE = ("model.vision_model.", "model.connector.")
@@ -132,7 +132,7 @@ class Fields:
 def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     """A model's shape from Hugging Face's fields and, in one of our checkpoints, its settings from ours.
 
-    Raises ProspectError naming everything that this Llama cannot do, and every value that makes no sense.
+    Raises ProspectError naming everything that this Llama does not support, and every value that makes no sense.
     """
     problems: list[str] = []
     outer = Fields(values, problems)
@@ -161,7 +161,7 @@ def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     if shape["head_dim"] % 2:
         problems.append(f"head_dim {shape['head_dim']} is odd")
     shape |= {key: text.flag(key, False) for key in ("attention_bias", "mlp_bias")}
-    # Of a SmolVLM2, the outer field counts: the LM head is outside the text model.
+    # In a SmolVLM2 file, the outer field counts: the LM head is outside the text model.
     shape["tie_word_embeddings"] = outer.flag("tie_word_embeddings", False)
 
     config = ModelConfig(**shape, **parse_rope(text), **parse_settings(outer))
@@ -332,7 +332,7 @@ def checked_tensors(
 
 
 def expected_shapes(model: Prospect) -> dict[str, torch.Size]:
-    """Every tensor of the model by name; a tied LM head is the embeddings and no tensor of its own."""
+    """Every tensor of the model by name; a tied LM head is the embedding matrix, not its own tensor."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del shapes["lm_head.weight"]
@@ -353,7 +353,7 @@ def load_model(
     """A model from a backbone directory, with new projector and heads drawn from `seed`, or from our own checkpoint.
 
     A checkpoint has its own settings; naming others than it has is an error. Raises ProspectError when config.json asks
-    for what this Llama does not do, or when tensors are missing, unexpected, mis-shaped or of a strange type.
+    for what this Llama does not support, or when tensors are missing, unexpected, mis-shaped or of a strange type.
     """
     directory = Path(directory)
     given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "dst": dst, "dst_state_head": dst_state_head}
@@ -429,7 +429,7 @@ def fingerprint(backbone: Path) -> str:
 
 
 def check_backbone(backbone: Path, config: ModelConfig, where: str) -> None:
-    """That the transformer a checkpoint was trained on is still there, and still the same one. Raises ProspectError."""
+    """Raise ProspectError unless the transformer that a checkpoint was trained on is still there and unchanged."""
     if not (backbone / "config.json").exists():
         what = f"the backbone of this checkpoint is not at {backbone}"
         raise ProspectError(what, where=where, remedy='write where it is now into "backbone" under "prospect"')
@@ -442,7 +442,7 @@ def check_backbone(backbone: Path, config: ModelConfig, where: str) -> None:
 
 
 def check_tied(embeddings: Stored, head: Stored) -> None:
-    """Some files hold the tied LM head a second time: both must then be equal."""
+    """Some files store the tied LM head as well: both must then be equal."""
     first, second = (open_file(entry.path).get_tensor(entry.name) for entry in (embeddings, head))
     if not torch.equal(first, second):
         what = "tie_word_embeddings is true, but lm_head.weight differs from the embeddings"
@@ -499,7 +499,7 @@ def save_state(
     for name, tensors in ((MODEL_FILE, transformer), (OUR_FILE, ours), (ADAPTER_FILE, adapters)):
         if tensors:
             save_file(tensors, directory / name, metadata={"format": "pt"})
-            shutil.copymode(directory / "config.json", directory / name)  # save_file's own would be for the owner alone
+            shutil.copymode(directory / "config.json", directory / name)  # save_file lets only the owner read
 
 
 # ---- export --------------------------------------------------------------------------------------
@@ -507,7 +507,7 @@ def save_state(
 
 @torch.no_grad()
 def probe(model: Prospect) -> Tensor:
-    """What a model answers to a fixed random sequence with frames in it: LM logits and decisions, [1,T,V+1 or V+2]."""
+    """A model's output for a fixed random sequence with frames in it: LM logits and decisions, [1,T,V+1 or V+2]."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=generator)  # [1,T]
     ids[ids == model.config.image_token_id] = 0 if model.config.image_token_id else 1
@@ -521,9 +521,9 @@ def probe(model: Prospect) -> Tensor:
 def export(checkpoint: Path, out: Path, dtype: torch.dtype = torch.float32) -> dict[str, float]:
     """Write a checkpoint as a complete model: transformer with adapters merged in fp32, projector, heads and tokenizer.
 
-    Returns the largest differences between the answers of the checkpoint, of the merged model, and of what was written
-    and read again; `dtype` is the type written, whose rounding the last one shows. `out` appears only when all is well.
-    Raises ProspectError when `checkpoint` is none of ours or cannot be loaded, or `out` exists or cannot be written.
+    Returns the largest differences between the outputs of the checkpoint, of the merged model, and of the model written
+    and read back; `dtype` is the stored type, whose rounding the last one shows. `out` appears only on success.
+    Raises ProspectError when `checkpoint` is not one of ours or cannot be loaded, or `out` exists or cannot be written.
     """
     values = read_json(checkpoint / "config.json")
     if "prospect" not in values:
@@ -572,7 +572,7 @@ def checked(directory: Path, template: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m prospect.weights", description="Look at a model directory, or export a checkpoint."
+        prog="python -m prospect.weights", description="Inspect a model directory, or export a checkpoint."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     look = commands.add_parser("check", help="load a backbone or a checkpoint and count its parameters")
@@ -580,7 +580,7 @@ def main() -> None:
     look.add_argument(
         "--template", choices=["plain", "chatml", "llama3", "smolvlm"], default="plain", help="data.template to be used"
     )
-    ship = commands.add_parser("export", help="merge adapters and write a directory that transformers opens")
+    ship = commands.add_parser("export", help="merge adapters and write a directory that transformers can load")
     ship.add_argument("checkpoint", type=Path)
     ship.add_argument("out", type=Path)
     ship.add_argument(

@@ -1,4 +1,4 @@
-"""The benchmarks start from anywhere, and the ablation counts and tells what it should."""
+"""The benchmarks start from anywhere, and the ablation counts and reports what it should."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import ablation
 from prospect.clip_files import parse_clip
+from prospect.score import timely_replies
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,8 @@ def test_replies_are_counted_as_by_hand():
         147: "Keep going: grind the beans.",  # 1.5 s early: not in time
     }
     records = [{"frame_idx": frame, "text": said.get(frame)} for frame in range(100, 160)]
-    assert ablation.count_replies(clip, records) == (2, 4, 4, 1, 2)
+    assert sorted(timely_replies(clip, records)) == [(0, 0, True), (1, 1, False), (2, 2, True)]
+    assert ablation.next_steps(clip, records) == (1, 2)
 
 
 def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monkeypatch):
@@ -50,11 +52,11 @@ def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monk
             run = tmp_path / ablation.run_name(trained, seed)
             run.mkdir()
             rows = {row.key for rows in ablation.SECTIONS.values() for row in rows if row.trained == trained}
-            numbers = {"speaking_event_f1": 0.5 + 0.2 * seed, "next_step": n / 100, "replies_right": 0.25}
+            numbers = {"speaking_event_f1": 0.5 + 0.2 * seed, "next_step": n / 100, "replies_right_f1": 0.25}
             (run / "measured.json").write_text(json.dumps(dict.fromkeys(rows, numbers)))
     page = ablation.page([0, 1], tmp_path, "the command", 0.25)
-    # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2).
-    assert "| `dst: false` | 0.600 ± 0.141 |  |  | 0.010 ± 0.000 | 0.250 ± 0.000 |" in page
+    # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2). no-dst is number 3 (from 0) of those trained.
+    assert "| `dst: false` | 0.600 ± 0.141 |  |  | 0.030 ± 0.000 | 0.250 ± 0.000 |" in page
     assert (
         page.startswith("`the command`")
         and "in 0.250 of cases" in page

@@ -275,7 +275,7 @@ def test_directories_that_cannot_be_read(tmp_path):
         list(frames_at(tmp_path, Fraction(2)))
     save_picture(tmp_path / "a1.png", 1)
     (tmp_path / "b2.jpg").write_bytes(b"half a picture")
-    with pytest.raises(ProspectError, match="b2.jpg.*is not a whole picture"):
+    with pytest.raises(ProspectError, match="b2.jpg.*is not a complete picture"):
         list(frames_at(tmp_path, Fraction(2)))
     save_picture(tmp_path / "c01.png", 1)
     with pytest.raises(ProspectError, match="'a1.png' and 'c01.png' have the same number"):

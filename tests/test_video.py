@@ -130,8 +130,8 @@ def test_what_is_wrong_with_a_task_is_named(kitchen, tmp_path, changes, message)
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"goal: [", "is not YAML"), (b"goal: Tea", "must tell goal and steps"), (b"- goal", "must tell goal and steps"),
-    (b"", "must tell goal and steps"), (b"goal: \xff", "cannot be read"), (None, "cannot be read"),
+    (b"goal: [", "is not YAML"), (b"goal: Tea", "must have goal and steps"), (b"- goal", "must have goal and steps"),
+    (b"", "must have goal and steps"), (b"goal: \xff", "cannot be read"), (None, "cannot be read"),
 ])  # fmt: skip
 def test_what_is_no_task_file(kitchen, tmp_path, content, message):
     path = tmp_path / "steps.yaml"

@@ -1,21 +1,21 @@
-"""Videos, picture directories and Arrow files in; one file of frame embeddings for each out. The offline phase.
+"""Videos, picture directories and Arrow files in; one file of frame embeddings out for each. The offline phase.
 
     python -m prospect.encode VIDEO... --vision DIR --out embeddings/ [--fps 2]
     torchrun --nproc_per_node=4 -m prospect.encode VIDEO... --vision DIR --out embeddings/
 
     kitchen.mp4 -> frames.py: picture k, the last one shown at or before k / fps   (a thread, ahead of the encoding)
-                -> vision.py: picture -> I vectors of D numbers                    (batches, on the GPU if there is one)
+                -> tower.py: picture -> I vectors of D numbers                     (batches, on the GPU if there is one)
                 -> embeddings/kitchen_embeddings.npy    float16, [rows, D], or [rows, I, D] when a frame is I vectors
                    embeddings/kitchen_embeddings.json   what made it: model, revision, fps, pooling
 
 Row k is frame k of the source. With `--clips FILE` the rows of each clip, start_frame_idx .. end_frame_idx, are written
-to files of their own, {clip id}_embeddings.*, which is where training looks for them.
+to their own files, {clip id}_embeddings.*, which is where training looks for them.
 
-A run that was stopped is started again with the same command: finished sources are passed over, and a source that was
-half done resumes where it was (its rows so far are kept in a hidden file, whose name depends on all that shapes them).
-A source that cannot be read is reported and left out; the others are done, and the exit status is 2 in the end.
-Several processes deal the sources among themselves by length, the longest first. Decoding is mostly the slower side:
-more processes than GPUs (--nproc_per_node=4 on one GPU) decode several videos at once.
+A run that was stopped is resumed by the same command: finished sources are skipped, and a half-finished one resumes
+where it stopped (its rows so far are kept in a hidden file, whose name depends on everything that shapes them). A
+source that cannot be read is reported and left out; the others are encoded, and the exit status is then 2. Several
+processes share the sources by length, the longest first. Decoding is usually the slower side, so more processes than
+GPUs (--nproc_per_node=4 on one GPU) decode several videos at once.
 """
 
 import argparse
@@ -50,12 +50,12 @@ END = object()  # what the decoding thread sends after the last batch
 
 @dataclass(frozen=True)
 class Settings:
-    """All that shapes the rows of a file; written beside it, and compared before a file is passed over as done."""
+    """Everything that shapes the rows of a file; written beside it, and compared before a file is skipped."""
 
     model: str  # the checkpoint's directory name
     revision: str | None  # the commit it was downloaded from, where that is known
     weights_sha256: str  # of the vision tensors
-    fps: str  # frames a second, as a fraction: "2", "30000/1001"
+    fps: str  # frames per second, as a fraction: "2", "30000/1001"
     source_fps: str  # of sources without a clock
     pool: str  # "pooled" (SigLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
     vectors_per_frame: int  # I
@@ -80,7 +80,7 @@ def encode_source(
     bar.update(done)
     try:
         with open(part, "ab") as file:
-            file.truncate(done * row_bytes)  # half a row, if the machine went down while it was written
+            file.truncate(done * row_bytes)  # half a row, if the machine crashed while it was written
             frames = frames_at(source, Fraction(settings.fps), Fraction(settings.source_fps), first=done)
             for batch in ahead(batches(frames, batch_size), size=2):
                 rows = encode_batch(encoder, [picture for _, picture in batch], settings.precision)  # [B, I, D]
@@ -121,9 +121,9 @@ def batches(frames: Iterator[tuple[int, Tensor]], size: int) -> Iterator[list[tu
 
 
 def ahead(items: Iterator, size: int) -> Iterator:
-    """The same items, made by a thread that is up to `size` of them ahead: one batch is decoded, another encoded.
+    """The same items, made by a thread that is up to `size` of them ahead: it decodes while the caller encodes.
 
-    An error of the thread is raised here, after the items before it. Leaving early stops the thread.
+    An error in the thread is raised here, after the items before it. Leaving early stops the thread.
     """
     line: queue.Queue = queue.Queue(maxsize=size)
     stop = threading.Event()
@@ -142,7 +142,7 @@ def ahead(items: Iterator, size: int) -> Iterator:
                 if stop.is_set():
                     return
             put(END)
-        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the items
+        except BaseException as error:  # whatever it is, the thread that waits for the items must see it
             put(error)
 
     thread = threading.Thread(target=work, daemon=True)
@@ -161,9 +161,9 @@ def ahead(items: Iterator, size: int) -> Iterator:
 
 
 def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
-    """`rows` as .npy, .pkl or .safetensors, after the ending of `path`, and `facts` as .json beside it.
+    """`rows` as .npy, .pkl or .safetensors, by the ending of `path`, and `facts` as .json beside it.
 
-    Each file is written aside and renamed. The JSON comes first: where the embeddings are, it is, too.
+    Each file is written aside and renamed. The JSON is first, so that no embeddings exist without it.
     """
     write_json(path.with_suffix(".json"), facts)
     write_embeddings(rows, path)
@@ -246,7 +246,7 @@ def source_names(clip: object) -> list[str]:
 
 
 def deal(lengths: list[int], n_ranks: int) -> list[list[int]]:
-    """Which sources each rank takes: the longest first, always to the rank that has least so far."""
+    """Which sources each rank takes: the longest first, always to the rank that has the least so far."""
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     totals = [0] * n_ranks
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -272,18 +272,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="INPUT", help="video, directory of pictures, or .arrow file")
     add("--vision", type=Path, required=True, help="directory of a SigLIP or SmolVLM2 checkpoint")
-    add("--out", type=Path, required=True, help="directory for the embeddings, made if missing")
+    add("--out", type=Path, required=True, help="directory for the embeddings, created if missing")
     add("--fps", type=parse_fps, default=Fraction(2), help="frames per second (default 2)")
     add("--source-fps", type=parse_fps, help="pictures per second in directories and Arrow files (default: --fps)")
     add("--clips", type=Path, help="clip file (JSON or JSONL): write one file for each clip")
     add("--tokens", type=int, help="SigLIP: 1 (pooled, the default), 5 (and 2x2 means) or 10 (and 3x3 means)")
     pool_help = (
-        "SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which remakes files that "
-        "hold the first vector of the first tile and saw nothing else"
+        "SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which reproduces files "
+        "that hold only the first vector of the first tile"
     )
     add("--pool", choices=every_pool, help=pool_help)
     add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
-    add("--batch-size", type=int, default=32, help="pictures at a time (default 32)")
+    add("--batch-size", type=int, default=32, help="pictures per batch (default 32)")
     add("--precision", choices=sorted(DTYPES), help="default: fp16 on a GPU, fp32 on the CPU")
     arguments = parser.parse_args(argv)
     if arguments.batch_size < 1:
@@ -306,9 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ProspectError(f"cannot be made: {error.strerror}", where=str(out), remedy="give another --out") from None
+        what = f"cannot be created: {error.strerror}"
+        raise ProspectError(what, where=str(out), remedy="give another --out") from None
 
-    # Every rank finds the same sources and lengths, so all agree on the dealing without exchanging anything.
+    # Every rank finds the same sources and lengths, so all agree on their shares without communicating.
     missing, lengths, unreadable = sources_to_encode(cuts, settings)
     mine = [missing[i] for i in deal(lengths, n_ranks)[rank]]
     frames = dict(zip(missing, lengths))
@@ -318,9 +319,9 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{len(cuts)} sources: {len(cuts) - len(missing) - len(unreadable)} done, {len(missing)} to encode "
             f"({sum(lengths)} frames) on {n_ranks} x {device.type} in {settings.precision}, "
-            f"{settings.vectors_per_frame} x {settings.width} numbers a frame"
+            f"{settings.vectors_per_frame} x {settings.width} numbers per frame"
         )
-    if n_ranks > 1:  # only to wait for each other in the end: one rank that leaves with an error would end the others
+    if n_ranks > 1:  # only to wait for each other at the end: a rank that exits with an error would kill the others
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()  # nobody writes before everybody has seen what is done
     hidden = True if rank else None  # None: shown on a terminal only
@@ -356,7 +357,7 @@ def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[
     """
     missing, lengths, unreadable = [], [], []
     for source, of_source in cuts.items():
-        done = [is_done(cut, source, settings) for cut in of_source]  # all are looked at: each may refuse the run
+        done = [is_done(cut, source, settings) for cut in of_source]  # all are checked: any may refuse the run
         if all(done):
             continue
         try:
@@ -397,12 +398,12 @@ def gathered(failures: list[str], n_ranks: int) -> list[str]:
 def encode_and_write(
     encoder: VisionEncoder, source: Path, cuts: list[Cut], settings: Settings, out: Path, batch_size: int, bar: tqdm
 ) -> None:
-    """Encode one source, write its files, and remove the rows that were kept meanwhile."""
+    """Encode one source, write its files, and remove the rows kept meanwhile."""
     identity = json.dumps([str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns, asdict(settings)])
     part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{WRITING}"
     rows = encode_source(encoder, source, settings, part, batch_size, bar)
     for cut in cuts:
-        # A clip that ends one frame after the source was written with its end exclusive; training knows such clips.
+        # A clip that ends one frame after the source was written with its end exclusive; training accepts such clips.
         last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
         if last >= len(rows) or cut.first > last:
             what = f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}"

@@ -1,9 +1,9 @@
 """From a video, a directory of pictures or an Arrow file to frames at an even rate: which picture is frame k?
 
 Frame k is the last picture shown at or before k / fps seconds. When a picture is shown is read from the file, never
-found by counting: a file that says 30 pictures a second often has 29.97, phones and screen recorders change their rate
-while they record, and taking every 14th of 29.97 pictures a second for "2 a second" is 70 ms a second wrong, two
-minutes after half an hour. All arithmetic on times is exact (fractions).
+found by counting: a file that says 30 pictures per second often has 29.97, phones and screen recorders change their
+rate while they record, and to take every 14th of 29.97 pictures per second for "2 per second" is wrong by 70 ms every
+second, two minutes after half an hour. All arithmetic on times is exact (fractions).
 
     pictures shown    0 ms      40        90       130               260
                       |----A----|----B----|---C----|--------D--------|---E---|(300 ms, end)
@@ -13,8 +13,8 @@ minutes after half an hour. All arithmetic on times is exact (fractions).
 Time 0 is the first picture of the source, whatever its own clock says then. The last picture is shown for as long as
 the file says, and frames end with it; the first picture is frame 0 in any case.
 
-    video             the timestamps of its pictures; a rotation asked for by the file (phones) is carried out
-    picture directory the last number in each file name, at `source_fps` numbers a second; the smallest is time 0, and
+    video             the timestamps of its pictures; a rotation that the file asks for (phones) is applied
+    picture directory the last number in each file name, at `source_fps` numbers per second; the smallest is time 0, and
                       the picture before a gap stands in for the missing ones
     Arrow file        ProAssist's: column `frame`, base64 of a JPEG, row n shown at n / source_fps
 
@@ -60,7 +60,7 @@ def frames_at(
     """Frames `first`, `first` + 1, ... of a source as (k, picture uint8 [3, H, W]).
 
     `source_fps` is for sources without a clock, directories and Arrow files; by default it is `fps`. Pictures before
-    frame `first` are passed over. Raises ProspectError, naming the source, when it cannot be read or is cut short, in
+    frame `first` are skipped. Raises ProspectError, naming the source, when it cannot be read or is cut short, in
     the middle of the iteration if that is where it shows.
     """
     for k, shown in sample(_shown(Path(source), source_fps or fps), fps):
@@ -87,7 +87,7 @@ def sample(pictures: Iterable[Shown], fps: Fraction) -> Iterator[tuple[int, Show
     """(k, the last picture shown at or before k / fps) for all k before the end. Pictures come in order of time."""
     k, current = 0, None
     for picture in pictures:
-        # Only the next picture's time tells that the current one was the last at or before k / fps.
+        # Only the next picture's time shows that the current one was the last at or before k / fps.
         while current is not None and k / fps < picture.start:
             yield k, current
             k += 1
@@ -108,14 +108,14 @@ def _shown(source: Path, source_fps: Fraction) -> Iterator[Shown]:
 
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple]:
-    """The container and its main video stream (a cover picture is a stream, too). Failures are ProspectErrors."""
+    """The container and its main video stream (a cover picture is a stream too). Failures are ProspectErrors."""
     av = _optional("av", "videos")
     try:
         if path.stat().st_size == 0:
             raise ProspectError("the file is empty", where=str(path), remedy="copy or record it again")
         container = av.open(str(path))
     except (OSError, av.FFmpegError) as error:
-        remedy = "check that it is a video and whole: an .mp4 that was cut off has lost the index at its end"
+        remedy = "check that it is a complete video: an .mp4 that was cut off has lost the index at its end"
         raise ProspectError(f"cannot be opened as a video: {error.strerror}", where=str(path), remedy=remedy) from None
     with container:
         stream = container.streams.best("video")
@@ -138,7 +138,7 @@ def _video(path: Path) -> Iterator[Shown]:
                 start = (frame.pts - zero) * frame.time_base
                 if last is not None and start < last.start:
                     what = f"its clock runs backwards at {float(last.start):.2f} s"
-                    remedy = "write it anew with one clock: ffmpeg -i IN OUT.mp4"
+                    remedy = "rewrite it with one clock: ffmpeg -i IN OUT.mp4"
                     raise ProspectError(what, where=str(path), remedy=remedy)
                 end = start + (frame.duration or 0) * frame.time_base
                 last = Shown(start, end, lambda frame=frame: _upright(frame))
@@ -151,7 +151,7 @@ def _video(path: Path) -> Iterator[Shown]:
         declared = _declared_seconds(container, stream)
         if last.end < declared - LOST_SECONDS:
             what = f"ends at {float(last.end):.2f} s of the {float(declared):.2f} s that its header declares"
-            remedy = "copy it again; if this is all there is, write it anew: ffmpeg -i IN OUT.mp4"
+            remedy = "copy it again; if this is all there is, rewrite it: ffmpeg -i IN OUT.mp4"
             raise ProspectError(what, where=str(path), remedy=remedy)
 
 
@@ -223,7 +223,7 @@ def _directory(folder: Path, source_fps: Fraction, warn: bool = True) -> Iterato
 
 
 def decode_picture(data: bytes, where: str) -> Tensor:
-    """A JPEG, PNG, ... as uint8 [3, H, W], turned the way its EXIF note says it is to be seen."""
+    """A JPEG, PNG, ... as uint8 [3, H, W], turned the way its EXIF data says it is to be shown."""
     _optional("PIL", "pictures")
     from PIL import Image, ImageOps
 
@@ -231,7 +231,7 @@ def decode_picture(data: bytes, where: str) -> Tensor:
         with Image.open(io.BytesIO(data)) as image:
             array = np.array(ImageOps.exif_transpose(image).convert("RGB"))  # [H, W, 3]
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's plug-ins raise all three on damaged files
-        raise ProspectError(f"is not a whole picture: {error}", where=where, remedy="copy it again") from None
+        raise ProspectError(f"is not a complete picture: {error}", where=where, remedy="copy it again") from None
     return torch.from_numpy(array).permute(2, 0, 1).contiguous()
 
 

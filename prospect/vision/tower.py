@@ -13,17 +13,16 @@ They share the tower, a plain pre-norm vision transformer (ViT, arXiv 2010.11929
             -> norm                                               the last hidden state, [P, C]
 
 and differ in what follows. SigLIP lets one learned query look at all patches (attention pooling, arXiv 1810.00825):
-that is its "CLS" vector. ProAssist (arXiv 2506.05904) uses it as I = 1 vector a frame, and adds 2x2 or 3x3 means of the
-last hidden state for I = 5 or 10. SmolVLM2 (arXiv 2504.05299) folds every s x s square of patches into one vector of
-s*s*C numbers (pixel shuffle) and maps it to the language model's width: P / s^2 vectors a picture (81 in the 2.2B).
+that is its "CLS" vector. ProAssist (arXiv 2506.05904) uses it as I = 1 vector per frame, and adds 2x2 or 3x3 means of
+the last hidden state for I = 5 or 10. SmolVLM2 (arXiv 2504.05299) folds every s x s square of patches into one vector
+of s*s*C numbers (pixel shuffle) and maps it to the language model's width: P / s^2 vectors per picture (81 in 2.2B).
 
-There is no CLS token in SmolVLM2, and what its processor makes of a picture is a *list*: the picture is enlarged, cut
-into tiles (4 x 4 of them when it is square), and the whole picture, made small, comes LAST. Taking element [0, 0] of
-that list, in the belief that it is a global summary, gives one corner token of the top left tile: the rest of the
-picture was never looked at. Here the whole picture is what is encoded; `pool="top-left-tile"` remakes files of the
-other kind.
+There is no CLS token in SmolVLM2, and its processor turns a picture into a *list*: the picture is enlarged, cut into
+tiles (4 x 4 of them when it is square), and the whole picture, scaled down, comes LAST. Taking element [0, 0] of that
+list, in the belief that it is a global summary, gives one corner token of the top left tile: the rest of the picture is
+never looked at. Here the whole picture is encoded; `pool="top-left-tile"` reproduces files of the other kind.
 
-Dimensions: B pictures, P patches, C width of the tower, D width of what comes out, I vectors a frame, S picture side.
+Dimensions: B pictures, P patches, C width of the tower, D width of what comes out, I vectors per frame, S picture side.
 """
 
 import hashlib
@@ -43,7 +42,7 @@ from prospect.errors import ProspectError
 from prospect.files import read_json
 
 POOLS = {"siglip": ("pooled",), "smolvlm": ("mean", "all", "top-left-tile")}  # the first of each is the default
-GRID_OF_TOKENS = {1: 0, 5: 2, 10: 3}  # SigLIP: I vectors a frame = the pooled one + this many squared means
+GRID_OF_TOKENS = {1: 0, 5: 2, 10: 3}  # SigLIP: I vectors per frame = the pooled one + this many squared means
 
 
 WANTED = "give the directory of a downloaded SigLIP or SmolVLM2 checkpoint"
@@ -79,7 +78,7 @@ class Preprocessing:
 
     image_size: int  # S: the side of the square that enters the tower
     longest_edge: int | None  # SmolVLM: the picture is first scaled to this; None: straight to S x S
-    splits: bool  # SmolVLM: the processor cuts tiles of S x S before it makes the whole picture small
+    splits: bool  # SmolVLM: the processor cuts tiles of S x S before it scales the whole picture down
     kernel: str  # "bilinear", "bicubic" or "lanczos"
     rescale: float  # a pixel of 0..255 is multiplied by this (1/255), or 1.0
     mean: tuple[float, float, float]  # then (x - mean) / std, channel by channel
@@ -197,7 +196,7 @@ FIXED_POINT = 22
 def resampling_weights(n_in: int, n_out: int, kernel: str) -> tuple[Tensor, Tensor]:
     """For each of n_out pixels, which of n_in pixels it is made of and their weights.
 
-    Output pixel i lies over the input at centre (i + 1/2) * n_in / n_out. When the picture shrinks, the kernel is
+    Output pixel i has its centre at (i + 1/2) * n_in / n_out of the input. When the picture shrinks, the kernel is
     stretched by the same factor, so that every input pixel counts (antialiasing). Returns indices [T, n_out] int64 and
     weights [T, n_out] int32 in units of 2**-FIXED_POINT, T the taps; unused taps have weight 0.
     Source: the convention of Pillow's ``Image.resize``, which the reference processors call.
@@ -330,8 +329,8 @@ class Tower(nn.Module):
     """[B, 3, S, S] -> last hidden state [B, P, C].
 
     Patch i (row by row) has position i. SmolVLM's reference looks positions up by the fraction of the side at which a
-    patch begins; for whole pictures and tiles, which fill the square, and the published grids (27 and 32 patches a
-    side) that is the same.
+    patch starts; for whole pictures and tiles, which fill the square, and the published grids (27 and 32 patches
+    per side) that is the same.
     """
 
     def __init__(self, config: VisionConfig):
@@ -406,8 +405,8 @@ def grid_means(x: Tensor, n: int) -> Tensor:
 class VisionEncoder(nn.Module):
     """Pictures to frame vectors, [B, I, D] float32: prepare, tower, pool.
 
-    `pool` is "pooled" for SigLIP, with `tokens` 1, 5 or 10 vectors a frame (the pooled one, then the 2x2 or 3x3 means,
-    row by row); for SmolVLM2 it is "mean" (of the whole picture's vectors, I = 1), "all" of them (I = P/s^2), or
+    `pool` is "pooled" for SigLIP, with `tokens` 1, 5 or 10 vectors per frame (the pooled one, then the 2x2 or 3x3
+    means, row by row); for SmolVLM2 it is "mean" (of the whole picture's vectors, I = 1), "all" of them (I = P/s^2), or
     "top-left-tile" (I = 1: the first vector of the first tile, see the top of this file).
     """
 
@@ -483,7 +482,7 @@ def tensor_names(config: VisionConfig) -> dict[str, list[str]]:
 def load_vision_encoder(directory: Path, pool: str | None = None, tokens: int | None = None) -> VisionEncoder:
     """The encoder of a downloaded SigLIP or SmolVLM2 checkpoint, float32 on the CPU, in eval mode.
 
-    `pool` and `tokens` default to what the family offers first: one vector a frame. Only the vision tensors are read,
+    `pool` and `tokens` default to what the family offers first: one vector per frame. Only the vision tensors are read,
     from one safetensors file or from the shards that the index names.
     Raises ProspectError: not such a checkpoint, a pooling it does not have, or tensors that are missing or misshapen
     (named together).
@@ -495,7 +494,7 @@ def load_vision_encoder(directory: Path, pool: str | None = None, tokens: int | 
     tokens = tokens or 1
     offered = GRID_OF_TOKENS if config.model_type == "siglip" else (1,)
     if pool not in POOLS[config.model_type] or tokens not in offered:
-        what = f"pooling {pool!r} with {tokens} tokens a frame is not what a {config.model_type} tower gives"
+        what = f"pooling {pool!r} with {tokens} tokens per frame is not what a {config.model_type} tower gives"
         remedy = "SigLIP: 1, 5 or 10 tokens, pooled; SmolVLM2: mean, all or top-left-tile"
         raise ProspectError(what, where=str(directory), remedy=remedy)
     with torch.device("meta"):  # no memory is filled with random numbers that are replaced at once
@@ -546,12 +545,12 @@ def _read_tensors(directory: Path, encoder: VisionEncoder) -> dict[str, Tensor]:
     if problems:
         more = "; ..." if len(problems) > 8 else ""
         what = f"{len(problems)} tensors do not fit config.json: {'; '.join(problems[:8])}{more}"
-        raise ProspectError(what, where=str(directory), remedy="download the whole checkpoint again")
+        raise ProspectError(what, where=str(directory), remedy="download the complete checkpoint again")
     return state
 
 
 def weights_sha256(encoder: VisionEncoder) -> str:
-    """A name for exactly these weights, so that embeddings of two towers are never taken for one another's."""
+    """A fingerprint of exactly these weights, so that embeddings of two towers are never confused."""
     digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
@@ -560,9 +559,9 @@ def weights_sha256(encoder: VisionEncoder) -> str:
 
 
 def checkpoint_revision(directory: Path) -> str | None:
-    """The commit that `directory` was downloaded from, as far as the Hugging Face tools left it written; else None.
+    """The commit that `directory` was downloaded from, where the Hugging Face tools recorded it; else None.
 
-    A cache names its directory ``snapshots/COMMIT``; ``download --local-dir`` leaves it in a small file for each file.
+    A cache names its directory ``snapshots/COMMIT``; ``download --local-dir`` keeps it in a note for each file.
     """
     commit = re.compile(r"[0-9a-f]{40}")
     resolved = directory.resolve()

@@ -1,15 +1,15 @@
-"""From a video file to a talking assistant: decode, encode and stream, with nothing written between.
+"""From a video file to a talking assistant: decode, encode and stream, with no files in between.
 
     python infer.py --video kitchen.mp4 --vision DIR --checkpoint DIR --task steps.yaml [--pace live]
 
     kitchen.mp4 -> frames.py: picture k, shown at k / fps        (a thread, ahead of the rest)
-                -> vision.py: pictures -> I vectors of D numbers, as `python -m prospect.encode` writes them
+                -> tower.py: pictures -> I vectors of D numbers, as `python -m prospect.encode` writes them
                 -> stream.py: what the assistant says at them, frame by frame
 
 Two paces. *Fast* takes pictures as they are decoded, as many at once as the engine looks ahead. *Live* plays the
 video: picture k is not looked at before k / fps seconds have passed, and all pictures whose time has come are taken at
 once. So a machine that keeps up works picture by picture, and one that has fallen behind catches up with larger
-batches. No picture is ever left out, since the model was trained on all of them; what falls behind is the answer. The
+batches. No picture is ever left out, since the model was trained on all of them; only the answer comes late. The
 *lag* of a frame is the time from its moment in the video to the record about it:
 
     live, 2 fps    shown at     0.0        0.5        1.0        1.5        2.0 s
@@ -17,12 +17,12 @@ batches. No picture is ever left out, since the model was trained on all of them
                    record at    0.1        0.6             1.3      1.6     2.1     a reply was written at frame 2
                    lag          0.1        0.1             0.3      0.1     0.1     worst: 0.3 s, at 1.0 s
 
-The task is told in a YAML file, since a video holds pictures only. Times are seconds from the video's beginning.
+The task is described in a YAML file, since a video holds only pictures. Times are seconds from the video's start.
 
     goal: Making a Pot of Coffee
     steps:
       - {id: S1, name: boil the water}
-      - {id: S2, name: grind the beans, state: completed}    # where it stands when the video begins; not_started
+      - {id: S2, name: grind the beans, state: completed}    # when the video starts; default not_started
     say:                                                     # optional, as are system (the prompt's first lines) and
       - {time: 12.5, text: What should I do next?}           # knowledge (the recipe, for models trained with it)
 
@@ -64,8 +64,8 @@ UserTexts = dict[int, list[str]]  # by frame: what the user says right before it
 def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, UserTexts]:
     """The video as a clip without turns of its own, and what the user says in it.
 
-    Frame 0 is the video's beginning. What is said at a time is heard at the first frame at or after it. Without a path
-    there is no goal and no step. Raises ProspectError at what is wrong with the file, or with the video's header.
+    Frame 0 is the video's start. What is said at a time is heard at the first frame at or after it. Without a path
+    there is no goal and no step. Raises ProspectError for what is wrong with the file or with the video's header.
     """
     task = {} if path is None else _read_yaml(path)
     where = str(path)
@@ -82,7 +82,7 @@ def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, User
     }
     clip, problems = parse_clip(raw, str(path or video), 0)
     for problem in problems:
-        if problem.fatal:  # its fields are called as in a clip file
+        if problem.fatal:  # its fields are named as in a clip file
             raise replace(problem, field=problem.field.replace("dst", "steps")).error()
     assert clip is not None
 
@@ -96,10 +96,10 @@ def read_task(path: Path | None, video: Path, fps: Fraction) -> tuple[Clip, User
     for number, item in enumerate(_items(task, "say", SAY_KEYS, where)):
         seconds = item.get("time")
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 1e9:
-            what = f"must be seconds from the video's beginning, not {seconds!r:.40}"
+            what = f"must be seconds from the video's start, not {seconds!r:.40}"
             raise ProspectError(what, where=f"{where}, say[{number}], time", remedy="write a number, like 12.5")
         text = _text(item, "text", f"{where}, say[{number}]", required=True)
-        spoken.append((Fraction(str(seconds)), text))  # by way of text: 0.1 is then a tenth, as it was written
+        spoken.append((Fraction(str(seconds)), text))  # through text, so that 0.1 is exactly a tenth
     said: UserTexts = {}
     for exact, text in sorted(spoken, key=lambda pair: pair[0]):
         said.setdefault(math.ceil(exact * fps), []).append(text)
@@ -114,7 +114,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ProspectError(f"is not YAML: {error}", where=str(path), remedy="mind indentation and colons") from None
     if not isinstance(task, dict) or not {"goal", "steps"} <= set(task):
-        raise ProspectError("must tell goal and steps", where=str(path), remedy="goal: TEXT, steps: [{id, name}, ...]")
+        raise ProspectError("must have goal and steps", where=str(path), remedy="goal: TEXT, steps: [{id, name}, ...]")
     _refuse_unknown(task, TASK_KEYS, str(path))
     return task
 
@@ -173,7 +173,7 @@ class Pace:
     worst_frame: int = 0
 
     def note(self, frame: int, count: int, seconds: float) -> None:
-        """The records of `count` frames from `frame` on are there after `seconds`; the first of them lags most."""
+        """The records of `count` frames from `frame` on are complete after `seconds`; the first of them lags most."""
         self.frames, self.seconds = self.frames + count, seconds
         lag = seconds - float(frame / self.fps)
         if lag > self.worst_lag:
@@ -190,13 +190,13 @@ class Pace:
 def watch(
     session: StreamSession, encoder: VisionEncoder, video: Path, said: UserTexts, fps: Fraction, live: bool, pace: Pace
 ) -> Iterator[FrameRecord]:
-    """Stream a video, a directory of pictures or an Arrow file, one record a frame; `pace` is kept up to date.
+    """Stream a video, a directory of pictures or an Arrow file, one record per frame; `pace` is kept up to date.
 
     Raises ProspectError where the source cannot be decoded further, or a frame cannot be streamed.
     """
     most = session.config.infer.lookahead  # pictures taken at once
     device = session.cache.keys.device
-    precision = "fp16" if device.type == "cuda" else "fp32"  # as prospect.encode, so that rows are those of training
+    precision = "fp16" if device.type == "cuda" else "fp32"  # as in prospect.encode: rows are those of training
     with contextlib.closing(ahead(frames_at(video, fps), size=most)) as decoded:
         upcoming = next(decoded, None)  # (k, picture), not yet taken
         begin = time.perf_counter()  # picture k is shown k / fps seconds after this
@@ -217,7 +217,7 @@ def watch(
                 what = f"frame {bad} gives a vector that is not finite in float16"
                 raise ProspectError(what, where=str(video), remedy="download the vision checkpoint again")
             frames = [Frame(torch.from_numpy(row), said.get(k + i, [])) for i, row in enumerate(rows)]
-            while frames:  # the engine stops at each frame at which something is said, and goes on behind it
+            while frames:  # the engine stops after each frame at which something is said
                 first = session.frame_idx
                 [records] = advance([session], [frames])
                 frames = frames[len(records) :]
