@@ -119,7 +119,9 @@ def test_nothing_legal_to_update_and_no_task_state():
 def test_a_changed_future_changes_nothing():
     draw = np.random.default_rng(1)
     for _ in range(50):
-        infer = settings(*draw.uniform(0.3, 0.7, 2), smoothing=draw.choice([1.0, 0.5, 0.3]), coupling=draw.choice([0.0, 2.0]))
+        infer = settings(
+            *draw.uniform(0.3, 0.7, 2), smoothing=draw.choice([1.0, 0.5, 0.3]), coupling=draw.choice([0.0, 2.0])
+        )
         speaking, dst, asked = draw.random(30).tolist(), draw.random(30).tolist(), tuple(draw.integers(0, 30, 3))
         cut = int(draw.integers(1, 30))
         whole = decided(infer, speaking, dst, asked)

@@ -371,7 +371,7 @@ def naive_case(tokenizer_dir: Path, rule: dict, seed: int) -> tuple[Prospect, To
 
 
 def compare_with_naive(tokenizer_dir: Path, rule: dict, seed: int, ways: list[tuple[int, int]]) -> list[dict]:
-    """Stream with both engines and compare all that they record. Returns the naive records; [] where rounding decides."""
+    """Stream with both engines and compare all that they record; the naive records, [] where rounding decides."""
     model, tokenizer, jobs, config = naive_case(tokenizer_dir, rule, seed)
     naive = Naive(model, tokenizer, config)
     expected = {job.clip.id: naive.stream(job.clip, job.embeddings) for job in jobs}
@@ -405,7 +405,8 @@ def test_streaming_equals_a_naive_engine(tokenizer_dir, seed, name):
 @pytest.mark.slow
 def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir):
     ways = [(lookahead, streams) for lookahead in (1, 2, 7, 32) for streams in (1, 3)]
-    counts = {what: 0 for what in ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")}
+    names = ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")
+    counts = dict.fromkeys(names, 0)
     undecided = applied = 0
     for seed in range(140):
         rule = list(NAIVE.values())[seed % len(NAIVE)] | {"smoothing": (1.0, 0.5, 0.3)[seed // 7 % 3]}
@@ -701,7 +702,9 @@ def test_decision_lm_is_one_minus_the_probability_of_the_end_token(plain):
             p_end.append(model.lm_head(last_hidden(silent)).softmax(-1)[END].item())
         assert record.speaking_prob == pytest.approx(1 - p_end[-1], abs=1e-5)
     threshold = 1 - float(np.quantile(p_end, 0.2))
-    speaking = StreamSession(model, plain, clip, stream_config(decision="lm", smoothing=1.0, speaking_threshold=threshold))
+    speaking = StreamSession(
+        model, plain, clip, stream_config(decision="lm", smoothing=1.0, speaking_threshold=threshold)
+    )
     first = next(record.frame_idx for record in map(speaking.feed, embeddings) if record.speaking_decision)
     assert first == next(i for i, p in enumerate(p_end) if p <= 1 - threshold)
 

@@ -26,6 +26,7 @@ from prospect.sequence import LABEL_KEYS
 from prospect.tuning import SHIFTS, best_tried, try_thresholds
 
 SCRIPT = Path(train.__file__)
+STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
 
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -188,14 +189,15 @@ def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, m
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=counting, **options))
     torch._dynamo.reset()
-    eager = losses(corpus, "eager", "train.max_steps=9")
-    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true")
+    eager = losses(corpus, "eager", "train.max_steps=9", *STREAMABLE)
+    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", *STREAMABLE)
     for a, b in zip(eager, compiled, strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["counts"] == a["counts"]
-    # Two layers; each while training and while evaluating; for batches of one and of more.
+    # Two layers; each while training and while evaluating; for batches of one and of more. Streaming compiles nothing.
     assert 2 <= len(graphs) <= 2 * 2 * 2
+    assert not any("keys" in graph.code for graph in graphs)  # of a cache
 
 
 @pytest.mark.slow
@@ -240,8 +242,6 @@ def test_a_run_as_long_as_its_epochs(corpus):
 
 
 # ---- validation ----------------------------------------------------------------------------------
-
-STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
 
 
 def logit(p: float) -> float:

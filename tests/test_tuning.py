@@ -41,7 +41,8 @@ def test_some_of_the_clips_evenly_spread():
 def test_the_target_by_hand():
     numbers = {"speaking_event_f1": 0.9, "dst_event_f1": 0.5, "replies_right_f1": 0.6, "joint_goal_accuracy": 0.2}
     assert target_value(numbers, "events") == 0.7 and target_value(numbers, "replies") == 0.6
-    assert target_value(numbers, "state") == 0.2 and target_value(numbers, "mean") == pytest.approx((0.7 + 0.6 + 0.2) / 3)
+    assert target_value(numbers, "state") == 0.2
+    assert target_value(numbers, "mean") == pytest.approx((0.7 + 0.6 + 0.2) / 3)
     stateless = {"speaking_event_f1": 0.9, "replies_right_f1": 0.6}
     assert target_value(stateless, "mean") == pytest.approx((0.9 + 0.6) / 2)
     assert target_value(stateless, "state") == target_value(stateless, "events") == 0.9
@@ -70,7 +71,8 @@ def test_the_search_ends_when_lower_thresholds_have_not_helped_twice(plain, monk
 
     script = iter(values)
     monkeypatch.setattr(tuning, "streamed_clips", streamed)
-    monkeypatch.setattr(tuning, "decision_numbers", lambda scores: {"replies_right_f1": next(script), "speaking_event_f1": 0})
+    scored = lambda scores: {"replies_right_f1": next(script), "speaking_event_f1": 0}  # noqa: E731
+    monkeypatch.setattr(tuning, "decision_numbers", scored)
     tried = list(try_thresholds(None, plain, [], stream_config(tuned_for="replies"), START))
     assert len(tried) == tries and list(SHIFTS) == sorted(SHIFTS, reverse=True)
     assert [one.thresholds for one in tried] == [shifted(START, shift) for shift in SHIFTS[:tries]]
@@ -103,17 +105,10 @@ def test_several_ranks_are_scored_as_one(plain):
     """gather gives every rank the scores of all; an error of any is raised on every one."""
     model, jobs, config = streaming_case(plain, 3)
     whole = list(try_thresholds(model, plain, jobs, config, START))
-    shares: list[list] = []
-
-    def second_rank(mine):
-        shares.append(mine)
-        return [mine]
-
-    # The other rank's scores at each shift, first; its search is made to go on for as long as the whole one did.
+    shares = []  # the other rank's scores at each shift
     for one in whole:
-        trial = with_thresholds(config, one.thresholds)
-        clips = streamed_clips(model, plain, jobs[1::2], trial)
-        second_rank([score_clip(job.clip, records, load_similarity("lexical"), True) for job, records in clips])
+        clips = streamed_clips(model, plain, jobs[1::2], with_thresholds(config, one.thresholds))
+        shares.append([score_clip(job.clip, records, load_similarity("lexical"), True) for job, records in clips])
     theirs = iter(shares)
     halves = list(try_thresholds(model, plain, jobs[0::2], config, START, lambda mine: [mine, next(theirs)]))
     assert [one.thresholds for one in halves] == [one.thresholds for one in whole]
@@ -135,6 +130,7 @@ def test_settings_that_cannot_stream_are_an_error_after_all_ranks_know(plain):
         told.append(mine)
         return [mine]
 
+    config.infer.reserved = 5
     with pytest.raises(ProspectError, match="infer.reserved"):
-        list(try_thresholds(model, plain, jobs, replace(config, infer=replace(config.infer, reserved=5)), START, gather))
+        list(try_thresholds(model, plain, jobs, config, START, gather))
     assert len(told) == 1 and isinstance(told[0], ProspectError)
