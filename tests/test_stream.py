@@ -412,7 +412,7 @@ def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir):
         rule = list(NAIVE.values())[seed % len(NAIVE)] | {"smoothing": (1.0, 0.5, 0.3)[seed // 7 % 3]}
         rule |= {"coupling": (0.0, 2.0, 100.0)[seed // 21 % 3], "per": 1 + seed % 3}
         try:
-            records = compare_with_naive(tokenizer_dir, rule, seed, ways)
+            records = compare_with_naive(tokenizer_dir, rule, seed, ways[seed % 4 :: 4])
         except ProspectError as error:  # much is said at one frame
             assert "do not fit" in str(error)
             records = []
