@@ -127,6 +127,7 @@ def footing(
     infer, step = config.infer, read_state(checkpoint).step
     thresholds = f"speaking {infer.speaking_threshold:.4f}"
     thresholds += f", updates {infer.dst_threshold:.4f}" if config.data.dst else ""
+    thresholds += f"; evidence {infer.evidence:.4f}"
     used = f"thresholds: {thresholds}; strategy: {infer.strategy}; decision: {infer.decision}"
     lines = [f"command: `{command}`", f"checkpoint: {checkpoint}, step {step}; {used}; similarity: {similarity.name}"]
     if absent := not_computed(results):

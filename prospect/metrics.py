@@ -562,7 +562,7 @@ def task_state_metrics(
     """Task state of one clip.
 
     predicted_states, reference_states    [F, S] indices into STATES, after the updates of each frame (`state_matrix`)
-    also_right                            other right states [F, S]: while updates are due, with and without them
+    also_right                            states [F, S] that are right too: while updates are due, with and without them
     predicted_updates, reference_updates  single transitions, (row, Transition); the predicted are those applied
     num_generated, num_valid              update texts written, and how many of them were applied
     window_seconds                        (l, r) as for dialogue

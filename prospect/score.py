@@ -143,13 +143,16 @@ def frame_behind(turn: Turn) -> int:
 
 
 def score_step_state(clip: Clip, records: list[dict]) -> np.ndarray:
-    """The state head's confusion [3,3] over all frames; while updates are due, with and without each of them is right."""
+    """The state head's confusion [3,3] over all frames; while an update is due, with and without it is right."""
     if any(record["step_state"] is None for record in records):
         return np.zeros((3, 3), np.int64)
     predicted = np.array([STATES.index(record["step_state"]) for record in records])
     reference, updates = clip.latest_step_state(), clip.updates()
     for made in range(len(updates) + 1):  # so many updates as early as may be, the others as late
-        right = clip.latest_step_state(lambda turn: (first_frame if turn in updates[:made] else frame_behind)(turn))
+        early = {turn.index for turn in updates[:made]}
+        right = clip.latest_step_state(
+            lambda turn, early=early: first_frame(turn) if turn.index in early else frame_behind(turn)
+        )
         reference = np.where(predicted == right, predicted, reference)
     return confusion(predicted, reference)
 

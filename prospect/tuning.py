@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
+import torch
 
 from prospect.config import Config
 from prospect.data import Corpus
@@ -70,8 +71,9 @@ def try_evidence(
     for evidence in EVIDENCE:
         trial = with_decisions(config, thresholds, evidence)
         try:
-            clips = streamed_clips(model, tokenizer, jobs, trial)
-            mine = [score_clip(job.clip, records, similarity, config.data.dst) for job, records in clips]
+            with torch.compiler.set_stance("force_eager"):  # blocks compiled for training know no cache
+                clips = streamed_clips(model, tokenizer, jobs, trial)
+                mine = [score_clip(job.clip, records, similarity, config.data.dst) for job, records in clips]
         except ProspectError as error:
             mine = error
         outcomes = gather(mine)

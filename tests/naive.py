@@ -186,7 +186,7 @@ class Naive:
                 event = (before, len(prompt) + sum(len(tokens) for _, tokens in past))
             past.append((state, new))
 
-            # The heads, read at the frame's last <image>; a score is a running mean, behind a user of this frame alone.
+            # The heads, read at the frame's last <image>. Scores are running means; behind a user, of this frame alone.
             context = prompt + [token for _, tokens in past for token in tokens]
             speaking, dst, step_state = self.read(context)
             # A head's own threshold counts as even odds: the odds are divided by its odds first.

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from prospect.clip_files import parse_clip
-from prospect.metrics import Counts, match_events
+from prospect.metrics import Counts, event_counts
 from prospect.sample import DIFFICULTIES, FPS, Story, act_out, seen_looks, write_clip
 
 av = pytest.importorskip("av")
@@ -106,12 +106,6 @@ def run(*command: object) -> str:
     return done.stdout
 
 
-def counts(fired: list[int], reference: list[int]) -> Counts:
-    """Neighbouring frames that fire are one event; it is found within a second."""
-    events = [frame for frame in fired if frame - 1 not in fired]
-    return Counts(len(match_events(events, reference, FPS)), len(events), len(reference))
-
-
 def write_world(folder: Path) -> list[Story]:
     """Pictures, videos, task files, clip files and the configuration; returns the stories."""
     found = stories(TRAIN + VAL + HELD_OUT)
@@ -145,16 +139,13 @@ def watch_one(folder: Path, number: int, story: Story) -> tuple[Counts, Counts]:
     assert sum(len(record["user"]) for record in records) == shown.count("  user       ") == len(asked)
     assert f"{story.num_rows} frames, {story.num_rows / FPS:.1f} s of video, in " in shown
 
-    # The turns of an event end one frame after the first on which it is seen.
-    to_say, to_update = (
-        [event.row + 1 for event in story.events if event.kind in kinds]
-        for kinds in (("open", "mistake", "complete", "question"), ("start", "complete"))
-    )
+    # Everything said and every update is an event of its own.
+    clip, _ = parse_clip(write_clip(story, "story", np.random.default_rng(0)), "clips", 0)
     said, updated = (
         [record["frame_idx"] for record in records if record[decision]]
         for decision in ("speaking_decision", "dst_update_decision")
     )
-    return counts(said, to_say), counts(updated, to_update)
+    return event_counts(said, clip.events("assistant"), FPS), event_counts(updated, clip.events("DST_UPDATE"), FPS)
 
 
 @pytest.mark.slow

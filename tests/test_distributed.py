@@ -191,7 +191,7 @@ SLOW_FSDP = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
 def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     """Three validation batches on two ranks: one rank has nothing left to do in the second round.
 
-    Under DDP each rank also streams a share of the clips; under FSDP none does, and thresholds are teacher-forced.
+    Under DDP each rank also streams a share of the clips; under FSDP none does, and no evidence is chosen.
     """
     write_tiny_corpus(tmp_path)
     streamable = ["infer.max_reply_tokens=8", "infer.max_update_tokens=20"]
@@ -208,7 +208,7 @@ def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
         assert expected == pytest.approx(b["evaluation"], rel=1e-4, abs=1e-5)
     thresholds = [read_state(tmp_path / "runs" / name / "last").thresholds for name in ("one", "two")]
     if parallel == "fsdp":
-        thresholds[0] = {head: one[-1]["evaluation"][f"{head}_threshold"] for head in ("speaking", "dst")}
+        thresholds[0] = {head: one[-1]["evaluation"][f"{head}_even_odds"] for head in ("speaking", "dst")}
     assert thresholds[0] == pytest.approx(thresholds[1], rel=1e-4)
 
 

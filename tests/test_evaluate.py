@@ -31,14 +31,14 @@ from prospect.data import Corpus
 from prospect.errors import run_entry_point
 from prospect.evaluate import records_file
 from prospect.load import load_for_inference
-from prospect.metrics import Counts, HeadTrace, logit
+from prospect.metrics import Counts, HeadTrace
 from prospect.sample import write_sample
-from prospect.score import score_clip, score_step_state, score_task_state, summarise, says_the_same, timely_replies
+from prospect.score import says_the_same, score_clip, score_step_state, score_task_state, summarise, timely_replies
 from prospect.stream import FrameRecord
 from prospect.text_metrics import load_similarity
 from prospect.thresholds import decision_report, teacher_forced, traces
-from prospect.tuning import SHIFTS, teacher_forced_thresholds
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.tuning import EVIDENCE, teacher_forced_odds
 from prospect.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -242,32 +242,29 @@ def test_while_an_update_is_due_the_states_before_and_after_it_are_right():
     for started in range(10, 20):
         for completed in range(started + 1, 20):
             begun, done = ({"S1": state, "S2": "not_started"} for state in ("in_progress", "completed"))
-            records = records_from(
-                clip, updates={started: ("S1->start", None, begun), completed: ("S1->complete", None, done)}
-            )
+            updates = {started: ("S1->start", None, begun), completed: ("S1->complete", None, done)}
+            records = records_from(clip, updates=updates)
             wrong = len([f for f in range(10, 20) if f < 12 and f >= started or f > 14 and f < started])
             wrong += len([f for f in range(10, 20) if f < 13 and f >= completed or f > 16 and f < completed])
-            both = len(
-                [f for f in range(10, 20) if f < 12 and f >= completed or f > 16 and f < started]
-            )  # counted twice
+            both = [f for f in range(10, 20) if f < 12 and f >= completed or f > 16 and f < started]  # counted twice
             found = score_task_state(clip, records, (-2.5, 2.5)).summary()
-            assert found["joint_goal_accuracy"] == pytest.approx((10 - wrong + both) / 10), (started, completed)
+            assert found["joint_goal_accuracy"] == pytest.approx((10 - wrong + len(both)) / 10), (started, completed)
 
 
 def test_the_state_head_by_hand():
     """Its accuracy and macro F1; while an update is due, with and without it is right, whichever others are due."""
-    clip = read(raw_clip([("DST_UPDATE", update("S1", "start"), 12, 13), ("DST_UPDATE", update("S1", "complete"), 15, 17),
-                          ("DST_UPDATE", update("S2", "start"), 16, 18)], 10, 21))  # fmt: skip
+    turns = [("DST_UPDATE", update("S1", "start"), 12, 13), ("DST_UPDATE", update("S1", "complete"), 15, 17)]
+    clip = read(raw_clip([*turns, ("DST_UPDATE", update("S2", "start"), 16, 18)], 10, 21))
     # frame      10 11 12 13 14 15 16  17  18 19 20 21
     # right       n  n np np  p pc pc  pc  cp  p  p  p     (16: S1 in progress or completed, or S2 in progress)
-    read_there = "n  p  p  n  p  p  c   c   c  c  p  n".split()  # wrong at 11, 19 and 21
+    read_there = "n  p  p  c  p  p  c   c   c  c  p  n".split()  # wrong at 11, 13 (p counts from there), 19, 21
     states = {"n": "not_started", "p": "in_progress", "c": "completed"}
     records = [record | {"step_state": states[letter]} for record, letter in zip(records_from(clip), read_there)]
-    assert score_step_state(clip, records).tolist() == [[2, 1, 0], [1, 4, 1], [0, 0, 3]]  # [reference, predicted]
+    assert score_step_state(clip, records).tolist() == [[1, 1, 0], [1, 4, 2], [0, 0, 3]]  # [reference, predicted]
     numbers = summarise([score_clip(clip, records, LEXICAL, True)])
-    assert numbers["state_head_accuracy"] == 9 / 12
-    # n: 3 and 3, both 2; p: 6 and 5, both 4; c: 3 and 4, both 3.
-    assert numbers["state_head_macro_f1"] == pytest.approx((4 / 6 + 8 / 11 + 6 / 7) / 3)
+    assert numbers["state_head_accuracy"] == 8 / 12
+    # n: 2 and 2, both 1; p: 7 and 5, both 4; c: 3 and 5, both 3.
+    assert numbers["state_head_macro_f1"] == pytest.approx((2 / 4 + 8 / 12 + 6 / 8) / 3)
     assert "state_head_accuracy" not in summarise([score_clip(clip, records_from(clip), LEXICAL, True)])
 
 
@@ -542,7 +539,10 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
-    assert f"step 3; thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; strategy: slide; decision: heads;" in shown
+    assert (
+        f"step 3; thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000; strategy: slide; decision: heads;"
+        in shown
+    )
     assert "; similarity: lexical  \n" in shown
     assert "\nnot computed: METEOR (needs what is not here), CIDEr (needs what is not here)\n" in shown
     assert (tmp_path / "metrics.md").read_text() in shown
@@ -567,7 +567,7 @@ def test_a_model_without_task_state(clips, tmp_path, capsys):
     checkpoint = make_checkpoint(tmp_path, "data.dst=false", speaking=SPEAKING)
     assert call(checkpoint, "--data", clips, "--out", tmp_path / "out") == 0
     shown, results = capsys.readouterr().out, results_of(tmp_path / "out")
-    assert "speaking event F1" in shown and f"thresholds: speaking {SPEAKING:.4f};" in shown
+    assert "speaking event F1" in shown and f"thresholds: speaking {SPEAKING:.4f}; evidence 0.5000;" in shown
     for title in ("update event F1", "joint goal", "step-state", "transition", "valid updates"):
         assert title not in shown
     assert not any("dst" in name or "transition" in name or "goal" in name for name in results["tiny"])
@@ -612,41 +612,36 @@ def test_the_teacher_forced_pass_reads_the_heads_of_one_forward(tmp_path, decisi
         for head, expected, role in (("speaking", speaking, "assistant"), ("dst", dst, "DST_UPDATE")):
             found = heads[head][index]
             np.testing.assert_allclose(found.probabilities, expected.numpy(), atol=1e-5)
-            ends = {turn["end_frame"] - raw["start_frame_idx"] for turn in raw["conversation"] if turn["role"] == role}
-            starts = {
-                turn["start_frame"] - raw["start_frame_idx"] for turn in raw["conversation"] if turn["role"] == role
-            }
-            positive = set(np.flatnonzero(found.labels == 1).tolist())
-            assert positive <= {
-                row for first in starts for row in (first, first + 1)
-            }  # turns are one or two frames long
-            assert len(positive) >= len(ends) and found.fps == raw["fps"] and set(found.labels.tolist()) == {0, 1}
+            turns = [turn for turn in raw["conversation"] if turn["role"] == role]
+            ranges = [range(turn["start_frame"], turn["end_frame"] + 1) for turn in turns]
+            positive = {int(row) + raw["start_frame_idx"] for row in np.flatnonzero(found.labels == 1)}
+            assert positive <= set().union(*ranges) and all(positive & set(rows) for rows in ranges)
+            assert found.fps == raw["fps"] and set(found.labels.tolist()) == {0, 1}
 
 
-def test_the_sweep_stores_the_best_shift_of_both_thresholds(tmp_path, capsys):
-    """Against `prospect.evaluate` itself with each of the thresholds that the sweep may choose."""
+def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
+    """Against `prospect.evaluate` itself with each evidence that the sweep may choose."""
     draw = np.random.default_rng(5)
     file = write_clips(tmp_path, "clips.json", [tiny_clip(draw, f"c{n}", 20 + n, replies=3, words=3) for n in range(5)])
     checkpoint = make_checkpoint(tmp_path / "step-000003", speaking=0.111, dst=0.222, seed=4)
     before = json.loads((checkpoint / "state.json").read_text())
     config, tokenizer, model = load_for_inference(checkpoint)
     corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
-    start, report = teacher_forced_thresholds(model, corpus, config, [[0, 1], [2, 3, 4]])
-    assert start == {head: report[f"{head}_threshold"] for head in ("speaking", "dst")}
+    odds, report = teacher_forced_odds(model, corpus, config, [[0, 1], [2, 3, 4]])
+    assert odds == {head: report[f"{head}_even_odds"] for head in ("speaking", "dst")}
 
-    tried, values = [], []
-    for shift in (2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0):
-        tried.append({head: float(1 / (1 + (1 - p) / p * np.exp(-shift))) for head, p in start.items()})
-        out, (speaking, dst) = tmp_path / f"out{shift}", tried[-1].values()
-        words = [f"infer.speaking_threshold={speaking!r}", f"infer.dst_threshold={dst!r}"]
-        assert call(checkpoint, "--data", file, "--out", out, *words) == 0
+    values = []
+    for evidence in EVIDENCE:
+        out = tmp_path / f"out{evidence}"
+        words = [f"infer.{head}_threshold={value!r}" for head, value in odds.items()]
+        assert call(checkpoint, "--data", file, "--out", out, *words, f"infer.evidence={evidence}") == 0
         numbers = results_of(out)["tiny"]
         of_events = (numbers["speaking_event_f1"] + numbers["dst_event_f1"]) / 2
         values.append((of_events + numbers["replies_right_f1"] + numbers["joint_goal_accuracy"]) / 3)
     assert len(set(values)) >= 3  # there was something to choose from
-    stop = next((n + 1 for n in range(2, 7) if max(values[n - 1 : n + 1]) <= max(values[: n - 1])), 7)
+    stop = next((n + 1 for n in range(2, 10) if max(values[n - 1 : n + 1]) < max(values[: n - 1])), 10)
     best = [n for n in range(stop) if values[n] == max(values[:stop])]
-    chosen = tried[best[len(best) // 2]]
+    chosen = odds | {"evidence": EVIDENCE[best[len(best) // 2]]}
 
     capsys.readouterr()
     assert call(checkpoint, "--data", file, "--sweep") == 0
@@ -654,25 +649,25 @@ def test_the_sweep_stores_the_best_shift_of_both_thresholds(tmp_path, capsys):
     assert after["thresholds"] == pytest.approx(chosen, rel=1e-9)
     assert {key: value for key, value in after.items() if key != "thresholds"} == {
         key: value for key, value in before.items() if key != "thresholds"}  # fmt: skip
-    config, _, _ = load_for_inference(checkpoint)
-    assert after["thresholds"] == {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
+    infer = load_for_inference(checkpoint)[0].infer
+    found = {"speaking": infer.speaking_threshold, "dst": infer.dst_threshold, "evidence": infer.evidence}
+    assert after["thresholds"] == found
 
     shown = capsys.readouterr().out
-    lines = [line for line in shown.splitlines() if line.startswith("| speaking ")]
+    lines = [line for line in shown.splitlines() if line.startswith("| 0.")]
     assert [line.split("|")[1:3] for line in lines] == [
-        [f" speaking {t['speaking']:.4f}, dst {t['dst']:.4f} ", f" {value:.3f} "]
-        for t, value in zip(tried[:stop], values)]  # fmt: skip
-    assert f"chosen: speaking {chosen['speaking']:.4f}, dst {chosen['dst']:.4f}\n" in shown
-    assert f"stored in {checkpoint / 'state.json'}" in shown and "streamed, 5 clips:" in shown
+        [f" {evidence} ", f" {value:.3f} "] for evidence, value in zip(EVIDENCE[:stop], values)]  # fmt: skip
+    assert f"infer.evidence={chosen['evidence']:.6f}\n" in shown and f"stored in {checkpoint / 'state.json'}" in shown
+    assert "5 clips streamed; the choice is for mean" in shown
 
 
-def test_a_sweep_under_the_other_decision_does_not_touch_the_speaking_threshold(clips, tmp_path, capsys):
+def test_a_sweep_under_the_other_decision_stores_nothing(clips, tmp_path, capsys):
     checkpoint = make_checkpoint(tmp_path, speaking=0.111, dst=0.222)
     assert call(checkpoint, "--data", clips, "--sweep", "infer.decision=lm") == 0
-    thresholds = read_state(checkpoint).thresholds
-    assert thresholds["speaking"] == 0.111 and thresholds["dst"] != 0.222
-    assert "use infer.decision=lm infer.speaking_threshold=0." in capsys.readouterr().out
-    # Nor is the stored one, found for the head, used for the LM's probability.
+    assert read_state(checkpoint).thresholds == {"speaking": 0.111, "dst": 0.222}
+    shown = capsys.readouterr().out
+    assert "not stored" in shown and "use infer.decision=lm" in shown and "chosen: infer.speaking_threshold=0." in shown
+    # Nor are the stored ones, found for the heads, used for the LM's probability.
     assert load_for_inference(checkpoint, [])[0].infer.speaking_threshold == 0.111
     assert load_for_inference(checkpoint, ["infer.decision=lm"])[0].infer.speaking_threshold == 0.5
     own = ["infer.decision=lm", "infer.speaking_threshold=0.7"]
@@ -713,7 +708,7 @@ def test_the_lm_decides_when_the_end_token_is_unlikely(clips, tmp_path, capsys):
         tmp_path, "data.dst=false", "data.silence_lm=true", "infer.decision=lm", "infer.smoothing=1", speaking=0.9
     )
     assert call(checkpoint, "--data", clips, "--out", tmp_path / "out") == 0
-    assert "thresholds: speaking 0.9000; strategy: slide; decision: lm;" in capsys.readouterr().out
+    assert "thresholds: speaking 0.9000; evidence 0.5000; strategy: slide; decision: lm;" in capsys.readouterr().out
     records = records_of(tmp_path / "out" / "records" / "clip0.jsonl")
     assert all(record["speaking_decision"] == (record["speaking_prob"] >= 0.9) for record in records)
 
@@ -762,12 +757,11 @@ def test_proassist_trains_a_step_and_is_evaluated(proassist, capsys):
     checkpoint, val = folder / "best", proassist[2].removeprefix("data.val=")
     chosen = read_state(checkpoint).thresholds
     config, tokenizer, model = load_for_inference(checkpoint)
-    assert config.infer.decision == "lm" and chosen == {"speaking": config.infer.speaking_threshold}
+    infer = config.infer
+    assert infer.decision == "lm" and chosen == {"speaking": infer.speaking_threshold, "evidence": infer.evidence}
     corpus = Corpus([val], config.data, tokenizer, 2048, rate=1.0, seed=0)
-    start, _ = teacher_forced_thresholds(model, corpus, config, [[0, 1]])
-    assert evaluation["evaluation"]["speaking_threshold"] == pytest.approx(start["speaking"], abs=1e-6)
-    shift = logit(chosen["speaking"]) - logit(start["speaking"])
-    assert min(abs(shift - each) for each in SHIFTS) < 1e-3
+    odds, _ = teacher_forced_odds(model, corpus, config, [[0, 1]])
+    assert chosen["speaking"] == pytest.approx(odds["speaking"], abs=1e-6) and chosen["evidence"] in EVIDENCE
     assert "streamed_replies_right_f1" in evaluation["evaluation"]
     capsys.readouterr()
     assert call(checkpoint, "--data", val, "infer.max_reply_tokens=8", "infer.speaking_threshold=1") == 0

@@ -54,16 +54,8 @@ def test_a_run_of_firing_frames_from_first_to_last():
 
 
 def test_events_match_inside_the_range_or_at_most_tolerance_outside():
-    for row, found in (
-        (7, []),
-        (8, [(0, 0)]),
-        (10, [(0, 0)]),
-        (12, [(0, 0)]),
-        (14, [(0, 0)]),
-        (16, [(0, 0)]),
-        (17, []),
-    ):
-        assert match_events([row], [(10, 14)], 2) == found
+    assert all(match_events([row], [(10, 14)], 2) == [(0, 0)] for row in range(8, 17))
+    assert match_events([7], [(10, 14)], 2) == match_events([17], [(10, 14)], 2) == []
     assert match_events([9, 10, 11], [(10, 10)], 2) == [(1, 0)]  # of three, the nearest
     assert match_events([9, 12, 15], [(10, 14)], 2) == [(1, 0)]  # the one inside
     assert match_events([], [(3, 3)], 2) == match_events([3], [], 2) == []
@@ -141,9 +133,8 @@ def test_streamed_every_decision_is_one_predicted_event():
     # A second around the range: 10 and 18 at 2 fps, 8 and 20 at 4.
     for fps, early, late in ((2, 10, 18), (4, 8, 20)):
         assert event_counts([early], [(12, 16)], fps) == event_counts([late], [(12, 16)], fps) == Counts(1, 1, 1)
-        assert (
-            event_counts([early - 1], [(12, 16)], fps) == event_counts([late + 1], [(12, 16)], fps) == Counts(0, 1, 1)
-        )
+        for row in (early - 1, late + 1):
+            assert event_counts([row], [(12, 16)], fps) == Counts(0, 1, 1)
     # Two turns at one range are one reply each: both may find their own.
     assert event_counts([12, 13], [(12, 16), (12, 16)], 2) == Counts(2, 2, 2)
 
@@ -287,13 +278,8 @@ def test_thresholds_lie_between_the_best_frames_of_events_and_what_is_below():
 
 
 def test_of_equally_good_thresholds_the_middle_one():
-    curve = [
-        (0.1, Counts(1, 3, 2)),
-        (0.2, Counts(2, 2, 2)),
-        (0.3, Counts(2, 2, 2)),
-        (0.4, Counts(2, 2, 2)),
-        (0.9, Counts()),
-    ]
+    best = Counts(2, 2, 2)
+    curve = [(0.1, Counts(1, 3, 2)), (0.2, best), (0.3, best), (0.4, best), (0.9, Counts())]
     assert best_threshold(curve) == 0.3
     assert best_threshold(threshold_curve([trace(np.zeros(5), np.zeros(5, int))])) == 0.5  # no event anywhere
 

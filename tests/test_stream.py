@@ -372,7 +372,7 @@ def naive_case(tokenizer_dir: Path, rule: dict, seed: int) -> tuple[Prospect, To
 
 
 def compare_with_naive(tokenizer_dir: Path, rule: dict, seed: int, ways: list[tuple[int, int]]) -> list[dict]:
-    """Stream with both engines and compare all that they record. Returns the naive records; [] where rounding decides."""
+    """Stream with both engines and compare all that they record; the naive records, [] where rounding decides."""
     model, tokenizer, jobs, config = naive_case(tokenizer_dir, rule, seed)
     naive = Naive(model, tokenizer, config)
     expected = {job.clip.id: naive.stream(job.clip, job.embeddings) for job in jobs}
@@ -406,13 +406,14 @@ def test_streaming_equals_a_naive_engine(tokenizer_dir, seed, name):
 @pytest.mark.slow
 def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir):
     ways = [(lookahead, streams) for lookahead in (1, 2, 7, 32) for streams in (1, 3)]
-    counts = {what: 0 for what in ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")}
+    names = ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")
+    counts = dict.fromkeys(names, 0)
     undecided = applied = 0
     for seed in range(140):
         rule = list(NAIVE.values())[seed % len(NAIVE)] | {"smoothing": (1.0, 0.5, 0.3)[seed // 7 % 3]}
         rule |= {"coupling": (0.0, 2.0, 100.0)[seed // 21 % 3], "per": 1 + seed % 3}
         try:
-            records = compare_with_naive(tokenizer_dir, rule, seed, ways)
+            records = compare_with_naive(tokenizer_dir, rule, seed, ways[seed % 4 :: 4])
         except ProspectError as error:  # much is said at one frame
             assert "do not fit" in str(error)
             records = []

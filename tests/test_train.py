@@ -1,7 +1,6 @@
 """The loop's parts: the schedule, the order of the data, precision and compilation; and the script as a user runs it."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -23,9 +22,10 @@ from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
 from prospect.load import load_for_inference, load_job
 from prospect.sequence import LABEL_KEYS
-from prospect.tuning import SHIFTS, best_tried, try_thresholds
+from prospect.tuning import EVIDENCE, best_tried, try_evidence
 
 SCRIPT = Path(train.__file__)
+STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
 
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -188,14 +188,15 @@ def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, m
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=counting, **options))
     torch._dynamo.reset()
-    eager = losses(corpus, "eager", "train.max_steps=9")
-    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true")
+    eager = losses(corpus, "eager", "train.max_steps=9", *STREAMABLE)
+    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", *STREAMABLE)
     for a, b in zip(eager, compiled, strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
             assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["counts"] == a["counts"]
-    # Two layers; each while training and while evaluating; for batches of one and of more.
+    # Two layers; each while training and while evaluating; for batches of one and of more. Streaming compiles nothing.
     assert 2 <= len(graphs) <= 2 * 2 * 2
+    assert not any("keys" in graph.code for graph in graphs)  # of a cache
 
 
 @pytest.mark.slow
@@ -241,14 +242,8 @@ def test_a_run_as_long_as_its_epochs(corpus):
 
 # ---- validation ----------------------------------------------------------------------------------
 
-STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
 
-
-def logit(p: float) -> float:
-    return math.log(p / (1 - p))
-
-
-def test_validation_streams_and_stores_the_thresholds_that_did_best(corpus, capsys):
+def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys):
     lines = [line["evaluation"] for line in losses(corpus, "streamed", *STREAMABLE) if "evaluation" in line]
     shown = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
     assert len(lines) == len(shown) == 2
@@ -260,18 +255,17 @@ def test_validation_streams_and_stores_the_thresholds_that_did_best(corpus, caps
         for name, title in names.items():
             assert f"{title} {evaluation[f'streamed_{name}']:.3f}" in line
 
-    # Both thresholds are the teacher-forced ones, moved by the same number of logits, one of those that were tried.
     state = read_state(corpus / "runs/streamed/last")
-    shifts = [logit(state.thresholds[head]) - logit(lines[-1][f"{head}_threshold"]) for head in ("speaking", "dst")]
-    assert shifts[0] == pytest.approx(shifts[1], abs=1e-6) and min(abs(shifts[0] - shift) for shift in SHIFTS) < 1e-6
+    odds = {head: lines[-1][f"{head}_even_odds"] for head in ("speaking", "dst")}
+    assert state.thresholds == odds | {"evidence": state.thresholds["evidence"]}
+    assert state.thresholds["evidence"] in EVIDENCE
 
-    # The checkpoint, loaded and searched again, gives the same thresholds and the same numbers.
+    # The checkpoint, loaded and searched again, gives the same evidence and the same numbers.
     config, tokenizer, model = load_for_inference(corpus / "runs/streamed/last")
     val = load_corpus(config, tokenizer, "val")
-    start = {head: lines[-1][f"{head}_threshold"] for head in ("speaking", "dst")}
     jobs = [load_job(val.sources[entry.file], entry.clip, config.model.vision_dim)[0] for entry in val.entries]
-    best = best_tried(list(try_thresholds(model, tokenizer, jobs, config, start)), "mean")
-    assert best.thresholds == pytest.approx(state.thresholds)
+    best = best_tried(list(try_evidence(model, tokenizer, jobs, config, odds)), "mean")
+    assert best.evidence == state.thresholds["evidence"]
     assert {f"streamed_{name}": value for name, value in best.numbers.items()} == pytest.approx(
         {name: value for name, value in lines[-1].items() if name.startswith("streamed_")})  # fmt: skip
 
@@ -283,15 +277,15 @@ def test_streaming_leaves_training_as_it_was(corpus):
     assert streamed == without
 
 
-def test_where_clips_cannot_be_streamed_thresholds_are_teacher_forced(corpus, capsys):
+def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
     """One line says so, and why; the run goes on."""
     lines = [line["evaluation"] for line in losses(corpus, "forced", "infer.reserved=20") if "evaluation" in line]
     shown = capsys.readouterr().out.splitlines()
-    told = [line for line in shown if "thresholds are teacher-forced" in line]
+    told = [line for line in shown if "infer.evidence is not chosen" in line]
     assert len(told) == len(lines) == 2 and all("infer.reserved 20 cannot hold" in line for line in told)
     assert not any(name.startswith("streamed_") for name in lines[-1])
-    thresholds = {head: lines[-1][f"{head}_threshold"] for head in ("speaking", "dst")}
-    assert read_state(corpus / "runs/forced/last").thresholds == thresholds
+    odds = {head: lines[-1][f"{head}_even_odds"] for head in ("speaking", "dst")}
+    assert read_state(corpus / "runs/forced/last").thresholds == odds
     [*_, last] = [line for line in shown if "validation loss" in line]
     assert f"speaking F1 {lines[-1]['speaking_event_f1']:.3f}" in last and "joint goal" not in last
 
