@@ -84,7 +84,7 @@ def test_coupling_takes_along_the_head_that_is_nearly_there_both_ways():
 
 
 def test_a_head_s_own_threshold_counts_as_even_odds():
-    """Odds are divided by the threshold's: .25 has 1/3, so .25 becomes 1/2, .5 becomes 3/4, and .1 (1/9) becomes 1/4."""
+    """Odds are divided by the threshold's: .25 has 1/3, so .25 becomes 1/2, .5 becomes 3/4, .1 (1/9) becomes 1/4."""
     found = decided(settings(dst=0.25, smoothing=1.0), [0.0] * 3, [0.25, 0.5, 0.1])
     assert [decision.dst_score for decision in found] == pytest.approx([0.5, 0.75, 0.25]) and updated(found) == [1]
     assert spoken(decided(settings(0.5, speaking=1e-5, smoothing=1.0), [0.9e-5, 1e-5, 1.1e-5])) == [1, 2]

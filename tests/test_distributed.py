@@ -360,7 +360,7 @@ def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, shard
 
 
 def signalled(folder: Path, moment: str, rank: str, *overrides: str) -> int:
-    """Train, and send SIGTERM to this very process on one rank: in step 4, in its first evaluation or its first save."""
+    """Train, and send SIGTERM to this process on one rank: in step 4, in its first evaluation or its first save."""
     name, owner = {
         "step": ("tally", train),
         "evaluation": ("teacher_forced", validation),

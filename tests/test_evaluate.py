@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import raw_clip, read
+from safetensors.torch import load_file, save_file
 from test_stream import random_model
 from tiny import VISION_DIM, tiny_clip, tiny_config
 
@@ -65,7 +66,7 @@ def write_clips(folder: Path, name: str, clips: list[dict], seed: int = 0) -> Pa
     draw = np.random.default_rng(seed)
     (folder / "embeddings").mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(clips), encoding="utf-8")
-    for number, clip in enumerate(clips):
+    for clip in clips:
         rows = draw.normal(size=(clip["end_frame_idx"] - clip["start_frame_idx"] + 1, VISION_DIM)).astype(np.float32)
         clip_name = clip.get("embeddings", f"{clip['id']}_embeddings.npy")
         np.save(folder / "embeddings" / clip_name, rows)
@@ -197,14 +198,15 @@ def update(id: str, transition: str) -> list[dict]:
     return [{"id": id, "transition": transition}]
 
 
-def records_from(clip, texts: dict[int, str] = {}, updates: dict[int, tuple] = {}) -> list[dict]:
+def records_from(clip, texts: dict[int, str] | None = None, updates: dict[int, tuple] | None = None) -> list[dict]:
     """Records with a text or an (update, why invalid, state after it) at some frames; the rest silent."""
+    texts, updates = texts or {}, updates or {}
     state, records = dict(clip.initial_state), []
     for frame in range(clip.start_frame, clip.end_frame + 1):
         written, invalid, state = updates.get(frame, (None, None, state))
         records.append(asdict(FrameRecord(
-            clip.id, frame, frame / clip.fps, 0.5, 0.5, 0.5, 0.5, frame in texts, frame in updates, texts.get(frame), written,
-            state, invalid_update=invalid,
+            clip.id, frame, frame / clip.fps, 0.5, 0.5, 0.5, 0.5, frame in texts, frame in updates,
+            texts.get(frame), written, state, invalid_update=invalid,
         )))  # fmt: skip
     return records
 
@@ -539,10 +541,8 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
-    assert (
-        f"step 3; thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000; strategy: slide; decision: heads;"
-        in shown
-    )
+    decided = f"thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000"
+    assert f"step 3; {decided}; strategy: slide; decision: heads;" in shown
     assert "; similarity: lexical  \n" in shown
     assert "\nnot computed: METEOR (needs what is not here), CIDEr (needs what is not here)\n" in shown
     assert (tmp_path / "metrics.md").read_text() in shown
@@ -574,7 +574,7 @@ def test_a_model_without_task_state(clips, tmp_path, capsys):
     assert call(checkpoint, "--data", clips, "--sweep") == 0
     shown = capsys.readouterr().out
     assert "speaking, teacher-forced: event F1" in shown and "dst" not in shown.replace(str(tmp_path), "")
-    assert read_state(checkpoint).thresholds.keys() == {"speaking"}
+    assert read_state(checkpoint).thresholds.keys() == {"speaking", "evidence"}
 
 
 # ---- the sweep -----------------------------------------------------------------------------------
@@ -624,6 +624,9 @@ def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
     draw = np.random.default_rng(5)
     file = write_clips(tmp_path, "clips.json", [tiny_clip(draw, f"c{n}", 20 + n, replies=3, words=3) for n in range(5)])
     checkpoint = make_checkpoint(tmp_path / "step-000003", speaking=0.111, dst=0.222, seed=4)
+    heads = load_file(checkpoint / "prospect.safetensors")  # of a model never trained: make their answers differ more
+    decisive = {name: value * 30 if name.endswith("_head.weight") else value for name, value in heads.items()}
+    save_file(decisive, checkpoint / "prospect.safetensors")
     before = json.loads((checkpoint / "state.json").read_text())
     config, tokenizer, model = load_for_inference(checkpoint)
     corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)

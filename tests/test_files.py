@@ -38,7 +38,7 @@ def test_a_block_that_raises_leaves_nothing_behind(tmp_path):
 
 def test_a_disk_that_refuses_is_one_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ProspectError, match="cannot be written: Not a directory") as caught:
+    with pytest.raises(ProspectError, match="cannot be written: File exists") as caught:
         write_text(tmp_path / "file" / "a.txt", "text")
     assert caught.value.where == str(tmp_path / "file" / "a.txt")
 

@@ -395,22 +395,22 @@ def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, 
 @pytest.mark.parametrize(
     "name, trained, card",  # parameters trained, worked out by hand from the published shapes; the card's GB
     [
-        # a projector D x H + H + H x H + H, two heads of H + 1; adapters rank x (in + out) of each of seven layers
-        ("smolvlm2-2.2b", 2048 * 2048 * 2 + 2 * 2048 + 2 * 2049 + 64 * 24 * (4 * 4096 + 3 * 10240), 24),
-        ("llama-3.2-1b", 1235814400 + 2048 * 2048 * 2 + 2 * 2048 + 2 * 2049, 40),
+        # a projector D x H + H + H x H + H, heads of H + 1, H + 1 and 3 (H + 1); adapters rank x (in + out) of each of seven layers
+        ("smolvlm2-2.2b", 2048 * 2048 * 2 + 2 * 2048 + 5 * 2049 + 64 * 24 * (4 * 4096 + 3 * 10240), 24),
+        ("llama-3.2-1b", 1235814400 + 2048 * 2048 * 2 + 2 * 2048 + 5 * 2049, 40),
         (
             "llama-3.2-3b",
-            1152 * 3072 + 3072 * 3072 + 2 * 3072 + 2 * 3073 + 128 * 28 * (2 * 6144 + 2 * 4096 + 3 * 11264),
+            1152 * 3072 + 3072 * 3072 + 2 * 3072 + 5 * 3073 + 128 * 28 * (2 * 6144 + 2 * 4096 + 3 * 11264),
             40,
         ),
         (
             "llama-3.1-8b",
-            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 2 * 4097 + 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
+            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 5 * 4097 + 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
             24,
         ),
         (
             "llama-3.1-8b-80gb",
-            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 2 * 4097 + 128 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
+            1152 * 4096 + 4096 * 4096 + 2 * 4096 + 5 * 4097 + 128 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
             80,
         ),
     ],
