@@ -395,7 +395,7 @@ def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, 
 @pytest.mark.parametrize(
     "name, trained, card",  # parameters trained, worked out by hand from the published shapes; the card's GB
     [
-        # a projector D x H + H + H x H + H, heads of H + 1, H + 1 and 3 (H + 1); adapters rank x (in + out) of each of seven layers
+        # a projector D x H + H + H x H + H, heads of H + 1, H + 1, 3 (H + 1); adapters: rank x (in + out), seven layers
         ("smolvlm2-2.2b", 2048 * 2048 * 2 + 2 * 2048 + 5 * 2049 + 64 * 24 * (4 * 4096 + 3 * 10240), 24),
         ("llama-3.2-1b", 1235814400 + 2048 * 2048 * 2 + 2 * 2048 + 5 * 2049, 40),
         (
