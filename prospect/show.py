@@ -145,7 +145,8 @@ def main() -> int:
     corpus, which, tokenizer = open_corpus(config, arguments.clip, arguments.split)
     for index in chosen_sequences(corpus, which):
         sample = corpus[(0, index)]
-        print(f"\n{sample.clip_id}: {len(sample.input_ids)} tokens, {len(sample.frames)} frames")
+        size = f"{len(sample.input_ids)} tokens, {len(sample.frames)} frames"
+        print(f"\n{sample.clip_id}: {size}; text places and negatives as drawn for epoch 0")
         print_table(token_rows(sample, tokenizer), sys.stdout.isatty(), fold=not arguments.all)
         print("labels of this sequence:   ", counts_line(count_labels(collate([sample], tokenizer.pad_id))))
     print("labels of one epoch:       ", counts_line(label_counts(corpus)))

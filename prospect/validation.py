@@ -1,4 +1,7 @@
-"""Validation while training: losses, how well the heads separate, and how much evidence streamed decisions need."""
+"""Validation while training: losses, how well the heads separate, and how much evidence streamed decisions need.
+
+Every validation sees the same draw of text places and negatives, that of epoch 0, so its numbers can be compared.
+"""
 
 import contextlib
 import functools
