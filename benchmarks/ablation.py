@@ -65,7 +65,6 @@ COMMON = (  # what every run of this page shares beyond config.yaml: a context o
     "infer.reserved=64", "infer.max_reply_tokens=32", "infer.max_update_tokens=16",  # 64 just holds both
     "train.max_steps=400", "train.eval_every=400", "train.save_every=400", "train.log_every=10",
 )  # fmt: skip
-WHOLE = "data.max_seq_len=1536"  # tokens that hold a whole task
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,6 @@ TRAINED = {
     "no-dst-clear": Variant((NO_DST,), difficulty="long"),
     "old-labels-head": Variant((OLD_LABELS,)),
     "last": Variant(("data.text_at=last",)),
-    "no-dst-whole": Variant((NO_DST, WHOLE), difficulty="long"),
 }
 
 
@@ -135,7 +133,6 @@ SECTIONS = {
     "Task state, the same stories in clear pictures": (
         Row("with task state", "default-clear"),
         Row("`dst: false`", "no-dst-clear"),
-        Row("`dst: false`, `max_seq_len: 1536` (the whole task in the context)", "no-dst-whole"),
     ),
     "Context strategies with task state, clear pictures": (
         Row("`slide` (default)", "default-clear"),
