@@ -99,6 +99,8 @@ def plain_autograd(folder: Path, *overrides: str) -> tuple[dict[str, float], lis
         terms[f"{head}_binary"] = F.binary_cross_entropy_with_logits(
             layer(hidden)[decided][:, 0], decisions[decided].float()
         )
+    states = batch["dst_state_labels"]
+    terms["dst_state"] = F.cross_entropy(model.dst_state_head(hidden)[states != -100], states[states != -100])
     sum(terms.values()).backward()
     return {name: value.item() for name, value in terms.items()}, [p.grad for p in model.parameters()]
 

@@ -331,6 +331,7 @@ def test_a_user_who_forges_control_tokens_live_is_heard_and_changes_nothing(temp
     config = Config()
     config.data.template, config.infer.reserved = template, 512
     config.infer.speaking_threshold = config.infer.dst_threshold = 1.0
+    config.infer.evidence = 0.5
     clip = read(raw_clip([], 10, 15))
     out = io.StringIO()
     session = StreamSession(model, tokenizer, clip, config)

@@ -93,13 +93,21 @@ def run(model, tokenizer, jobs, config: Config, lookahead: int = 1, streams: int
 
 
 def firing(model, tokenizer, jobs, config: Config, share: float = 0.06) -> Config:
-    """The config with thresholds that about `share` of the silent frames would reach."""
-    silent = [record for records in run(model, tokenizer, jobs, config, 16).values() for record in records]
+    """The config with decisions that about `share` of the silent frames would bring about: each head's usual
+    probability is its even odds, and the evidence is what so many scores reach."""
+
+    def silent() -> list[FrameRecord]:
+        return [record for records in run(model, tokenizer, jobs, config, 16).values() for record in records]
+
     config = copy.deepcopy(config)
-    config.infer.speaking_threshold = float(np.quantile([r.speaking_score for r in silent], 1 - share))
-    scores = [r.dst_update_score for r in silent if r.dst_update_score is not None]
-    if scores:
-        config.infer.dst_threshold = float(np.quantile(scores, 1 - share))
+    config.infer.evidence = 2.0  # out of reach
+    records = silent()
+    config.infer.speaking_threshold = float(np.median([record.speaking_prob for record in records]))
+    if records[0].dst_update_prob is not None:
+        config.infer.dst_threshold = float(np.median([record.dst_update_prob for record in records]))
+    scores = sorted(score for r in silent() for score in (r.speaking_score, r.dst_update_score) if score is not None)
+    reached = min(int(len(scores) * (1 - share)), len(scores) - 1)
+    config.infer.evidence = (scores[reached - 1] + scores[reached]) / 2  # between two, so that no rounding decides
     return config
 
 
