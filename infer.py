@@ -43,7 +43,7 @@ DEFAULT_CHECKPOINT = "runs/sample/best"
 
 
 def header(clip: Clip) -> str:
-    lines = [f"{clip.id}: {clip.goal}  (frames {clip.start_frame}..{clip.end_frame}, {clip.fps:g} a second)"]
+    lines = [f"{clip.id}: {clip.goal}  (frames {clip.start_frame}..{clip.end_frame}, {clip.fps:g} per second)"]
     return "\n".join(lines + [f"    {step.id} {step.name} [{clip.initial_state[step.id]}]" for step in clip.steps])
 
 

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from prospect.config import InferConfig
 from prospect.metrics import fires, logit
 
-HEADS = {"speaking": "assistant", "dst": "DST_UPDATE"}  # each head, and the role whose turns it decides
+# What validation finds and a checkpoint stores (TrainState.thresholds), and the setting under `infer` that it fills.
+SETTINGS = {"speaking": "speaking_threshold", "dst": "dst_threshold", "evidence": "evidence"}
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Evaluation: every clip streamed and scored; and the choice of the heads' thresholds on streamed clips.
+"""Evaluation: every clip streamed and scored; and the choice of when the heads fire, on streamed clips.
 
     python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
-and metrics.md under --out, and prints the table. Interrupted and started again, it goes on with the clips that are
-missing. The second chooses the heads' thresholds on some of these clips (prospect/tuning.py), prints what was tried and
-stores the choice in the checkpoint.
+and metrics.md under --out, and prints the table. Interrupted and started again, it resumes with the clips that are
+missing. The second chooses how much evidence the heads need, on some of these clips (prospect/tuning.py), prints what
+was tried and stores the choice in the checkpoint.
 
 What each number means stands in prospect/metrics.py. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
@@ -33,6 +33,7 @@ from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
+from prospect.decisions import SETTINGS
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, read_lines, write_json, write_text
 from prospect.load import load_for_inference, load_job
@@ -144,30 +145,22 @@ def sweep(
     """
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
-    start, report = teacher_forced_odds(model, corpus, config, bar)
-    for head in start:
-        print(
-            f"{head}, teacher-forced: event F1 {report[f'{head}_event_f1']:.3f} at {report[f'{head}_threshold']:.4f}; "
-            f"average precision "
-            f"{report[f'{head}_average_precision']:.3f}, AUROC {report[f'{head}_auroc']:.3f}"
-        )
-    target, jobs = config.infer.tuned_for, some_of(jobs)
+    odds, report = teacher_forced_odds(model, corpus, config, bar)
+    for head in odds:
+        shown = {n: report[f"{head}_{n}"] for n in ("event_f1", "threshold", "average_precision", "auroc")}
+        print(f"{head}, teacher-forced:", ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+
+    target, jobs, tried = config.infer.tuned_for, some_of(jobs), []
     print(f"\n{len(jobs)} clips streamed; the choice is for {target}, infer.tuned_for")
-    print(
-        "| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |\n"
-        "|---:|---:|---:|---:|---:|---:|"
-    )
-    tried = []
-    for one in try_evidence(model, tokenizer, jobs, config, start):
+    print("| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for one in try_evidence(model, tokenizer, jobs, config, odds):
         tried.append(one)
         shown = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
         cells = [target_value(one.numbers, target), *(one.numbers.get(name) for name in shown)]
         print(f"| {one.evidence} | {' | '.join(map(cell_text, cells))} |", flush=True)
-    found = start | {"evidence": best_tried(tried, target).evidence}
-    chosen = " ".join(
-        f"infer.{name if name == 'evidence' else f'{name}_threshold'}={found[name]:.6f}" for name in found
-    )
-    print(f"chosen: {chosen}")
+    found = odds | {"evidence": best_tried(tried, target).evidence}
+    print("chosen:", " ".join(f"infer.{SETTINGS[name]}={value:.6f}" for name, value in found.items()))
     decision, own = config.infer.decision, read_config(checkpoint).infer.decision
     if decision != own:
         print(f"not stored, for the checkpoint's infer.decision is {own}: use infer.decision={decision} with the above")
@@ -187,7 +180,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
     what = "DIR: a local sentence-transformers model"
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
-    what = "pick the heads' thresholds on these clips and store them"
+    what = "choose on these clips how much evidence the heads need, and store it"
     parser.add_argument("--sweep", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()

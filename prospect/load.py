@@ -7,6 +7,7 @@ import torch
 from prospect.checkpoint import read_config, read_state
 from prospect.clip_files import Source
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
+from prospect.decisions import SETTINGS
 from prospect.distributed import pick_device
 from prospect.embeddings import check_finite
 from prospect.model import Prospect
@@ -24,12 +25,9 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     own = read_config(directory)
     config = make_config(apply_overrides(to_dict(own), overrides), str(directory / "config.yaml"))
     found = read_state(directory).thresholds if config.infer.decision == own.infer.decision else {}
-    infer = config.infer
-    infer.speaking_threshold = (
-        found.get("speaking", 0.5) if infer.speaking_threshold is None else infer.speaking_threshold
-    )
-    infer.dst_threshold = found.get("dst", 0.5) if infer.dst_threshold is None else infer.dst_threshold
-    infer.evidence = found.get("evidence", 0.5) if infer.evidence is None else infer.evidence
+    for name, setting in SETTINGS.items():
+        if getattr(config.infer, setting) is None:
+            setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
     dtype = torch_dtype(config.infer.precision)
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()

@@ -272,7 +272,7 @@ def test_infer_shows_the_dialogue_and_reports(kitchen, checkpoint, tmp_path, cap
     assert [record["frame_idx"] for record in records] == list(range(FRAMES))
     lines = shown.splitlines()
     assert lines[:3] == [
-        "kitchen: Make tea  (frames 0..11, 2 a second)", "    S1 boil [completed]", "    S2 pour [not_started]",
+        "kitchen: Make tea  (frames 0..11, 2 per second)", "    S1 boil [completed]", "    S2 pour [not_started]",
     ]  # fmt: skip
     assert "  0:02.0  user       What now?" in lines and "  0:00.5  user       Hello." in lines
     assert shown.count("  assistant  ") == sum(record["text"] is not None for record in records) > 0
@@ -283,7 +283,7 @@ def test_infer_shows_the_dialogue_and_reports(kitchen, checkpoint, tmp_path, cap
 def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, capsys):
     options = ["--vision", SIGLIP, "--tokens", 5, "--fps", "24", "--pace", "live"]
     shown, told = call(capsys, checkpoint, "--video", kitchen, *options)
-    assert shown.startswith("kitchen:   (frames 0..11, 24 a second)\n")
+    assert shown.startswith("kitchen:   (frames 0..11, 24 per second)\n")
     assert "12 frames, 0.5 s of video" in shown and told == ""
 
 
