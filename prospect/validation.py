@@ -73,10 +73,10 @@ def tune_on_stream(
 ) -> tuple[float, dict[str, float]] | None:
     """How much evidence decisions need, as prospect/tuning.py finds on a few validation clips, and what these scored.
 
-    None where nothing is streamed, and `infer.evidence` stays at one half: under FSDP, whose ranks can only
-    run forward together; where a clip cannot be streamed with these settings; or when asked to stop.
+    None where nothing is streamed: with `infer.evidence` set, there is nothing to choose; under FSDP ranks can only run
+    forward together; a clip may be one that cannot be streamed with these settings; or the run was asked to stop.
     """
-    if ranks.world > 1 and config.train.parallel == "fsdp":
+    if config.infer.evidence is not None or (ranks.world > 1 and config.train.parallel == "fsdp"):
         return None
     from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
     from prospect.tuning import best_tried, some_of, try_evidence

@@ -277,6 +277,13 @@ def test_streaming_leaves_training_as_it_was(corpus):
     assert streamed == without
 
 
+def test_with_evidence_set_nothing_is_streamed(corpus):
+    lines = [line for line in losses(corpus, "set", *STREAMABLE, "infer.evidence=0.6") if "evaluation" in line]
+    assert lines and not any(name.startswith("streamed_") for line in lines for name in line["evaluation"])
+    assert read_state(corpus / "runs/set/last").thresholds.keys() == {"speaking", "dst"}
+    assert load_for_inference(corpus / "runs/set/last")[0].infer.evidence == 0.6
+
+
 def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
     """One line says so, and why; the run goes on."""
     lines = [line["evaluation"] for line in losses(corpus, "forced", "infer.reserved=20") if "evaluation" in line]
