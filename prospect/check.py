@@ -59,7 +59,7 @@ def check_clip(source: Source, number: int, index: int, vision_dim: int | None) 
     try:
         raw = source.file[index]
     except ProspectError as error:  # a broken line of a JSONL file
-        return Checked(number, index, None, problems=[told("not JSON", error)])
+        return Checked(number, index, None, problems=[as_problem("not JSON", error)])
     clip, problems = parse_clip(raw, str(source.file.path), index)
     if not isinstance(raw, dict):
         return Checked(number, index, None, problems=problems)
@@ -104,7 +104,7 @@ def check_embeddings(checked: Checked, source: Source, clip: Clip | None, named:
         checked.problems.append(Problem("last row missing", where, "", what, remedy, fatal=False))
 
 
-def told(kind: str, error: ProspectError) -> Problem:
+def as_problem(kind: str, error: ProspectError) -> Problem:
     return Problem(kind, error.where, "", error.what, error.remedy)
 
 
@@ -275,7 +275,7 @@ def main() -> int:
         try:
             sources.append(open_source(path, arguments.embeddings, arguments.embeddings_outside))
         except ProspectError as error:
-            show(told("bad clip file", error))
+            show(as_problem("bad clip file", error))
     for checked in check_all(sources, arguments.vision_dim, arguments.workers):
         clips, frames = clips + 1, frames + checked.frames
         widths.update([checked.width] if checked.width else [])
