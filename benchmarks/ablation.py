@@ -85,8 +85,6 @@ TRAINED = {
     "no-dst": Variant((NO_DST,)),
     "default-clear": Variant(difficulty="long"),
     "no-dst-clear": Variant((NO_DST,), difficulty="long"),
-    "old-labels-head": Variant((OLD_LABELS,)),
-    "last": Variant(("data.text_at=last",)),
 }
 
 
@@ -118,8 +116,6 @@ SECTIONS = {
     ),
     "The default with one thing changed": (
         Row("default", "default"),
-        Row("`text_at: range` (labels over the whole range, text behind it)", "old-labels-head"),
-        Row("`text_at: last` (1 on the last frame alone)", "last"),
         Row("`dst_state_head: false`", "no-head"),
         Row("`smoothing: 1`", "default", (NO_MEAN,)),
         Row("`coupling: 0`", "default", (ALONE,)),

@@ -148,6 +148,12 @@ class KVCache:
             self.lengths[stream] += num_tokens
         return Slots(neighbours, index, begin, end, mask, positions)
 
+    def clear(self, stream: int) -> None:
+        """Empty a stream for another clip. Zeros, for what is masked is still multiplied: a NaN would come through."""
+        self.lengths[stream] = 0
+        self.keys[:, stream].zero_()
+        self.values[:, stream].zero_()
+
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Write k, v [B,K,T,E] into their slots and return all that those streams hold, [B,K,S,E]."""
         keys, values = self.keys[layer], self.values[layer]

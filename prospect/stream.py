@@ -19,6 +19,7 @@ Speaking by a head beside the LM head, and the strategies drop_all, drop_middle 
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -136,6 +137,7 @@ class StreamSession:
         self.model, self.tokenizer, self.clip, self.config = model, tokenizer, clip, config
         self.cache = cache if cache is not None else make_cache(model, config, 1)
         self.stream = stream
+        self.cache.clear(stream)
         self.state: State = dict(clip.initial_state) if config.data.dst else {}
         self.frame_idx = clip.start_frame  # of the next frame
         self.units: list[Unit] = []  # the frames in the context, oldest first
@@ -333,6 +335,9 @@ class StreamSession:
         heads: what they read at the frame. context_tokens: tokens in the cache up to and with the frame.
         """
         infer = self.config.infer
+        if not math.isfinite(heads.speaking + (heads.dst or 0.0)):
+            what, remedy = "the model's answer is not finite", "check the embeddings' scale; or infer.precision=fp32"
+            raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
         may_update = heads.dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
         asked = bool(frame.user)
         decision = decide(infer, self.evidence, heads.speaking, heads.dst if may_update else None, asked)

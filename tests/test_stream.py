@@ -823,3 +823,25 @@ def test_two_hours_of_stream_are_flat_in_memory_and_time(plain):
     assert refreshes > 10
     assert max(memory) <= 1.02 * memory[0]
     assert max(quarters[1:]) <= 1.5 * min(quarters[1:])  # medians; the machine may be busy
+
+
+def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain):
+    """Embeddings that overflow inside the model: one error that names the frame; the stream's place is clean again."""
+    draw, model = np.random.default_rng(0), random_model(plain, 0)
+    clip, config = random_clip(draw, "clip", 20), stream_config()
+    rows = rows_of(draw, 20)
+    alone = [record.to_dict() for record in run(model, plain, [Job(clip, rows)], config)["clip"]]
+    cache = make_cache(model, config, 2)
+    spoiled = StreamSession(model, plain, clip, config, cache=cache, stream=0)
+    spoiled.feed(rows[0])
+    with pytest.raises(ProspectError, match="not finite") as caught:
+        spoiled.feed(np.full_like(rows[1], 3e38))
+    assert caught.value.where.endswith(f"frame {clip.start_frame + 1}")
+    session = StreamSession(model, plain, clip, config, cache=cache, stream=0)
+    other = StreamSession(model, plain, clip, config, cache=cache, stream=1)
+    found = []
+    for number, row in enumerate(torch.from_numpy(rows)):
+        frame = Frame(row, Job(clip, rows).said.get(number, []))
+        found.append(advance([session, other], [[frame], [frame]])[0][0].to_dict())
+    assert [record["speaking_prob"] for record in found] == pytest.approx(
+        [record["speaking_prob"] for record in alone], abs=1e-5)  # fmt: skip
