@@ -833,13 +833,14 @@ def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain)
     alone = [record.to_dict() for record in run(model, plain, [Job(clip, rows)], config)["clip"]]
     cache = make_cache(model, config, 2)
     spoiled = StreamSession(model, plain, clip, config, cache=cache, stream=0)
-    spoiled.feed(rows[0])
+    for row in rows[:15]:
+        spoiled.feed(row)
     with pytest.raises(ProspectError, match="not finite") as caught:
-        spoiled.feed(np.full_like(rows[1], 3e38))
-    assert caught.value.where.endswith(f"frame {clip.start_frame + 1}")
+        spoiled.feed(np.full_like(rows[15], 3e38))
+    assert caught.value.where.endswith(f"frame {clip.start_frame + 15}")
     session = StreamSession(model, plain, clip, config, cache=cache, stream=0)
-    other = StreamSession(model, plain, clip, config, cache=cache, stream=1)
-    for row in rows[:5]:  # further on than the first: what lies behind the first's last token is masked, and multiplied
+    other = StreamSession(model, plain, replace(clip, end_frame=clip.end_frame + 20), config, cache=cache, stream=1)
+    for row in rows:  # further on than the first: what lies behind the first's last token is masked, and multiplied
         other.feed(row)
     found = []
     for number, row in enumerate(torch.from_numpy(rows)):
