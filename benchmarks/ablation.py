@@ -84,7 +84,6 @@ TRAINED = {
     "no-head": Variant((NO_HEAD,)),
     "no-dst": Variant((NO_DST,)),
     "default-clear": Variant(difficulty="long"),
-    "no-dst-clear": Variant((NO_DST,), difficulty="long"),
 }
 
 
@@ -125,10 +124,6 @@ SECTIONS = {
     "Task state": (
         Row("with task state (default)", "default"),
         Row("`dst: false`", "no-dst"),
-    ),
-    "Task state, the same stories in clear pictures": (
-        Row("with task state", "default-clear"),
-        Row("`dst: false`", "no-dst-clear"),
     ),
     "Context strategies with task state, clear pictures": (
         Row("`slide` (default)", "default-clear"),
