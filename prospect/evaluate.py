@@ -147,8 +147,9 @@ def sweep(
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
     odds, report = teacher_forced_odds(model, corpus, config, bar)
     for head in odds:
-        shown = {n: report[f"{head}_{n}"] for n in ("event_f1", "threshold", "average_precision", "auroc")}
-        print(f"{head}, teacher-forced:", ", ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+        titles = {"event_f1": "event F1", "threshold": "at", "average_precision": "average precision", "auroc": "AUROC"}
+        shown = ", ".join(f"{title} {report[f'{head}_{name}']:.4f}" for name, title in titles.items())
+        print(f"{head}, teacher-forced: {shown}")
 
     target, jobs, tried = config.infer.tuned_for, some_of(jobs), []
     print(f"\n{len(jobs)} clips streamed; the choice is for {target}, infer.tuned_for")
