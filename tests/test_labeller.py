@@ -328,7 +328,7 @@ def compare_truncated(case: int, plain) -> None:
         compare_stream(turns, begun, samples, "drawn", 0.0, gaps=True)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(2))
 def test_a_stream_is_what_the_labeller_says(block, plain):
     for case in range(block * 60, block * 60 + 60):
         compare_one(case, plain)
