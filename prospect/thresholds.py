@@ -66,9 +66,8 @@ def teacher_forced(
 
     With `infer.decision: lm` the probability of speaking is 1 - P(end token) at the frame instead of the head's, as
     when streaming, so the threshold is tuned on the quantity that streaming compares it with. An LM taught by
-    `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. At the frames
-    of a reply's range before its last it has no label; if it fires there, the event is found early, in most ranges
-    within EVENT_TOLERANCE. It is for models without task state: before an update comes no end token either.
+    `data.silence_lm` knows silent frames, which the end token follows, and those that a reply follows. It is for
+    models without task state: before an update comes no end token either.
     """
     device = model.lm_head.weight.device
     samples: list[Sample] = [corpus[(0, index)] for index in batch]
@@ -85,12 +84,12 @@ def teacher_forced(
         ]
         found = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
         entry = corpus.entries[index]
-        labels = reference_labels(corpus, index, sample.frames)
+        labels = reference_labels(corpus, index)
         sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found, labels))
     return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), sequences)
 
 
-def reference_labels(corpus: Corpus, index: int, frames: np.ndarray) -> dict[str, np.ndarray]:
+def reference_labels(corpus: Corpus, index: int) -> dict[str, np.ndarray]:
     """The decision labels of a sequence's frames, by head, with every silent frame a negative."""
     entry = corpus.entries[index]
     clip, _ = corpus.load(entry.file, entry.clip)
