@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
     what = "DIR: a local sentence-transformers model"
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
-    what = "choose on these clips how much evidence the heads need, and store it"
+    what = "choose on these clips how much evidence the heads need, and store it in the checkpoint's state.json"
     parser.add_argument("--sweep", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
