@@ -267,17 +267,22 @@ class StreamSession:
 
     def _restart(self, prompt: str, kept: list[Unit], needed: int) -> None:
         """Empty the cache and feed the prompt and the kept frames and texts, in one forward."""
-        ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
-        prompt_tokens = len(ids)
-        for unit in kept:
-            ids += unit.ids(self.tokenizer.image_id)
-        if len(ids) + needed > self.limit:
-            what = f"{len(ids)} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
+        [prompt_tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
+        tokens = prompt_tokens + sum(unit.num_tokens for unit in kept)
+        if tokens + needed > self.limit:
+            what = f"{tokens} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
             remedy = "raise data.max_seq_len, lower infer.reserved, or shorten the text"
             raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
+        self.rebuild(prompt, kept)
+
+    def rebuild(self, prompt: str, units: list[Unit]) -> None:
+        """Make the context, and the cache, what a prompt and these frames and texts give."""
+        ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
+        self.prompt, self.prompt_tokens, self.units = prompt, len(ids), units
+        for unit in units:
+            ids += unit.ids(self.tokenizer.image_id)
         self.cache.lengths[self.stream] = 0
-        self.units, self.prompt_tokens = kept, prompt_tokens
-        self._run(ids, torch.cat([unit.rows for unit in kept]) if kept else None)
+        self._run(ids, torch.cat([unit.rows for unit in units]) if units else None)
 
     @torch.inference_mode()
     def _run(self, ids: list[int], rows: Tensor | None) -> None:
