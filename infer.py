@@ -19,6 +19,7 @@ and goal, steps and what the user says from a YAML file: see prospect/vision/vid
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -173,11 +174,11 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
-            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace):
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
                 show(record, out, sys.stdout)
         finally:
             print(f"{video}: {pace}")
-    for text in unheard(said, pace.frames):
+    for text in unheard(said, session.frame_idx):
         print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
 
 
@@ -223,6 +224,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
     add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
+    what = "with --pace live: leave out frames that have waited longer; by default none is left out"
+    add("--max-lag", type=seconds, default=math.inf, metavar="SECONDS", help=what)
     add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
     add("--pool", help="as it was given to prospect.encode")
     add("--tokens", type=int, help="as it was given to prospect.encode")
@@ -236,9 +239,17 @@ def rate(text: str) -> Fraction:
     return parse_fps(text)
 
 
+def seconds(text: str) -> float:
+    if not 0 < (value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     if arguments.video and (arguments.stdin or not arguments.vision):
         raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
+    if arguments.max_lag < math.inf and arguments.pace != "live":
+        raise ProspectError("--max-lag is for --pace live", remedy="without a clock nothing comes late")
     if arguments.html and (arguments.video or arguments.stdin):
         raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
     if arguments.clip and (arguments.vision or arguments.task):
