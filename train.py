@@ -227,14 +227,14 @@ def train_step(
         last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
         with contextlib.nullcontext() if last else without_sync(model):
             with autocast(config.train, ranks.device):
-                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, bce=config.loss.bce)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss.bce), config.loss.weights())
+                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, loss=config.loss)
+            loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
             scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
         sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))
-    terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss.bce)
+    terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss)
     loss = total_loss(terms, config.loss.weights())
     finite = bool(torch.isfinite(loss + norm))  # the same on every rank, for both are over all ranks
     if finite:

@@ -52,7 +52,7 @@ def validate(
     nothing = {name: torch.zeros((), dtype=torch.float64) for name in LOSS_CLASSES}
     sums = sum_named(added([nothing, *(part.sums for part in parts)]), ranks)
     counts = sum_named(added([nothing, *(part.counts for part in parts)]), ranks)
-    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss.bce)
+    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss)
     numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
     numbers["loss"] = float(total_loss(terms, config.loss.weights()))
     sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
