@@ -37,6 +37,7 @@ from prospect.data import (
     DataOrder,
     MicroBatches,
     StepSampler,
+    contents,
     counts_line,
     label_counts,
     padding_share,
@@ -291,17 +292,15 @@ def load_batches(corpus: Corpus, order: DataOrder, state: TrainState, config: Co
 def skipped_step(
     step: Step, number: int, skips_in_a_row: int, scaler: torch.amp.GradScaler, config: Config, ranks: Ranks
 ) -> str:
-    """What to report of a step whose loss or gradient is not finite: its number and its clips.
+    """What to report of a step whose loss or gradient is not finite: its number, clips and frames.
 
     Raises ProspectError where the run must stop: with train.nonfinite=stop, unless fp16's loss scale was merely too
     large, and after MAX_SKIPS such steps in a row.
     """
-    bad = [
-        batch["clip_ids"] for batch, sums in zip(step.micro, step.sums) if not all(map(torch.isfinite, sums.values()))
-    ]
-    of_ranks = gather_objects((bad, [batch["clip_ids"] for batch in step.micro]), ranks)
-    lists = [ids for bad, _ in of_ranks for ids in bad] or [ids for _, every in of_ranks for ids in every]
-    names = ", ".join(sorted({name for ids in lists for name in ids}))
+    bad = [contents(batch) for batch, sums in zip(step.micro, step.sums) if not all(map(torch.isfinite, sums.values()))]
+    of_ranks = gather_objects((bad, [contents(batch) for batch in step.micro]), ranks)
+    lists = [shown for bad, _ in of_ranks for shown in bad] or [shown for _, every in of_ranks for shown in every]
+    names = "; ".join(sorted({sequence for shown in lists for sequence in shown}))
     finite_loss = bool(torch.isfinite(step.loss))
     what = f"the {'gradient' if finite_loss else 'loss'} of step {number} is not finite (clips {names})"
     overflow = scaler.is_enabled() and finite_loss

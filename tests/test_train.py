@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from tiny import train_here, write_tiny_config, write_tiny_corpus
+from safetensors import safe_open
+from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
 from prospect.build import load_corpus
@@ -21,7 +23,8 @@ from prospect.config import TrainConfig
 from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
 from prospect.load import load_for_inference, load_job
-from prospect.sequence import LABEL_KEYS
+from prospect.sequence import LABEL_KEYS, clip_prompt, prompt_pieces
+from prospect.stream import StreamSession
 from prospect.tuning import EVIDENCE, best_tried, try_evidence
 
 SCRIPT = Path(train.__file__)
@@ -231,6 +234,56 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_or_is_skipped_wit
     lines = [json.loads(line) for line in (corpus / "runs/skip/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 3, 3, 3] and len(calls) == 7
     assert len({line["skipped"] for line in lines[2:]}) > 1  # the data goes on
+
+
+def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
+    """Values that are finite as stored, and overflow in the projector."""
+    write_tiny_corpus(tmp_path)
+    [brief] = [clip for clip in json.loads((tmp_path / "train.json").read_text()) if clip["id"] == "brief"]
+    first, last = brief["start_frame_idx"], brief["end_frame_idx"]
+    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 1e38, np.float32))
+    with pytest.raises(ProspectError, match=r"the loss of step \d is not finite") as caught:
+        train_here(tmp_path, "data.batch_tokens=512", "train.max_steps=9", "train.eval_every=99")
+    assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
+
+
+def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path):
+    """Trained, validated, stopped, resumed, streamed: everywhere the probability of speaking is 1 - P(end token)."""
+    lm = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", *STREAMABLE)
+    whole = losses(corpus, "headless", *lm, "train.eval_every=99")
+    unstreamed = ("infer.evidence=0.5", "train.eval_every=99")
+    assert losses(corpus, "halved", *lm, *unstreamed, "train.max_steps=3")[-1]["step"] == 3
+    halved = losses(corpus, "halved", *lm, *unstreamed)
+    assert [line["loss"] for line in halved if "lr" in line][3:] == [line["loss"] for line in whole if "lr" in line][3:]
+    assert {line["speaking_binary"] for line in whole if "lr" in line} == {0.0}
+    assert any(line["counts"]["speaking_pos"] for line in whole if "lr" in line)  # the labels are there all the same
+    evaluation = whole[-1]["evaluation"]
+    assert {"speaking_event_f1", "dst_event_f1", "streamed_speaking_event_f1"} <= evaluation.keys()
+
+    checkpoint = corpus / "runs/headless/last"
+    with safe_open(checkpoint / "prospect.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("speaking_decision_head")]
+    config, tokenizer, model = load_for_inference(checkpoint)
+    assert config.infer.speaking_threshold == evaluation["speaking_even_odds"]
+    job, _ = load_job(load_corpus(config, tokenizer, "val").sources[0], 0, config.model.vision_dim)
+    session = StreamSession(model, tokenizer, job.clip, config)
+    probability = session.feed(np.array(job.embeddings[0])).speaking_prob
+    ids = tokenizer.encode(prompt_pieces(clip_prompt(job.clip, job.clip.initial_state, config.data), tokenizer))
+    with torch.no_grad():
+        last = model(torch.tensor([[*ids, tokenizer.image_id]]), torch.from_numpy(np.array(job.embeddings[0])))[0, -1]
+        assert probability == pytest.approx(1 - float(model.lm_head(last).softmax(-1)[tokenizer.end_id]), abs=1e-5)
+
+    for override, told in (
+        ("infer.decision=heads", "it needs infer.decision=lm"),
+        ("data.silence_lm=false", "it needs data.silence_lm=true"),
+        ("train.tune=heads", "it needs train.tune=lora or full"),
+    ):
+        with pytest.raises(ProspectError, match=told):
+            tiny_config(tmp_path, *lm, override)
+    with pytest.raises(ProspectError, match="it needs infer.decision=lm"):
+        load_for_inference(checkpoint, ["infer.decision=heads"])
+    with pytest.raises(ProspectError, match="the model has no speaking head"):
+        StreamSession(model, tokenizer, job.clip, replace(config, infer=replace(config.infer, decision="heads")))
 
 
 def test_a_run_as_long_as_its_epochs(corpus):
