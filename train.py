@@ -154,10 +154,10 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             if state.evaluated_step < state.step and (finished or state.step % config.train.eval_every == 0):
                 found = validate(model, val_corpus, config, ranks, stop)
                 if found is not None:  # None: asked to stop meanwhile
-                    note_validation(state, *found)
+                    note_validation(state, *found, config.train.best_by)
                     unsaved = True
                     if ranks.main:
-                        log.write({"step": state.step, "evaluation": state.evaluation})
+                        log.write({"step": state.step, "evaluation": state.evaluation, "best_step": state.best_step})
                         bar.write(validation_line(state.step, state.evaluation))
             stopping = any_rank(stop.requested, ranks)
             save_due = (

@@ -71,7 +71,8 @@ class TrainState:
     evaluation: dict[str, float] = field(default_factory=dict)  # what it found
     thresholds: dict[str, float] = field(default_factory=dict)  # of each head, the best on validation
     best_step: int | None = None
-    best_loss: float | None = None  # validation total
+    best_by: str = "loss"  # what the best was chosen by
+    best_value: float | None = None  # and its value, larger being better: of a loss, its negative
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
@@ -262,7 +263,10 @@ def read_state(directory: Path) -> TrainState:
     """Raises ProspectError where the directory is no checkpoint."""
     path = directory / "state.json"
     try:
-        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if (best_loss := stored.pop("best_loss", None)) is not None:  # of older checkpoints
+            stored["best_value"] = -best_loss
+        state = TrainState(**stored)
         for name, hint in typing.get_type_hints(TrainState).items():
             if not _is_a(getattr(state, name), hint):
                 raise TypeError(f"{name} is {getattr(state, name)!r:.80}")
@@ -270,7 +274,7 @@ def read_state(directory: Path) -> TrainState:
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a checkpoint (no state.json)"
         raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="use another checkpoint") from error
 
 

@@ -137,6 +137,9 @@ class TrainConfig:
     eval_every: int = 200  # steps; and after the last
     save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
+    # what the best is chosen by: loss, the total on validation; or combined, the combined score of streamed validation
+    # clips (where none are streamed, the mean of the heads' teacher-forced event F1)
+    best_by: Literal["loss", "combined"] = "loss"
     # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it
     sharded_checkpoints: bool = False
     resume: str = "auto"  # auto: resume from the run's newest checkpoint; never; or a checkpoint directory

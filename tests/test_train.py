@@ -18,7 +18,7 @@ from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
 from prospect.build import load_corpus
-from prospect.checkpoint import read_state
+from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
 from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
@@ -26,6 +26,7 @@ from prospect.load import load_for_inference, load_job
 from prospect.sequence import LABEL_KEYS, clip_prompt, prompt_pieces
 from prospect.stream import StreamSession
 from prospect.tuning import EVIDENCE, best_tried, try_evidence
+from prospect.validation import note_validation
 
 SCRIPT = Path(train.__file__)
 STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
@@ -348,6 +349,38 @@ def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
     assert read_state(corpus / "runs/forced/last").thresholds == odds
     [*_, last] = [line for line in shown if "validation loss" in line]
     assert f"speaking F1 {lines[-1]['speaking_event_f1']:.3f}" in last and "joint goal" not in last
+
+
+def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
+    """Written by hand: the second validation has the better score, the third the lower loss; then streaming ends."""
+    validations = [(2.0, 0.50), (2.5, 0.75), (1.5, 0.70), (1.0, None), (0.9, None)]
+    chosen = {"loss": [1, 1, 3, 4, 5], "combined": [1, 2, 2, 4, 4]}
+    for best_by, steps in chosen.items():
+        state = TrainState()
+        for step, (loss, score) in enumerate(validations, start=1):
+            state.step = step
+            numbers = {"loss": loss, "speaking_event_f1": 0.9, "dst_event_f1": 0.4}  # teacher-forced, always the same
+            note_validation(state, numbers | ({"streamed_combined_score": score} if score else {}), {}, best_by)
+            assert state.best_step == steps[step - 1], (best_by, step)
+        assert (state.best_by, state.best_value) == {
+            "loss": ("loss", -0.9), "combined": ("teacher-forced event F1", 0.65)}[best_by]  # fmt: skip
+
+
+def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys):
+    lines = losses(corpus, "combined", *STREAMABLE, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
+    scores = {line["step"]: line["evaluation"]["streamed_combined_score"] for line in lines if "evaluation" in line}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert len(scores) == 3 and [line["best_step"] for line in lines if "best_step" in line][-1] == best
+    checkpoint = corpus / "runs/combined/best"
+    state = read_state(checkpoint)
+    assert (state.step, state.best_step, state.best_value) == (best, best, scores[best])
+    assert f"(step {best}, by combined score of streamed clips)" in capsys.readouterr().out
+
+    stored = json.loads((checkpoint / "state.json").read_text())  # as it was before there was a choice
+    del stored["best_by"], stored["best_value"]
+    for best_loss, value in ((1.25, -1.25), (None, None)):
+        (tmp_path / "state.json").write_text(json.dumps(stored | {"best_loss": best_loss}))
+        assert (read_state(tmp_path).best_by, read_state(tmp_path).best_value) == ("loss", value)
 
 
 # ---- the script itself ---------------------------------------------------------------------------
