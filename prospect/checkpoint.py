@@ -26,6 +26,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ from prospect.config import Config, TrainConfig, make_config, to_dict, without_r
 from prospect.data import Corpus
 from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
 from prospect.errors import ProspectError, run_entry_point
+from prospect.features import Features, difference, features_of, warnings
 from prospect.files import WRITING, read_json, to_disk, tree_to_disk, write_json, write_text
 from prospect.model import Prospect
 from prospect.sequence import generator
@@ -76,6 +78,8 @@ class TrainState:
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
+    features: dict[str, str] = field(default_factory=dict)  # what made the embeddings, see prospect/features.py
+    scale: dict[str, float] = field(default_factory=dict)  # and how large they are
     made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
 
 
@@ -475,7 +479,23 @@ def resume_point(
                 changed = check_resumable(source, state, config, data)
                 print("\n".join(resumed_lines(source, state, changed, ranks, micro_batches)), flush=True)
             state.data = data
+            note_features(state, train, val, source)
     return source, state
+
+
+def note_features(state: TrainState, train: Corpus, val: Corpus, source: Path | None) -> None:
+    """Put the training embeddings' features into the state, and warn where they are others than before, or than val's.
+
+    source: the checkpoint that the state is from.
+    """
+    clips = [(corpus, sorted({(entry.file, entry.clip) for entry in corpus.entries})) for corpus in (train, val)]
+    found, of_val = (features_of([(corpus.sources[f], c) for f, c in of_corpus]) for corpus, of_corpus in clips)
+    lines = warnings(found, Features(state.features, state.scale), source) if source else []
+    if what := difference(of_val, found):
+        lines.append(f"the embeddings of data.val are not like those of data.train: {what}")
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+    state.features, state.scale = found.made, found.scale
 
 
 @torch.no_grad()
