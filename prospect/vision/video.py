@@ -173,6 +173,8 @@ def tower_features(encoder: VisionEncoder, directory: Path, video: Path, fps: Fr
     """
     if trained.made:
         return Features(comparable(settings_of_tower(encoder, directory)), {})
+    if not trained.scale:  # an older checkpoint
+        return trained
     device = next(encoder.parameters()).device
     pictures = [picture for _, picture in itertools.islice(frames_at(video, fps), FIRST_LOOK)]
     rows = encode_batch(encoder, pictures, "fp16" if device.type == "cuda" else "fp32")
