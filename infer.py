@@ -32,7 +32,8 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_for_inference, load_job
+from prospect.features import Features, features_of, warnings
+from prospect.load import load_for_inference, load_job, trained_on
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -135,6 +136,7 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         jobs.append(job)
+    warn_of_other_features(arguments.checkpoint, features_of(chosen))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -164,12 +166,14 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
 
 def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
     """Show what is said at a video as it happens, and in the end, however it comes, how well real time was kept."""
-    from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+    from prospect.vision.video import Pace, load_encoder, read_task, tower_features, unheard, watch
 
     video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
     clip, said = read_task(task, video, fps)
     session = StreamSession(model, tokenizer, clip, config)
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
+    warn_of_other_features(arguments.checkpoint, features)
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
@@ -180,6 +184,12 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
             print(f"{video}: {pace}")
     for text in unheard(said, session.frame_idx):
         print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+
+
+def warn_of_other_features(checkpoint: str, features: Features) -> None:
+    """One line where the features are not like those that the model was trained on."""
+    for line in warnings(features, trained_on(checkpoint), checkpoint):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:

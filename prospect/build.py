@@ -81,6 +81,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         tie_word_embeddings=m.tie_word_embeddings,
         vision_dim=m.vision_dim,
         image_token_id=tokenizer.image_id,
+        speaking_head=m.speaking_head,
         dst=config.data.dst,
         dst_state_head=m.dst_state_head and config.data.dst,
     )
@@ -96,6 +97,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         config.model.backbone,
         vision_dim=config.model.vision_dim,
         image_token_id=tokenizer.image_id,
+        speaking_head=config.model.speaking_head,
         dst=config.data.dst,
         dst_state_head=config.model.dst_state_head and config.data.dst,
         dtype=storage_dtype(config.train),

@@ -30,6 +30,7 @@ class ModelSection:
 
     backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
     vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
+    speaking_head: bool = True  # false: the LM decides when to speak (infer.decision=lm, data.silence_lm=true)
     dst_state_head: bool = True  # a third head, with data.dst: the state of the most recently started step
     # used only from scratch; a backbone brings its own
     vocab_size: int = 1024  # tokens of the byte-level BPE trained on the training clips
@@ -93,6 +94,9 @@ class LossConfig:
     dst_binary_weight: float = 1.0  # update now?
     dst_state_weight: float = 1.0  # only with model.dst_state_head
     bce: Literal["mean", "balanced", "focal"] = "mean"  # of the binary losses: mean, balanced or focal
+    focal_alpha: float = 0.25  # weight of the positives in the focal loss; of the negatives, 1 - focal_alpha
+    focal_gamma: float = 2.0  # a label counts (1 - p)^gamma in it, p being what the head gives it
+    dst_state_focal: bool = False  # focal loss for the state head too, without alpha: its weight is dst_state_weight
 
     def weights(self) -> dict[str, float]:
         """By the names of the loss terms: speaking_gen, speaking_binary, dst_gen, dst_binary, dst_state."""
@@ -133,6 +137,9 @@ class TrainConfig:
     eval_every: int = 200  # steps; and after the last
     save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
+    # what the best is chosen by: loss, the total on validation; or combined, the combined score of streamed validation
+    # clips (where none are streamed, the mean of the heads' teacher-forced event F1)
+    best_by: Literal["loss", "combined"] = "loss"
     # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it
     sharded_checkpoints: bool = False
     resume: str = "auto"  # auto: resume from the run's newest checkpoint; never; or a checkpoint directory
@@ -190,6 +197,7 @@ _BOUNDS = {
     "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1),
     "data.batch_tokens": (16, 10**8), "data.hybrid.random_share": (0, 1),
     "data.hybrid.regular_interval": (1, 10**6), "data.hybrid.max_frames_per_clip": (1, 10**7),
+    "loss.focal_alpha": (0, 1), "loss.focal_gamma": (0, 100),
     "train.max_steps": (1, 10**9), "train.num_epochs": (1, 10**6), "train.learning_rate": (0, 10),
     "train.min_lr_ratio": (0, 1), "train.warmup_steps": (0, 10**9),
     "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9), "train.eval_every": (1, 10**9),
@@ -332,6 +340,11 @@ def _cross_checks(config: Config) -> list[str]:
     if m.backbone is None and config.train.tune != "full":
         what = "needs a pretrained model.backbone; from scratch everything is trained"
         problems.append(f"train.tune={config.train.tune} {what}")
+    if not m.speaking_head:
+        needed = {"infer.decision=lm": config.infer.decision == "lm", "data.silence_lm=true": d.silence_lm}
+        needed["train.tune=lora or full"] = config.train.tune != "heads"  # else the LM never learns to be silent
+        missing = [setting for setting, given in needed.items() if not given]
+        problems += [f"model.speaking_head=false leaves the decision to the LM: it needs {need}" for need in missing]
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
     if d.frames != "all" and d.layout == "turns":

@@ -116,8 +116,9 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
     """Samples to one right-padded batch.
 
     input_ids, attention_mask and the labels are [B,T]; image_embeds [frames in batch, D] stand in the order of the
-    <image> tokens; clip_ids names each sequence. Padding is known by its position alone: causal attention never lets
-    a real token look at it, and its labels are -100.
+    <image> tokens. Padding is known by its position alone: causal attention never lets a real token look at it, and its
+    labels are -100. For messages, and always on the host: clip_ids and video_ids name each sequence, frame_indices and
+    timestamps hold for each the absolute numbers and the times (seconds of the video) of its <image> tokens.
     """
     B, T = len(samples), max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((B, T), pad_id, dtype=torch.long)
@@ -136,7 +137,24 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
         "image_embeds": image_embeds,
         **labels,
         "clip_ids": [sample.clip_id for sample in samples],
+        "video_ids": [sample.video_id for sample in samples],
+        "frame_indices": [at_images(sample, sample.frames) for sample in samples],
+        "timestamps": [at_images(sample, sample.times) for sample in samples],
     }
+
+
+def at_images(sample: Sample, of_frames: np.ndarray) -> np.ndarray:
+    """A value of each frame [F] at each of its <image> tokens, [F*I]."""
+    return np.repeat(of_frames, len(sample.image_embeds) // max(1, len(sample.frames)))
+
+
+def contents(batch: dict) -> list[str]:
+    """What each sequence of a batch shows, for messages."""
+    keys = ("clip_ids", "video_ids", "frame_indices", "timestamps")
+    return [
+        f"{clip}: frames {frames.min()}..{frames.max()} of video {video}, {times.min():.1f} to {times.max():.1f} s"
+        for clip, video, frames, times in zip(*map(batch.get, keys))
+    ]
 
 
 def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:

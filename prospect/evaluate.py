@@ -35,8 +35,9 @@ from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.errors import ProspectError, run_entry_point
+from prospect.features import features_of, warnings
 from prospect.files import read_json, read_lines, write_json, write_text
-from prospect.load import load_for_inference, load_job
+from prospect.load import load_for_inference, load_job, trained_on
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
@@ -104,17 +105,20 @@ def read_records(path: Path, job: Job) -> list[dict] | None:
     return records if whole else None
 
 
-def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
+def load_jobs(paths: Iterable[str], config: Config, checkpoint: Path | None = None) -> list[Job]:
     """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
 
     A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are told on stderr.
+    out, and warnings, are told on stderr; also where the embeddings are not like those that `checkpoint` knows.
     """
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
     tell(usable.warnings, usable.skipped)
     if not usable.clips:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
+    if checkpoint is not None:
+        features = features_of([(sources[number], index) for number, index in usable.clips])
+        tell([f"warning: {line}" for line in warnings(features, trained_on(checkpoint), checkpoint)], [])
     return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
 
 
@@ -202,7 +206,14 @@ def main() -> int:
         vision_dim, seed = config.model.vision_dim, config.run.seed
         as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
         corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
+        sweep(
+            arguments.checkpoint,
+            corpus,
+            load_jobs(arguments.data, config, arguments.checkpoint),
+            model,
+            tokenizer,
+            config,
+        )
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0
@@ -212,7 +223,7 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     """Stream and score the clips, print the table, and with --out write everything down."""
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config)
+    jobs = load_jobs(arguments.data, config, checkpoint)
     records_dir, taken_over = None, 0
     if out is not None:
         records_dir = out / "records"

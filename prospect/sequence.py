@@ -444,10 +444,12 @@ class Sample:
     """One training sequence. input_ids [T], image_embeds [F*I, D], labels (LABEL_KEYS) [T] each, frames [F]."""
 
     clip_id: str
+    video_id: str
     input_ids: np.ndarray
     image_embeds: np.ndarray
     labels: dict[str, np.ndarray]
     frames: np.ndarray  # absolute numbers, one a frame shown
+    times: np.ndarray  # [F] of these frames, seconds of the video
     decision_positions: np.ndarray  # [F] where in input_ids each frame is decided
     formatted: Formatted = field(repr=False)
 
@@ -467,7 +469,8 @@ def make_sample(
     if int((ids == tokenizer.image_id).sum()) != len(rows):
         what = f"{int((ids == tokenizer.image_id).sum())} <image> tokens for {len(rows)} embedding rows"
         raise ProspectError(what, where=clip.where, remedy="one <image> a row")
-    return Sample(clip.id, ids, rows, labels, formatted.frames, decided, formatted)
+    frames = formatted.frames
+    return Sample(clip.id, clip.video_uid, ids, rows, labels, frames, clip.seconds(frames), decided, formatted)
 
 
 def label_tokens(

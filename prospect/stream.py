@@ -192,6 +192,9 @@ class StreamSession:
         if data.dst != self.model.config.dst:
             what = f"data.dst is {data.dst}, but the model was made with {self.model.config.dst}"
             raise ProspectError(what, where="config", remedy="leave data.dst as the checkpoint has it")
+        if infer.decision == "heads" and self.model.speaking_decision_head is None:
+            what = "infer.decision is heads, but the model has no speaking head"
+            raise ProspectError(what, where="config", remedy="infer.decision=lm")
         around = {role: len(header) + len(self.end_ids) for role, header in self.headers.items()}
         needed = infer.max_reply_tokens + around["assistant"]
         if data.dst:

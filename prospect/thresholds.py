@@ -74,7 +74,7 @@ def teacher_forced(
     tensors = collate(samples, corpus.tokenizer.pad_id)
     with autocast or contextlib.nullcontext():
         hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
-        sums = loss_sums(model, hidden, tensors, config.loss.bce)
+        sums = loss_sums(model, hidden, tensors, config.loss)
     sequences = []
     for b, (index, sample) in enumerate(zip(batch, samples)):
         states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]

@@ -36,7 +36,7 @@ from conftest import (
 from prospect import sequence
 from prospect.clip_files import ClipFile
 from prospect.config import DataConfig, HybridConfig
-from prospect.data import Corpus, collate, epoch_batches, ordered_batches, padding_share
+from prospect.data import Corpus, collate, contents, epoch_batches, ordered_batches, padding_share
 from prospect.errors import ProspectError
 from prospect.sequence import (
     LABEL_KEYS,
@@ -1134,6 +1134,20 @@ def test_collate(plain):
     assert batch["clip_ids"] == ["short", "long"]
     flipped = collate([long, short], PAD)
     assert flipped["image_embeds"][:, 0].tolist() == [10, 11, 12, 13, 700, 701]
+
+
+def test_a_batch_knows_the_frame_and_the_time_of_every_image_token(plain):
+    """Two vectors a frame, 2 frames per second: frame 11 is shown at 5.5 s."""
+    long = sample_of(read(raw_clip([], 10, 12, id="long", video_uid="kitchen")), plain, per_frame=2)
+    short = sample_of(read(raw_clip([], 700, 701, id="short", fps=4)), plain)
+    batch = collate([short, long], PAD)
+    assert batch["video_ids"] == ["short", "kitchen"]  # a clip that names no video is one of its own
+    assert [frames.tolist() for frames in batch["frame_indices"]] == [[700, 701], [10, 10, 11, 11, 12, 12]]
+    assert [times.tolist() for times in batch["timestamps"]] == [[175.0, 175.25], [5.0, 5.0, 5.5, 5.5, 6.0, 6.0]]
+    assert batch["image_embeds"][:, 0].tolist() == np.concatenate(batch["frame_indices"]).tolist()
+    assert contents(batch) == [
+        "short: frames 700..701 of video short, 175.0 to 175.2 s", "long: frames 10..12 of video kitchen, 5.0 to 6.0 s",
+    ]  # fmt: skip
 
 
 def test_padding_with_the_end_token_keeps_the_end_learned(plain):

@@ -319,6 +319,8 @@ def test_each_dataset_has_its_window(dataset, matched):
     numbers = summarise([score_clip(clip, records, LEXICAL, True)])
     assert (numbers["num_matched"], numbers["num_redundant"]) == (matched, 1 - matched)
     assert numbers["transition_f1"] == matched and numbers["time_error_mean"] == 5 * matched
+    # No event within a second of its turn, no reply in time; 10 of 31 frames tell the step begun too early.
+    assert numbers["combined_score"] == pytest.approx((0 + 0 + 21 / 31) / 3)
 
 
 def test_the_order_of_the_clips_changes_no_digit():
@@ -541,6 +543,8 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
+    scores = [results[name]["combined_score"] for name in ("tiny", "wtag", "macro")]
+    assert "| combined score | {:.3f} | {:.3f} | {:.3f} |".format(*scores) in shown
     decided = f"thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000"
     assert f"step 3; {decided}; strategy: slide; decision: heads;" in shown
     assert "; similarity: lexical  \n" in shown

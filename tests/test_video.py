@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,11 +22,13 @@ from tiny import tiny_config
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
+from prospect.features import Features, difference, made_by, scale_of
+from prospect.files import write_json
 from prospect.stream import StreamSession
 from prospect.tokenizer import Tokenizer, train_tokenizer
-from prospect.vision import video
+from prospect.vision import encode, video
 from prospect.vision.tower import load_vision_encoder
-from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+from prospect.vision.video import Pace, load_encoder, read_task, tower_features, unheard, watch
 from prospect.weights import save_model
 
 Image = pytest.importorskip("PIL.Image")
@@ -308,6 +312,36 @@ def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, cap
     shown, told = call(capsys, checkpoint, "--video", kitchen, *options)
     assert shown.startswith("kitchen:   (frames 0..11, 24 per second)\n")
     assert "12 frames, 0.5 s of video" in shown and told == ""
+
+
+def test_a_tower_unlike_the_one_of_training_is_one_line(kitchen, checkpoint, tmp_path, capsys):
+    """By what encode writes beside the embeddings that training reads; else by how large its first vectors are."""
+    assert encode.main([str(kitchen), "--vision", str(SIGLIP), "--out", str(tmp_path / "rows")]) == 0
+    path = tmp_path / "rows" / f"{kitchen.name}_embeddings.npy"
+    made, scale = made_by(path), scale_of([np.load(path)])
+    assert made.keys() >= {"model", "weights_sha256", "pool"}
+    large = {name: 3 * value for name, value in scale.items()}
+    other = made | {"weights_sha256": "of another"}
+    for trained, tokens, told in [
+        (Features(made, scale), 1, ""),
+        (Features(made, large), 1, ""),  # this very tower: how much light a video has does not matter
+        (Features(made, scale), 5, "vectors_per_frame 5, not 1"),
+        (Features(other, scale), 1, f"weights_sha256 {made['weights_sha256'][:40]}, not of another"),
+        (Features({}, scale), 1, ""),
+        (Features({}, large), 1, "norm "),
+        (Features({}, {}), 1, ""),
+    ]:
+        encoder = load_vision_encoder(SIGLIP, None, tokens)
+        found = difference(tower_features(encoder, SIGLIP, kitchen, Fraction(2), trained), trained)
+        assert found.startswith(told) and bool(found) == bool(told), trained
+
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "step-000001"))
+    state = TrainState(step=1, thresholds={"speaking": 0.5, "dst": 0.59}, features=other, scale=scale)
+    write_json(copy / "state.json", asdict(state))
+    silent = ["infer.speaking_threshold=1", "infer.dst_threshold=1", "infer.coupling=0"]
+    capsys.readouterr()
+    _, errors = call(capsys, copy, "--video", kitchen, "--vision", SIGLIP, *silent)
+    assert errors.count("\n") == 1 and "warning: the embeddings are not like those" in errors
 
 
 @pytest.mark.parametrize("arguments, message", [

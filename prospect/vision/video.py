@@ -32,6 +32,7 @@ Videos need PyAV, pictures Pillow (requirements-vision.txt).
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -48,14 +49,17 @@ from prospect.clip_files import parse_clip
 from prospect.clips import Clip, unpaired_surrogate
 from prospect.dst import STATES
 from prospect.errors import ProspectError
+from prospect.features import Features, comparable, scale_of
 from prospect.stream import Frame, FrameRecord, StreamSession, advance
-from prospect.vision.encode import ahead, encode_batch
+from prospect.vision.encode import ahead, encode_batch, settings_of_tower
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import VisionEncoder, load_vision_encoder
 
 TASK_KEYS = {"goal", "steps", "knowledge", "system", "say"}
 STEP_KEYS = {"id", "name", "state"}
 SAY_KEYS = {"time", "text"}
+
+FIRST_LOOK = 8  # pictures by which vectors of unknown make are judged
 
 UserTexts = dict[int, list[str]]  # by frame: what the user says right before it
 
@@ -162,6 +166,21 @@ def load_encoder(directory: Path, pool: str | None, tokens: int | None, session:
         what = f"gives vectors of {width} numbers, the model was trained on {wanted}"
         raise ProspectError(what, where=str(directory), remedy="give the --vision that made the training embeddings")
     return encoder.to(session.cache.keys.device)
+
+
+def tower_features(encoder: VisionEncoder, directory: Path, video: Path, fps: Fraction, trained: Features) -> Features:
+    """What the tower gives, to be compared with the features that the model was trained on.
+
+    Where it is not known what made those, the first pictures are encoded to find how large this tower's vectors are.
+    """
+    if trained.made:
+        return Features(comparable(settings_of_tower(encoder, directory)), {})
+    if not trained.scale:  # an older checkpoint
+        return trained
+    device = next(encoder.parameters()).device
+    pictures = [picture for _, picture in itertools.islice(frames_at(video, fps), FIRST_LOOK)]
+    rows = encode_batch(encoder, pictures, "fp16" if device.type == "cuda" else "fp32")
+    return Features({}, scale_of([rows]))
 
 
 @dataclass
