@@ -32,7 +32,7 @@ from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
-from prospect.data import Corpus, ordered_batches
+from prospect.data import Corpus, as_streamed, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, read_lines, write_json, write_text
@@ -200,8 +200,7 @@ def main() -> int:
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
     if arguments.sweep:
         vision_dim, seed = config.model.vision_dim, config.run.seed
-        as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
-        corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
+        corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
         sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
     else:
         evaluate(arguments, config, tokenizer, model)
