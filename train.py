@@ -59,6 +59,7 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_text
+from prospect.leaks import check_leaks
 from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
@@ -98,11 +99,12 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train, config.run.seed)
     if ranks.main:
-        print(describe(config, model, train_corpus, val_corpus, order, ranks), flush=True)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -324,6 +326,7 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {config.train.parallel}" if ranks.world > 1 else ""
+    parts = [f"{f.path} x {f.repeat} {share:.1%}" for f, share in zip(config.data.train_files(), train.shares())]
     lines = [
         f"model      {parameters:,} parameters, {trained:,} trained, {config.train.precision} on {ranks.device}",
         f"clips      {clips} training clips in {len(train)} sequences, {len(val)} validation sequences",
@@ -334,6 +337,8 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
         f"step       {ranks.world} rank(s) x {accumulate} micro-batch(es) = {per_step} micro-batch(es){shared}",
         f"training   {steps:,} steps, {steps * per_step / len(batches):.1f} epochs",
     ]
+    if len(parts) > 1:
+        lines.insert(3, f"mixture    {', '.join(parts)} of the tokens")
     skipped = [f"skipped: {line}" for line in train.skipped + val.skipped]
     return "\n".join(lines + train.warnings + val.warnings + skipped)
 

@@ -194,11 +194,14 @@ def check_resumable(directory: Path, state: TrainState, config: Config, data: di
 
     Raises ProspectError naming all that differs.
     """
-    then, now = flatten(to_dict(read_config(directory))), flatten(to_dict(config))
+    own = read_config(directory)
+    then, now = flatten(to_dict(own)), flatten(to_dict(config))
     changed = {key: f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]}
     refused = [text for key, text in changed.items() if must_not_change(key, config)]
     refused += [f"{name} has changed" for name in data if data[name] != state.data.get(name)]
     refused += [f"{name} is gone" for name in state.data if name not in data]
+    were, are = ([file.repeat for file in of.data.train_files()] for of in (own, config))
+    refused += [f"the repeats of data.train were {were}, are {are}"] if were != are else []
     if refused:
         what = f"cannot resume from this checkpoint: {'; '.join(refused)}"
         remedy = "set it back, or choose another run.name to start afresh"
@@ -208,7 +211,8 @@ def check_resumable(directory: Path, state: TrainState, config: Config, data: di
 
 def must_not_change(key: str, config: Config) -> bool:
     """Whether a setting decides what the model is or what each step of the data holds."""
-    if key in ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample", "data.workers"):
+    files = ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample")
+    if key in (*files, "data.allow_leaks", "data.workers"):
         return False  # where files lie does not matter: their fingerprint does
     if key == "model.backbone":  # of a fully trained model nothing is read from there any more
         return config.train.tune != "full"
