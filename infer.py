@@ -220,7 +220,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
-    add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
     add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
     add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
