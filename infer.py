@@ -31,7 +31,7 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_for_inference, load_job
+from prospect.load import load_for_inference, load_job, prompts_unlike_training
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -134,6 +134,7 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         jobs.append(job)
+    warn_of_prompts(arguments.checkpoint, [job.clip for job in jobs], config)
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -157,6 +158,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
         raise ProspectError(what, remedy="--clip FILE:INDEX")
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
+    warn_of_prompts(arguments.checkpoint, [source.file.clip(index)], config)
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out)
 
@@ -168,6 +170,7 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
     clip, said = read_task(task, video, fps)
     session = StreamSession(model, tokenizer, clip, config)
+    warn_of_prompts(arguments.checkpoint, [clip], config)
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
@@ -179,6 +182,11 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
             print(f"{video}: {pace}")
     for text in unheard(said, pace.frames):
         print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+
+
+def warn_of_prompts(checkpoint: str, clips: list[Clip], config: Config) -> None:
+    for line in prompts_unlike_training(checkpoint, clips, config):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:

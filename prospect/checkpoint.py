@@ -75,6 +75,7 @@ class TrainState:
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
+    prompts: dict[str, float] = field(default_factory=dict)  # share of the training clips with each part of a prompt
     made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
 
 
@@ -470,7 +471,7 @@ def resume_point(
             if source:
                 changed = check_resumable(source, state, config, data)
                 print("\n".join(resumed_lines(source, state, changed, ranks, micro_batches)), flush=True)
-            state.data = data
+            state.data, state.prompts = data, train.prompts
     return source, state
 
 

@@ -36,7 +36,7 @@ from prospect.data import Corpus, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, read_lines, write_json, write_text
-from prospect.load import load_for_inference, load_job
+from prospect.load import load_for_inference, load_job, prompts_unlike_training
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
@@ -143,6 +143,7 @@ def sweep(
 
     A checkpoint's decisions belong to its own infer.decision. Those found for the other are only printed.
     """
+    tell_of_prompts(checkpoint, jobs, config)
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
     odds, report = teacher_forced_odds(model, corpus, config, bar)
@@ -213,6 +214,7 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
     jobs = load_jobs(arguments.data, config)
+    tell_of_prompts(checkpoint, jobs, config)
     records_dir, taken_over = None, 0
     if out is not None:
         records_dir = out / "records"
@@ -240,6 +242,11 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
 def tell(warnings: list[str], skipped: list[str]) -> None:
     for line in warnings + [f"skipped: {line}" for line in skipped]:
         print(line, file=sys.stderr)
+
+
+def tell_of_prompts(checkpoint: Path, jobs: list[Job], config: Config) -> None:
+    lines = prompts_unlike_training(checkpoint, [job.clip for job in jobs], config)
+    tell([f"warning: {line}" for line in lines], [])
 
 
 def as_typed(arguments: argparse.Namespace) -> str:

@@ -1,16 +1,19 @@
 """What streaming starts from: a checkpoint ready to run, and a clip ready to be streamed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from prospect.checkpoint import read_config, read_state
 from prospect.clip_files import Source
+from prospect.clips import Clip
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.decisions import SETTINGS
 from prospect.distributed import pick_device
 from prospect.embeddings import check_finite
 from prospect.model import Prospect
+from prospect.sequence import prompt_parts
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
 
@@ -33,6 +36,21 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
     store_wide_weights_by_column(model)
     return config, tokenizer, model
+
+
+def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config: Config) -> list[str]:
+    """One line, or none: which parts the clips' prompts have that no training clip had, or lack that every one had.
+
+    Nothing is said about a checkpoint that does not know what it was trained on, since it is older.
+    """
+    found, shapes = [], [(clip.id, prompt_parts(clip, config.data)) for clip in clips]
+    for part, share in read_state(Path(directory)).prompts.items():
+        odd = [id for id, parts in shapes if share in (0, 1) and parts.get(part) is (share == 0)]
+        if odd:
+            more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+            lacks, had = ("no", "every") if share else ("a", "no")
+            found.append(f"{lacks} {part} in {odd[0]}{more} ({had} training clip had one)")
+    return [f"prompts are not as in training: {'; '.join(found)}"] if found else []
 
 
 def store_wide_weights_by_column(model: Prospect) -> None:
