@@ -32,8 +32,8 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.features import Features, features_of, warnings
-from prospect.load import load_for_inference, load_job, trained_on
+from prospect.features import features_of
+from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -133,10 +133,9 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     for source, index in chosen:
         job, warning = load_job(source, index, config.model.vision_dim)
         StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
+        warn([warning] if warning else [])
         jobs.append(job)
-    warn_of_other_features(arguments.checkpoint, features_of(chosen))
+    warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -160,6 +159,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
         raise ProspectError(what, remedy="--clip FILE:INDEX")
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
+    warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out)
 
@@ -173,7 +173,7 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     session = StreamSession(model, tokenizer, clip, config)
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
     features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
-    warn_of_other_features(arguments.checkpoint, features)
+    warn(unlike_training(arguments.checkpoint, [clip], config, features))
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
@@ -182,13 +182,11 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
                 show(record, out, sys.stdout)
         finally:
             print(f"{video}: {pace}")
-    for text in unheard(said, session.frame_idx):
-        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+    warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
 
 
-def warn_of_other_features(checkpoint: str, features: Features) -> None:
-    """One line where the features are not like those that the model was trained on."""
-    for line in warnings(features, trained_on(checkpoint), checkpoint):
+def warn(lines: list[str]) -> None:
+    for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
 
@@ -231,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
-    add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
     add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
     what = "with --pace live: leave out frames that have waited longer; by default none is left out"

@@ -80,6 +80,7 @@ class TrainState:
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
     features: dict[str, str] = field(default_factory=dict)  # what made the embeddings, see prospect/features.py
     scale: dict[str, float] = field(default_factory=dict)  # and how large they are
+    prompts: dict[str, float] = field(default_factory=dict)  # share of the training clips with each part of a prompt
     made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
 
 
@@ -482,7 +483,7 @@ def resume_point(
             if source:
                 changed = check_resumable(source, state, config, data)
                 print("\n".join(resumed_lines(source, state, changed, ranks, micro_batches)), flush=True)
-            state.data = data
+            state.data, state.prompts = data, train.prompts
             note_features(state, train, val, source)
     return source, state
 

@@ -96,7 +96,8 @@ class DataConfig:
     val_neg_frame_sampling_rate: float = 1.0  # and in validation
     silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decisions)
     # the batches
-    batch_tokens: int = 4096  # tokens of a micro-batch, padding included
+    # tokens of a micro-batch, padding included; 2 * max_seq_len is two sequences of full length, or more shorter ones
+    batch_tokens: int = 4096
 
     def train_files(self) -> list[Repeated]:
         return [Repeated(file, 1) if isinstance(file, str) else file for file in self.train]

@@ -26,7 +26,7 @@ from prospect.config import DataConfig
 from prospect.errors import ProspectError
 from prospect.leaks import Origin
 from prospect.model import IGNORE, added, count_labels
-from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows
+from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows, prompt_parts
 from prospect.tokenizer import Tokenizer
 
 # ---- the corpus ----------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ class Corpus:
 
     All clips are checked first (prospect/check.py). With `on_bad: stop` a bad one raises ProspectError, which says how
     many more there are; with `skip` bad ones are left out, and `skipped` names each. `warnings` has the first of each
-    kind.
+    kind. `prompts` is the share of the clips whose prompt has each of its parts (see prompt_parts).
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class Corpus:
         self.warnings, self.skipped = usable.warnings, usable.skipped
         self.entries: list[Entry] = []
         self.origins: list[Origin] = []
+        prompts: list[dict[str, bool]] = []  # of each clip
         for f, c in usable.clips:
             clip, embeddings = self.load(f, c)
             layout = lay_out(clip, config, rate, seed, 0)
@@ -92,12 +93,14 @@ class Corpus:
             self.entries += [Entry(f, c, window, n) for n in range(self.repeats[f]) for window in windows]
             path = self.sources[f].embeddings_path(clip)
             self.origins.append(Origin(clip.where, clip.id, clip.video_uid, path))
+            prompts.append(prompt_parts(clip, config))
         if self.skipped:
             clips = sum(len(source.file) for source in self.sources)
             self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
         if not self.entries:
             where = ", ".join(map(str, paths))
             raise ProspectError("no usable clip", where=where, remedy="python -m prospect.check FILE")
+        self.prompts = {part: sum(prompt[part] for prompt in prompts) / len(prompts) for part in prompts[0]}
 
     def load(self, file: int, index: int) -> tuple[Clip, np.ndarray]:
         """A clip and its embeddings [rows, I, D]."""

@@ -37,9 +37,9 @@ from prospect.config import Config, to_dict
 from prospect.data import Corpus, as_streamed, ordered_batches
 from prospect.decisions import SETTINGS, reference_moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.features import features_of, warnings
+from prospect.features import features_of
 from prospect.files import read_json, read_lines, write_json, write_text
-from prospect.load import load_for_inference, load_job, trained_on
+from prospect.load import load_for_inference, load_job, unlike_training
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
@@ -111,17 +111,19 @@ def load_jobs(paths: Iterable[str], config: Config, checkpoint: Path | None = No
     """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
 
     A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are told on stderr; also where the embeddings are not like those that `checkpoint` knows.
+    out, and warnings, are reported on stderr, also where the clips are not like those `checkpoint` was trained on.
     """
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
     tell(usable.warnings, usable.skipped)
     if not usable.clips:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
+    jobs = [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
     if checkpoint is not None:
         features = features_of([(sources[number], index) for number, index in usable.clips])
-        tell([f"warning: {line}" for line in warnings(features, trained_on(checkpoint), checkpoint)], [])
-    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
+        lines = unlike_training(checkpoint, [job.clip for job in jobs], config, features)
+        tell([f"warning: {line}" for line in lines], [])
+    return jobs
 
 
 # ---- reporting -----------------------------------------------------------------------------------

@@ -76,6 +76,16 @@ def clip_prompt(clip: Clip, state: State, config: DataConfig, summary: str = "")
     return prompt_text(system, clip.goal, clip.steps, state, dst=config.dst, knowledge=knowledge, summary=summary)
 
 
+def prompt_parts(clip: Clip, config: DataConfig) -> dict[str, bool]:
+    """Which parts, named as messages name them, `clip_prompt` has for this clip."""
+    return {
+        "system text": any(turn.role == "system" for turn in clip.turns),
+        "goal": bool(clip.goal),
+        "list of steps": config.dst and bool(clip.steps),
+        "recipe": config.recipe and bool(clip.knowledge),
+    }
+
+
 def prompt_pieces(prompt: str, tokenizer: Tokenizer) -> list[Piece]:
     template = tokenizer.template
     bos = [Piece(template.bos, control=True)] if template.bos else []

@@ -165,6 +165,7 @@ def test_a_checkpoint_says_what_it_was_made_with(trained):
     state = ckpt.read_state(trained / "runs/tiny/last")
     assert state.made_with["torch"] == torch.__version__ and "python" in state.made_with
     assert all(len(digest) == 64 for digest in state.data.values()) and len(state.data) == 4
+    assert state.prompts == {"system text": 0, "goal": 1, "list of steps": 1, "recipe": 0}
     assert (state.step, state.world, state.micro_batches, state.evaluated_step) == (4, 1, 1, 4)
     assert ckpt.read_config(trained / "runs/tiny/last").train.max_steps == 4
 

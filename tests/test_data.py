@@ -1227,6 +1227,17 @@ CLIPS = [
 ]
 
 
+def test_a_corpus_knows_the_parts_of_its_prompts(plain, tmp_path):
+    """Of three clips, the first in two windows: two have a goal, one a recipe, one a system turn, two have steps."""
+    clips = [CLIPS[0] | {"inferred_goal": "Tea", "inferred_knowledge": "Boil."}, CLIPS[1] | {"inferred_goal": "Tea"}]
+    clips.append(raw_clip([("system", "Be brief.", 0, 1), ("assistant", "Hi", 5, 6)], 5, 9, id="third", steps=0))
+    paths = [write_corpus(tmp_path, clips)]
+    shares = {"system text": 1 / 3, "goal": 2 / 3, "list of steps": 2 / 3}
+    assert corpus_of(paths, plain, recipe=True).prompts == shares | {"recipe": 1 / 3}
+    assert corpus_of(paths, plain).prompts == shares | {"recipe": 0}
+    assert corpus_of(paths, plain, dst=False).prompts["list of steps"] == 0
+
+
 def test_a_corpus_is_its_clips_in_windows(plain, tmp_path):
     corpus = corpus_of([write_corpus(tmp_path, CLIPS)], plain)
     assert [entry.clip for entry in corpus.entries] == [0, 0, 1]

@@ -718,11 +718,27 @@ def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
     assert "5 clips streamed; the choice is for mean" in shown
 
 
+def trained_without_goals(checkpoint: Path) -> str:
+    """What is told of the seven clips, which have one, when the checkpoint says so."""
+    state = read_state(checkpoint)
+    state.prompts = {"goal": 0.0, "list of steps": 1.0}
+    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+    return "warning: prompts are not as in training: a goal in clip0 and 6 more (no training clip had one)\n"
+
+
+def test_prompts_unlike_training_are_noted_once(clips, tmp_path, capsys):
+    told = trained_without_goals(make_checkpoint(tmp_path / "step"))
+    assert call(tmp_path / "step", "--data", clips) == 0
+    assert capsys.readouterr().err.count(told) == 1
+
+
 def test_a_sweep_under_the_other_decision_stores_nothing(clips, tmp_path, capsys):
     checkpoint = make_checkpoint(tmp_path, speaking=0.111, dst=0.222)
+    told = trained_without_goals(checkpoint)
     assert call(checkpoint, "--data", clips, "--sweep", "infer.decision=lm") == 0
     assert read_state(checkpoint).thresholds == {"speaking": 0.111, "dst": 0.222}
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
+    assert err.count(told) == 1
     assert "not stored" in shown and "use infer.decision=lm" in shown and "chosen: infer.speaking_threshold=0." in shown
     # Nor are the stored ones, found for the heads, used for the LM's probability.
     assert load_for_inference(checkpoint, [])[0].infer.speaking_threshold == 0.111

@@ -161,7 +161,7 @@ def _text(values: dict[str, Any], key: str, where: str, required: bool = False) 
 def load_encoder(directory: Path, pool: str | None, tokens: int | None, session: StreamSession) -> VisionEncoder:
     """The vision tower, on the model's device. Raises ProspectError when its vectors are not as wide as the model's."""
     encoder = load_vision_encoder(directory, pool, tokens)
-    width, wanted = encoder.config.output_size, session.model.config.vision_dim
+    width, wanted = encoder.width, session.model.config.vision_dim
     if width != wanted:
         what = f"gives vectors of {width} numbers, the model was trained on {wanted}"
         raise ProspectError(what, where=str(directory), remedy="give the --vision that made the training embeddings")
