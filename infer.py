@@ -33,6 +33,7 @@ from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
 from prospect.features import features_of
+from prospect.files import writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
@@ -79,8 +80,9 @@ def show(record: FrameRecord, out: TextIO | None, terminal: TextIO) -> None:
 
 
 def write_line(out: TextIO, value: dict) -> None:
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
-    out.flush()
+    with writing(getattr(out, "name", "output")):
+        out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
+        out.flush()
 
 
 # ---- frames from stdin ---------------------------------------------------------------------------
@@ -206,13 +208,13 @@ def open_output(path: str | None, inputs: list[Path], default: TextIO | None) ->
         return
     if Path(path).resolve() in [file.resolve() for file in inputs]:
         raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
-    try:
+    with writing(path):
         file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        remedy = "name a file in a folder that exists"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
-    with file:
+    try:
         yield file
+    finally:
+        with contextlib.suppress(OSError):  # every line is flushed: left is at most one that was refused already
+            file.close()
 
 
 # ---- main ----------------------------------------------------------------------------------------

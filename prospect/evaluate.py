@@ -191,7 +191,7 @@ def main() -> int:
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
     what = "reference: score beside it a second pass in which the reference decides when to speak and update"
     parser.add_argument("--moments", choices=("own", "reference"), default="own", help=what)
-    what = "choose on these clips how much evidence the heads need, and store it"
+    what = "choose on these clips how much evidence the heads need, and store it in the checkpoint's state.json"
     parser.add_argument("--sweep", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()

@@ -4,6 +4,7 @@ Small clips are streamed through a random model. What it says is nonsense, but i
 that every part of the scoring has something to count.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -471,6 +472,26 @@ def test_other_settings_in_the_same_folder_are_refused(clips, checkpoint, tmp_pa
         capsys.readouterr()
         assert call(checkpoint, "--data", clips, "--out", out) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_what_is_there_is_used_later(clips, checkpoint, tmp_path, capsys, monkeypatch):
+    real, calls = os.fsync, []
+
+    def fills_up(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 6:  # a file takes two: itself, and its folder. Settings and two clips' records find room.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", fills_up)
+    assert call(checkpoint, "--data", clips, "--out", out) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(f"error: {out}/records/") and "cannot be written: No space left on device (" in line
+    assert len(list((out / "records").iterdir())) == 2 and not (out / "metrics.json").exists()
+    monkeypatch.setattr(os, "fsync", real)
+    assert call(checkpoint, "--data", clips, "--out", out) == 0
+    assert "2 of " in capsys.readouterr().out and (out / "metrics.json").exists()
 
 
 def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
