@@ -280,9 +280,14 @@ class Naive:
         if strategy == "drop_all":
             return first_prompt, [], None
         if strategy == "drop_middle":
-            return first_prompt, self.without_middle(past, room - len(prompt)), None
+            past = self.without_middle(past, room - len(prompt))
+            while past and len(first_prompt) + size(past) + needed > room:
+                past = past[1:]
+            return first_prompt, past, None
         summary = self.summary(prompt, past)
         now = state if strategy == "summarize_with_dst" else clip.initial_state
+        while summary and len(self.prompt(clip, now, recipe=True, summary=summary)) + needed > room:
+            summary = summary[: len(summary) // 2].rstrip()  # half of it, and again
         return self.prompt(clip, now, recipe=True, summary=summary), [], summary
 
     def slide(self, clip: Clip, state: dict, past: list[Seen], needed: int) -> tuple[list[Token], list[Seen]]:

@@ -1,7 +1,7 @@
 """The streaming engine against tests/naive.py, the same engine without cache, look-ahead or neighbours.
 
-And the losses of a batch against the same by hand. Everything is random: models, clips, what a user says live, and every setting that streaming reads. Several streams
-share a cache that was full of NaN before they came.
+And the losses of a batch against the same by hand. Everything is random: models, clips, what a user says live, and
+every setting that streaming reads. Several streams share a cache that was full of NaN before they came.
 """
 
 import copy
@@ -19,6 +19,7 @@ from test_stream import ROUNDED, STRATEGIES, firing, random_clip, random_model, 
 from prospect.clips import Clip, Turn
 from prospect.config import Config
 from prospect.data import collate
+from prospect.dst import STATES
 from prospect.errors import ProspectError
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, RopeScaling
 from prospect.sequence import LABEL_KEYS, Sample, clip_prompt, prompt_pieces
@@ -44,7 +45,6 @@ class Case:
     jobs: list[Job]
     config: Config
     draw: np.random.Generator
-    tight: bool  # not every text of a user has room, which `say` knows before `feed`
     margin: float = 0.0
     expected: dict[str, tuple[list[dict], str | None]] | None = None
 
@@ -97,12 +97,14 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, **fixed)
         rope_scaling=pick(None, None, STRETCHED),
     )  # fmt: skip
     model.lm_head.weight.data[tokenizer.end_id] *= pick(1.0, 1.6)
+    if seed % 4 == 1:  # it would rather write role marks and frames than words
+        others = [id for id in tokenizer.control_ids() if id != tokenizer.end_id and id < model.config.vocab_size]
+        model.lm_head.weight.data[others] *= 3.0
     jobs = []
     for number in range(1 if large else pick(2, 2, 3)):
         clip = talked_to(draw, random_clip(draw, f"clip{number}", 150 if large else int(draw.integers(1, 36))))
         jobs.append(Job(clip, rows_of(draw, clip.num_frames, per_frame)))
 
-    tight = bool(draw.random() < 0.1)
     constrained = dst and bool(draw.random() < 0.35)
     infer = dict(
         strategy=pick(*STRATEGIES, "slide", "slide", "slide", "none"), decision=pick("heads", "heads", "heads", "lm"),
@@ -119,7 +121,7 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, **fixed)
     wide = firing(model, tokenizer, jobs, wide, pick(0.03, 0.1, 0.2))
     config = replace(wide, infer=replace(wide.infer, strategy=infer["strategy"]))
 
-    # Room for the longest prompt, for what may be said at a frame, and for a few frames more, or for too little.
+    # Room for the longest prompt, for what may be said at a frame, and for a few frames more.
     def tokens(pieces: list[Piece]) -> int:
         return len(tokenizer.encode(pieces))
 
@@ -129,16 +131,19 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, **fixed)
     request = tokens(template.turn("user", REQUEST) + template.suffix()) if summarized else 0
     config.infer.reserved += max(infer["max_update_tokens"] + header if dst else 0, request)
     longest = replace(config.data, recipe=config.data.recipe or summarized)
-    summary = "x" * 2 * infer["max_reply_tokens"] if summarized else ""
-    prompts = [clip_prompt(job.clip, dict.fromkeys(job.clip.initial_state, "not_started"), longest, summary)
-               for job in jobs]  # fmt: skip
+    summary = "x" * 3 * infer["max_reply_tokens"] if summarized else ""
+    prompts = [
+        clip_prompt(job.clip, dict.fromkeys(job.clip.initial_state, state), longest, summary)
+        for job in jobs
+        for state in STATES
+    ]
     said = [tokens([piece for text in texts for piece in template.turn("user", text) + template.suffix()])
             for job in jobs for texts in job.said.values()]  # fmt: skip
-    room = max([1, *said]) + per_frame * int(draw.integers(1, 9)) + pick(0, 30) - (60 if tight else 0)
-    room += 1050 if large else 0
+    room = max([1, *said]) * (4 if infer["strategy"] == "drop_middle" else 1) + 1050 * large
+    room += per_frame * int(draw.integers(1, 9)) + pick(0, 30)
     prompt = max(tokens(prompt_pieces(text, tokenizer)) for text in prompts)
-    config.data.max_seq_len = prompt + max(room, per_frame) + config.infer.reserved
-    return Case(model, tokenizer, jobs, config, draw, tight)
+    config.data.max_seq_len = prompt + room + config.infer.reserved
+    return Case(model, tokenizer, jobs, config, draw)
 
 
 # ---- the engine, in two ways ---------------------------------------------------------------------
@@ -207,7 +212,6 @@ def compare(case: Case, found: Found, way: str) -> None:
         assert (error is None) == (refused is None), (name, way, error)
         if refused:
             [job] = [job for job in case.jobs if job.clip.id == name]
-            assert refused in error.what, (name, way)
             assert f"frame {job.clip.start_frame + len(records)}" in str(error), (name, way)
 
 
@@ -227,8 +231,7 @@ def compare_record(ours: dict, theirs: dict, name: str, where: str) -> None:
 
 def compare_ways(case: Case) -> None:
     """Live, and as whole clips."""
-    if not case.tight:
-        compare(case, live(case), "live")
+    compare(case, live(case), "live")
     lookahead, streams = (1, 2, 7, 32)[int(case.draw.integers(4))], int(case.draw.integers(1, 4))
     compare(case, as_jobs(case, lookahead, streams), f"look-ahead {lookahead}, {streams} streams")
 

@@ -17,6 +17,7 @@ import test_naive
 from test_naive import Case
 
 from prospect import decisions, sequence, stream
+from prospect.errors import ProspectError
 from prospect.model import KVCache, Prospect, labelled
 from prospect.stream import StreamSession, Unit
 
@@ -67,7 +68,7 @@ STREAMING = [
     Bug("positions jump by one behind the prompt", KVCache.reserve,
         "torch.arange(begin, end, device=device)[None]", "torch.arange(begin, end, device=device)[None] + (begin > 0)"),
     Bug("streams side by side share one position", KVCache.reserve,
-        "torch.tensor(lengths, device=device)[:, None]", "torch.tensor([begin] * len(streams), device=device)[:, None]"),
+        "torch.tensor(lengths, device=device)[:, None]", "torch.full_like(torch.tensor(streams), begin)[:, None]"),
     Bug("a refreshed context begins one position late", StreamSession._restart,
         "self.cache.lengths[self.stream] = 0", "self.cache.lengths[self.stream] = min(self.num_tokens, 1)"),
     Bug("a cache row is not cleared for the next clip", StreamSession.__init__,
@@ -79,7 +80,8 @@ STREAMING = [
     Bug("a summary under a stale state", StreamSession.refresh,
         'self.state if strategy == "summarize_with_dst" else clip.initial_state', "clip.initial_state"),
     Bug("a summary without the recipe", StreamSession.refresh, "replace(data, recipe=True)", "data"),
-    Bug("the slide keeps one frame less", sequence.overlap_start, 'side="left"))', 'side="left")) + 1'),
+    Bug("the slide keeps one frame less", sequence.overlap_start,
+        'side="left")', 'side="left").clip(max=end - 1) + 1'),
     Bug("drop_middle keeps too long a tail", StreamSession._first_exchange_and_tail, "room // 2", "room"),
     Bug("drop_middle keeps silent frames of the exchange", StreamSession._first_exchange_and_tail,
         " if unit.before_ids or unit.after_ids]", "]"),
@@ -90,7 +92,8 @@ STREAMING = [
         "[*[image_id] * len(self.rows), *self.before_ids, *self.after_ids]"),
     Bug("a user's text is heard twice", StreamSession.feed, "self.pending = []", "pass"),
     Bug("a user's text does not call for an answer", StreamSession.see, "bool(frame.user)", "False"),
-    Bug("heads are read one token early", stream.advance, "torch.from_numpy(end - 1)", "torch.from_numpy(end - 2)"),
+    Bug("heads are read one token early", stream.advance,
+        "torch.from_numpy(end - 1)", "torch.from_numpy(end - 2).clamp(min=0)"),
     Bug("the reply comes before the update", stream.advance,
         'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")\n'
         '    write([pair for pair in last if pair[1].speaking_decision], "assistant")',
@@ -101,21 +104,23 @@ STREAMING = [
     Bug("a threshold is not even odds", decisions.centred, "(1 - probability) * threshold", "1 - probability"),
     Bug("one head's firing does not reach the other", decisions.decide,
         "update = update or nearly(evidence.dst, infer)", "pass"),
-    Bug("control tokens inside a text", Prospect.fast_greedy_generate, "index_fill(1, forbidden,", "index_fill(1, forbidden[:0],"),
+    Bug("control tokens inside a text", Prospect.fast_greedy_generate,
+        "index_fill(1, forbidden,", "index_fill(1, forbidden[:0],"),
     Bug("a text one token longer than allowed", Prospect.fast_greedy_generate,
         "len(turn.ids) == max_new_tokens", "len(turn.ids) > max_new_tokens"),
-    Bug("updates that were legal at the clip's start", stream.constraint, "session.state", "session.clip.initial_state"),
+    Bug("updates that were legal at the clip's start", stream.constraint,
+        "session.state", "session.clip.initial_state"),
     Bug("an update is parsed but not applied", StreamSession.wrote, "self.state = apply_update(", "apply_update("),
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def cases(tokenizer_dir) -> list[Case]:
-    """Small streams of the naive engine's tests, and three with legal updates."""
-    updating = dict(constrain_dst=True, max_update_tokens=60, decision="heads")
-    found = [test_naive.random_case(seed, tokenizer_dir).stream_naively() for seed in (1, 6, 8, 9, 11, 10)]
-    for seed, strategy in ((1, "summarize_with_dst"), (4, "slide"), (3, "slide")):
-        found.append(test_naive.random_case(seed, tokenizer_dir, strategy=strategy, **updating).stream_naively())
+    """A few small streams with what the bugs need: legal updates, full contexts of three strategies, several clips."""
+    updating = dict(constrain_dst=True, max_update_tokens=60, decision="heads", max_reply_tokens=4)
+    drawn = [(3, dict(strategy="summarize_with_dst", **updating)), (8, dict(strategy="slide", **updating))]
+    drawn += [(1, {}), (0, dict(strategy="drop_middle"))]
+    found = [test_naive.random_case(seed, tokenizer_dir, **fixed).stream_naively() for seed, fixed in drawn]
     assert all(case.decided for case in found)
     return found
 
@@ -123,8 +128,7 @@ def cases(tokenizer_dir) -> list[Case]:
 def compare_streams(cases: list[Case]) -> None:
     for case in cases:
         case = replace(case, draw=np.random.default_rng(0))
-        if not case.tight:
-            test_naive.compare(case, test_naive.live(case), "live")
+        test_naive.compare(case, test_naive.live(case), "live")
         test_naive.compare(case, test_naive.as_jobs(case, 7, 2), "look-ahead 7, 2 streams")
 
 
@@ -135,7 +139,7 @@ def test_without_a_bug_every_stream_is_right(cases):
 @pytest.mark.parametrize("bug", **ids(STREAMING))
 def test_a_bug_in_streaming_is_seen(bug, cases, monkeypatch):
     plant(bug, monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, ProspectError)):  # other records, or none where there should be some
         compare_streams(cases)
 
 
@@ -143,13 +147,14 @@ def test_a_bug_in_streaming_is_seen(bug, cases, monkeypatch):
 
 LABELS = [
     Bug("labels are shifted by one", sequence.label_tokens,
-        'labels["speaking_gen_labels"][speech] = ids[speech]', 'labels["speaking_gen_labels"][speech] = ids[1:][speech[:-1]]'),
+        '["speaking_gen_labels"][speech] = ids[speech]', '["speaking_gen_labels"][speech] = np.roll(ids, -1)[speech]'),
     Bug("the end token is not learned", sequence.format_conversation_with_ranges,
         "ranges[said.role].append((length, end))", "ranges[said.role].append((length, end - len(turn[-1].text)))"),
     Bug("a text is learned from its second token on", sequence.tokens_in_ranges, 'side="left"', 'side="right"'),
     Bug("the overlap is learned again", sequence.format_conversation_with_ranges,
         "layout.units[window.learn]", "layout.units[window.first]"),
-    Bug("a window begins one frame late", sequence.overlap_start, 'side="left"))', 'side="left")) + 1'),
+    Bug("a window begins one frame late", sequence.overlap_start,
+        'side="left")', 'side="left").clip(max=end - 1) + 1'),
     Bug("a window begins one frame early", sequence.overlap_start, 'side="left"))', 'side="left")) - (end > 1)'),
     Bug("a window ends one token early", sequence.plan_windows,
         "config.max_seq_len - prompt_length(first)", "config.max_seq_len - prompt_length(first) - 1"),
@@ -174,7 +179,8 @@ LABELS = [
     Bug("a text before one that is due earlier", sequence.text_places, "[first, previous + 1, ", "[first, "),
     Bug("a text outside its window", sequence.text_places,
         "*edges[(edges > first) & (edges <= end)].tolist()", ""),
-    Bug("a text before the middle of its turn", sequence.text_places, '"drawn": (begin + end + 1) // 2', '"drawn": begin'),
+    Bug("a text before the middle of its turn", sequence.text_places,
+        '"drawn": (begin + end + 1) // 2', '"drawn": begin'),
     Bug("updates that count from the end of their turn", sequence.lay_out,
         "clip.latest_step_state(lambda turn: places[turn.end_frame].at)", "clip.latest_step_state()"),
     Bug("silence is learned on the frame itself", sequence.label_tokens, "decided[negative] + 1", "decided[negative]"),
