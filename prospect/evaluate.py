@@ -1,14 +1,18 @@
 """Evaluation: every clip streamed and scored; and the choice of when the heads fire, on streamed clips.
 
     python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
+    python -m prospect.evaluate --records OUT [--data FILE]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
+    python -m prospect.evaluate --checkpoint DIR --data FILE --quiet FILE [--max-false-alarms N]
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
 and metrics.md under --out, and prints the table. Interrupted and started again, it resumes with the clips that are
-missing. The second chooses how much evidence the heads need, on some of these clips (prospect/tuning.py), prints what
-was tried and stores the choice in the checkpoint.
+missing. The second prints the table again from what the first has written, without model or embeddings. The third
+chooses how much evidence the heads need, on some of these clips (prospect/tuning.py), prints what was tried and stores
+the choice in the checkpoint; so does the fourth, but among what is certified to be quiet where nothing happens
+(prospect/quiet.py).
 
-What each number means stands in prospect/metrics.py. All of them are sums over clips in one fixed order, divided once
+What each number means stands in docs/metrics.md. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
 interrupted.
 """
@@ -30,7 +34,8 @@ from tqdm import tqdm
 
 from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
-from prospect.clip_files import open_source
+from prospect.clip_files import ClipFile, clip_id, fit_rows, open_source
+from prospect.clips import Clip
 from prospect.config import Config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import SETTINGS
@@ -39,12 +44,14 @@ from prospect.files import read_json, read_lines, write_json, write_text
 from prospect.load import load_for_inference, load_job
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
+from prospect.quiet import MAX_FALSE_ALARMS, choose_quiet
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
 from prospect.stream import FrameRecord, Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
 from prospect.tuning import best_tried, some_of, target_value, teacher_forced_odds, try_evidence
 
+REFERENCES = "references.jsonl"  # under --out
 STREAMS = 8  # clips streamed at once, by default
 RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
 
@@ -69,8 +76,8 @@ def stream_and_score(
     """
     missing = []
     for job in jobs:
-        records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job)
-        if records is None:
+        records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job.clip)
+        if records is None or len(records) != len(job.embeddings):
             missing.append(job)
         else:
             yield score_clip(job.clip, records, similarity, config.data.dst)
@@ -89,8 +96,8 @@ def records_file(records_dir: Path, clip_id: str) -> Path:
     return records_dir / f"{name}.jsonl"
 
 
-def read_records(path: Path, job: Job) -> list[dict] | None:
-    """The records of a finished clip; None where there is no file, or not one with a whole record for every frame."""
+def read_records(path: Path, clip: Clip) -> list[dict] | None:
+    """The records of a clip from its first frame on; None where there is no file, or a record in it is not whole."""
     try:
         records = [json.loads(line) for line in read_lines(path)]
     except (FileNotFoundError, ValueError, RecursionError):  # ValueError: broken off, or not UTF-8
@@ -99,9 +106,38 @@ def read_records(path: Path, job: Job) -> list[dict] | None:
         raise ProspectError(f"cannot be read: {error.strerror}", where=str(path)) from error
     if not all(isinstance(record, dict) and record.keys() == RECORD_FIELDS for record in records):
         return None
-    first = job.clip.start_frame
-    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(job.embeddings)))
+    first = clip.start_frame
+    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(records)))
     return records if whole else None
+
+
+def score_records(out: Path, paths: list[str], similarity: Similarity) -> list[ClipScore]:
+    """Score the clips of the files `paths` by the records that an evaluation has left in `out`.
+
+    Raises ProspectError at a clip without complete records.
+    """
+    scores = []
+    for path in paths:
+        file = ClipFile(path)
+        for clip in map(file.clip, range(len(file))):
+            stored = records_file(out / "records", clip.id)
+            records = read_records(stored, clip)
+            if not records:
+                what = f"no complete records of clip {clip.id}"
+                remedy = "let the evaluation run to its end, or name the clips with --data"
+                raise ProspectError(what, where=str(stored), remedy=remedy)
+            clip, _ = fit_rows(clip, len(records))
+            scores.append(score_clip(clip, records, similarity, records[0]["dst_update_prob"] is not None))
+    return scores
+
+
+def write_references(out: Path, paths: list[str], ids: set[str]) -> None:
+    """The clips that are evaluated, as they are in their files, so that `out` can be scored again by itself."""
+    raw = [
+        (clip_id(clip, i), clip) for path in paths for i, clip in enumerate(ClipFile(path)) if isinstance(clip, dict)
+    ]
+    lines = [json.dumps(clip | {"id": id}) + "\n" for id, clip in raw if id in ids]
+    write_text(out / REFERENCES, "".join(lines))
 
 
 def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
@@ -121,19 +157,32 @@ def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
 # ---- reporting -----------------------------------------------------------------------------------
 
 
-def footing(
-    checkpoint: Path, config: Config, similarity: Similarity, command: str, results: dict[str, dict[str, float]]
-) -> str:
-    """What stands below every table: command, checkpoint step, thresholds, the similarity's name, what is not in it."""
-    infer, step = config.infer, read_state(checkpoint).step
-    thresholds = f"speaking {infer.speaking_threshold:.4f}"
-    thresholds += f", updates {infer.dst_threshold:.4f}" if config.data.dst else ""
-    thresholds += f"; evidence {infer.evidence:.4f}"
-    used = f"thresholds: {thresholds}; strategy: {infer.strategy}; decision: {infer.decision}"
-    lines = [f"command: `{command}`", f"checkpoint: {checkpoint}, step {step}; {used}; similarity: {similarity.name}"]
+def footing(made: dict[str, Any], similarity: Similarity, command: str, results: dict[str, dict[str, float]]) -> str:
+    """What stands below every table: command, checkpoint step, thresholds, the similarity's name, what is not in it.
+
+    made: by what settings the records were made, by name, as `settings` has them.
+    """
+    thresholds = f"speaking {made['infer.speaking_threshold']:.4f}"
+    thresholds += f", updates {made['infer.dst_threshold']:.4f}" if made["data.dst"] else ""
+    thresholds += f"; evidence {made['infer.evidence']:.4f}"
+    used = f"thresholds: {thresholds}; strategy: {made['infer.strategy']}; decision: {made['infer.decision']}"
+    source = f"checkpoint: {made['checkpoint']}, step {made['step']}"
+    lines = [f"command: `{command}`", f"{source}; {used}; similarity: {similarity.name}"]
     if absent := not_computed(results):
         lines.append(f"not computed: {absent}")
     return "  \n".join(lines)
+
+
+def report(
+    scores: list[ClipScore], made: dict[str, Any], similarity: Similarity, command: str, out: Path | None
+) -> None:
+    """Print the tables, and write them and all numbers into `out`."""
+    results = by_dataset([(score.dataset, score) for score in scores], summarise)
+    text = table(results) + "\n\n" + footing(made, similarity, command, results)
+    print(text)
+    if out is not None:
+        write_json(out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
+        write_text(out / "metrics.md", text + "\n")
 
 
 def sweep(
@@ -162,6 +211,11 @@ def sweep(
         print(f"| {one.evidence} | {' | '.join(map(cell_text, cells))} |", flush=True)
     found = odds | {"evidence": best_tried(tried, target).evidence}
     print("chosen:", " ".join(f"infer.{SETTINGS[name]}={value:.6f}" for name, value in found.items()))
+    store(checkpoint, config, found)
+
+
+def store(checkpoint: Path, config: Config, found: dict[str, float]) -> None:
+    """Make what was found the checkpoint's own. Its decisions belong to its own infer.decision."""
     decision, own = config.infer.decision, read_config(checkpoint).infer.decision
     if decision != own:
         print(f"not stored, for the checkpoint's infer.decision is {own}: use infer.decision={decision} with the above")
@@ -174,8 +228,10 @@ def sweep(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="clip files")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="clip files")
+    what = "score again what an evaluation has left in OUT; the clips are those that lie there, or of --data"
+    parser.add_argument("--records", type=Path, metavar="OUT", help=what)
     parser.add_argument("--strategy", metavar="NAME", help="when the context is full; short for infer.strategy=NAME")
     parser.add_argument("--out", type=Path, metavar="DIR", help="records, metrics.json and metrics.md go here")
     parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
@@ -183,19 +239,21 @@ def main() -> int:
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
     what = "choose on these clips how much evidence the heads need, and store it"
     parser.add_argument("--sweep", action="store_true", help=what)
+    what = "choose evidence with which at most N false alarms come in an hour of these clips, in which nothing happens"
+    parser.add_argument("--quiet", metavar="FILE", help=what)
+    parser.add_argument("--max-false-alarms", type=float, metavar="N", help=f"per hour; default: {MAX_FALSE_ALARMS:g}")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_intermixed_args()
     # argparse takes every word up to the next option for a file, overrides too.
     words, arguments.data = arguments.data, []
     for word in words:
         (arguments.overrides if "=" in word and not Path(word).exists() else arguments.data).append(word)
-    if not arguments.data:
-        raise ProspectError("--data names no clip file", where="command line", remedy="--data FILE [FILE ...]")
-    if arguments.streams < 1:
-        raise ProspectError("--streams must be at least 1", where="command line")
-    if arguments.sweep and arguments.out:
-        remedy = "leave --out away: the choice goes into the checkpoint"
-        raise ProspectError("--sweep writes no records", where="command line", remedy=remedy)
+    check_arguments(arguments)
+    if arguments.records is not None:
+        similarity = load_similarity(arguments.similarity)
+        scores = score_records(arguments.records, arguments.data or [arguments.records / REFERENCES], similarity)
+        report(scores, read_json(arguments.records / "settings.json"), similarity, as_typed(arguments), None)
+        return 0
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
     if arguments.sweep:
@@ -203,9 +261,39 @@ def main() -> int:
         as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
         corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
         sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
+    elif arguments.quiet:
+        most = MAX_FALSE_ALARMS if arguments.max_false_alarms is None else arguments.max_false_alarms
+        quiet, jobs = load_jobs([arguments.quiet], config), load_jobs(arguments.data, config)
+        evidence = choose_quiet(model, tokenizer, quiet, jobs, config, most)
+        print(f"chosen: infer.evidence={evidence}")
+        store(arguments.checkpoint, config, {"evidence": evidence})
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0
+
+
+def check_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ProspectError where the command line asks for what does not go together."""
+    where, chosen = "command line", "--quiet" if arguments.quiet else "--sweep" if arguments.sweep else None
+    if arguments.records is None and not arguments.data:
+        raise ProspectError("--data names no clip file", where=where, remedy="--data FILE [FILE ...]")
+    if (arguments.records is None) == (arguments.checkpoint is None):
+        what = "what is to be measured: --checkpoint, or the --records that one has left?"
+        raise ProspectError(what, where=where, remedy="give one of the two")
+    if arguments.streams < 1:
+        raise ProspectError("--streams must be at least 1", where=where)
+    if chosen and arguments.out:
+        remedy = "leave --out away: the choice goes into the checkpoint"
+        raise ProspectError(f"{chosen} writes no records", where=where, remedy=remedy)
+    if arguments.records is not None and (chosen or arguments.out or arguments.overrides):
+        remedy = "--records OUT [--data FILE] [--similarity DIR]"
+        raise ProspectError("--records only scores again what has been streamed", where=where, remedy=remedy)
+    if arguments.quiet and arguments.sweep:
+        raise ProspectError(
+            "--quiet and --sweep choose the same number", where=where, remedy="first --sweep, then --quiet"
+        )
+    if arguments.max_false_alarms is not None and not arguments.quiet:
+        raise ProspectError("--max-false-alarms needs hours of quiet", where=where, remedy="--quiet FILE")
 
 
 def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
@@ -217,6 +305,7 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     if out is not None:
         records_dir = out / "records"
         same_settings(out, settings(checkpoint, config, arguments.data, jobs))
+        write_references(out, arguments.data, {job.clip.id for job in jobs})
         taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
         if taken_over:
             print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
@@ -226,15 +315,10 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     )
     scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
     seconds = time.perf_counter() - started
-    results = by_dataset([(score.dataset, score) for score in scores], summarise)
-    command = as_typed(arguments)
-    report = table(results) + "\n\n" + footing(checkpoint, config, similarity, command, results)
-    print(report)
+    made = flatten(to_dict(config)) | {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
+    report(scores, made, similarity, as_typed(arguments), out)
     if not taken_over:
         print(f"{sum(score.frames for score in scores)} frames in {seconds:.1f} s")
-    if out is not None:
-        write_json(out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
-        write_text(out / "metrics.md", report + "\n")
 
 
 def tell(warnings: list[str], skipped: list[str]) -> None:
@@ -244,7 +328,10 @@ def tell(warnings: list[str], skipped: list[str]) -> None:
 
 def as_typed(arguments: argparse.Namespace) -> str:
     """The command that gives these results again. (--out is left away: it changes none of them.)"""
-    words = ["python", "-m", "prospect.evaluate", "--checkpoint", str(arguments.checkpoint), "--data", *arguments.data]
+    words = ["python", "-m", "prospect.evaluate"]
+    words += ["--checkpoint", str(arguments.checkpoint)] if arguments.checkpoint else []
+    words += ["--records", str(arguments.records)] if arguments.records else []
+    words += ["--data", *arguments.data] if arguments.data else []
     words += [] if arguments.strategy is None else ["--strategy", arguments.strategy]
     words += [] if arguments.streams == STREAMS else ["--streams", str(arguments.streams)]
     words += [] if arguments.similarity == "lexical" else ["--similarity", arguments.similarity]
