@@ -82,9 +82,8 @@ def main() -> None:
         print(f"| {head} | {best:.2f} | {' | '.join(cells)} |", flush=True)
 
     names = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
-    print(
-        f"\n| streamed | evidence | {' | '.join(names)} | {config.infer.tuned_for} |\n|---|---:|---:|---:|---:|---:|---:|"
-    )
+    titles = ["streamed", "evidence", *names, config.infer.tuned_for]
+    print(f"\n| {' | '.join(titles)} |\n|---|{'---:|' * (len(titles) - 1)}")
     val_jobs, jobs = some_of(load_jobs([arguments.data], config)), load_jobs([arguments.held_out], config)
     similarity = load_similarity("lexical")
     for name in ("as it is", "with temperature"):
