@@ -213,7 +213,9 @@ def summarise(scores: list[ClipScore]) -> dict[str, Any]:
     numbers |= sum((score.timing for score in scores), TimingCounts()).summary()
     for head in scores[0].calibration:
         total = sum((score.calibration[head] for score in scores), Calibration())
-        numbers |= {f"{head}_ece": total.error, f"{head}_reliability": total.curve()}
+        # To four digits: the last ones of a probability depend on what else was in the batch.
+        curve = [(round(p, 4), round(share, 4), frames) for p, share, frames in total.curve()]
+        numbers |= {f"{head}_ece": round(total.error, 4), f"{head}_reliability": curve}
     pairs = [pair for score in scores for pair in score.correct_pairs]
     texts = text_metrics([said for said, _ in pairs], [wanted for _, wanted in pairs])
     numbers |= texts.scores | weighted_by_jaccard(texts.scores, dialogue["jaccard_index"])

@@ -22,6 +22,7 @@ from prospect.report.__main__ import main as report_main
 from prospect.report.__main__ import reference_clips
 from prospect.report.curves import COUNTS_OF, evaluation_names, evaluation_title, read_run
 from prospect.report.page import LOSS_NAMES
+from prospect.report.timeline import evidence_bounds, read_records, reliability, thumbnails, timeline, write_timelines
 from prospect.report.tokens import token_table
 from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
@@ -205,7 +206,10 @@ def test_an_evaluation_s_directory_is_one_page(tmp_path, monkeypatch):
     assert report_main() == 0
     page = embedded(tmp_path / "out" / "timeline.html")
     assert [clip["id"] for clip in page["clips"]] == ["a", "b"]
-    assert [(one["head"], one["curve"][0][2]) for one in page["reliability"]] == [("speaking", 34), ("dst", 36)]  # rows that say 0.1, 0.2
+    assert [(one["head"], one["curve"][0][2]) for one in page["reliability"]] == [
+        ("speaking", 34),
+        ("dst", 36),
+    ]  # rows that say 0.1, 0.2
 
 
 def test_evidence_is_as_close_as_the_records_tell():
