@@ -414,7 +414,7 @@ def test_records_are_scored_again_without_model_or_embeddings(clips, checkpoint,
     for words in ([], ["--data", moved]):
         assert call_without_checkpoint("--records", out, *words) == 0
         again = capsys.readouterr().out
-        assert again.split("command:")[0] == shown.split("command:")[0] and "| PAUC | " in again
+        assert again.split("command:")[0] == shown.split("command:")[0].split("\n", 1)[1] and "| PAUC | " in again
         command = " ".join(["python -m prospect.evaluate --records", *map(str, [out, *words])])
         assert f"command: `{command}`" in again and f"; evidence {0.5:.4f};" in again
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == written
