@@ -19,6 +19,7 @@ and goal, steps and what the user says from a YAML file: see prospect/vision/vid
 import argparse
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -31,7 +32,8 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_for_inference, load_job, prompts_unlike_training
+from prospect.features import Features, features_of, warnings
+from prospect.load import load_for_inference, load_job, prompts_unlike_training, trained_on
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -134,7 +136,8 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         if warning:
             print(f"warning: {warning}", file=sys.stderr)
         jobs.append(job)
-    warn_of_prompts(arguments.checkpoint, [job.clip for job in jobs], config)
+    warn(prompts_unlike_training(arguments.checkpoint, [job.clip for job in jobs], config))
+    warn_of_other_features(arguments.checkpoint, features_of(chosen))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -158,34 +161,41 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
         raise ProspectError(what, remedy="--clip FILE:INDEX")
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
-    warn_of_prompts(arguments.checkpoint, [source.file.clip(index)], config)
+    warn(prompts_unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out)
 
 
 def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
     """Show what is said at a video as it happens, and in the end, however it comes, how well real time was kept."""
-    from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+    from prospect.vision.video import Pace, load_encoder, read_task, tower_features, unheard, watch
 
     video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
     clip, said = read_task(task, video, fps)
     session = StreamSession(model, tokenizer, clip, config)
-    warn_of_prompts(arguments.checkpoint, [clip], config)
+    warn(prompts_unlike_training(arguments.checkpoint, [clip], config))
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
+    warn_of_other_features(arguments.checkpoint, features)
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
-            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace):
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
                 show(record, out, sys.stdout)
         finally:
             print(f"{video}: {pace}")
-    for text in unheard(said, pace.frames):
+    for text in unheard(said, session.frame_idx):
         print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
 
 
-def warn_of_prompts(checkpoint: str, clips: list[Clip], config: Config) -> None:
-    for line in prompts_unlike_training(checkpoint, clips, config):
+def warn_of_other_features(checkpoint: str, features: Features) -> None:
+    """One line where the features are not like those that the model was trained on."""
+    warn(warnings(features, trained_on(checkpoint), checkpoint))
+
+
+def warn(lines: list[str]) -> None:
+    for line in lines:
         print(f"warning: {line}", file=sys.stderr)
 
 
@@ -231,6 +241,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
     add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
+    what = "with --pace live: leave out frames that have waited longer; by default none is left out"
+    add("--max-lag", type=seconds, default=math.inf, metavar="SECONDS", help=what)
     add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
     add("--pool", help="as it was given to prospect.encode")
     add("--tokens", type=int, help="as it was given to prospect.encode")
@@ -244,9 +256,17 @@ def rate(text: str) -> Fraction:
     return parse_fps(text)
 
 
+def seconds(text: str) -> float:
+    if not 0 < (value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     if arguments.video and (arguments.stdin or not arguments.vision):
         raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
+    if arguments.max_lag < math.inf and arguments.pace != "live":
+        raise ProspectError("--max-lag is for --pace live", remedy="without a clock nothing comes late")
     if arguments.html and (arguments.video or arguments.stdin):
         raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
     if arguments.clip and (arguments.vision or arguments.task):

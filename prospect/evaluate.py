@@ -1,12 +1,14 @@
 """Evaluation: every clip streamed and scored; and the choice of when the heads fire, on streamed clips.
 
     python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
+    python -m prospect.evaluate --checkpoint DIR --data FILE --moments reference
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
 and metrics.md under --out, and prints the table. Interrupted and started again, it resumes with the clips that are
-missing. The second chooses how much evidence the heads need, on some of these clips (prospect/tuning.py), prints what
-was tried and stores the choice in the checkpoint.
+missing. The second adds the table of a model that is told when: at the last frame of each turn of the reference it
+speaks or updates, and nowhere else, and the texts are its own. The third chooses how much evidence the heads need, on
+some of these clips (prospect/tuning.py), prints what was tried and stores the choice in the checkpoint.
 
 What each number means stands in prospect/metrics.py. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
@@ -32,11 +34,12 @@ from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
-from prospect.data import Corpus, ordered_batches
-from prospect.decisions import SETTINGS
+from prospect.data import Corpus, as_streamed, ordered_batches
+from prospect.decisions import SETTINGS, reference_moments
 from prospect.errors import ProspectError, run_entry_point
+from prospect.features import features_of, warnings
 from prospect.files import read_json, read_lines, write_json, write_text
-from prospect.load import load_for_inference, load_job, prompts_unlike_training
+from prospect.load import load_for_inference, load_job, prompts_unlike_training, trained_on
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
@@ -104,18 +107,24 @@ def read_records(path: Path, job: Job) -> list[dict] | None:
     return records if whole else None
 
 
-def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
+def load_jobs(paths: Iterable[str], config: Config, checkpoint: Path | None = None) -> list[Job]:
     """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
 
     A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are told on stderr.
+    out, and warnings, are told on stderr; also where embeddings or prompts are not like those that `checkpoint` knows.
     """
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
     tell(usable.warnings, usable.skipped)
     if not usable.clips:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
+    jobs = [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
+    if checkpoint is not None:
+        features = features_of([(sources[number], index) for number, index in usable.clips])
+        unlike = warnings(features, trained_on(checkpoint), checkpoint)
+        unlike += prompts_unlike_training(checkpoint, [job.clip for job in jobs], config)
+        tell([f"warning: {line}" for line in unlike], [])
+    return jobs
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -143,7 +152,6 @@ def sweep(
 
     A checkpoint's decisions belong to its own infer.decision. Those found for the other are only printed.
     """
-    tell_of_prompts(checkpoint, jobs, config)
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
     odds, report = teacher_forced_odds(model, corpus, config, bar)
@@ -182,6 +190,8 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
     what = "DIR: a local sentence-transformers model"
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
+    what = "reference: score beside it a second pass in which the reference decides when to speak and update"
+    parser.add_argument("--moments", choices=("own", "reference"), default="own", help=what)
     what = "choose on these clips how much evidence the heads need, and store it"
     parser.add_argument("--sweep", action="store_true", help=what)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -197,13 +207,16 @@ def main() -> int:
     if arguments.sweep and arguments.out:
         remedy = "leave --out away: the choice goes into the checkpoint"
         raise ProspectError("--sweep writes no records", where="command line", remedy=remedy)
+    if arguments.sweep and arguments.moments != "own":
+        remedy = "leave --moments away"
+        raise ProspectError("--sweep chooses the model's own moments", where="command line", remedy=remedy)
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
     if arguments.sweep:
         vision_dim, seed = config.model.vision_dim, config.run.seed
-        as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
-        corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
+        corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
+        jobs = load_jobs(arguments.data, config, arguments.checkpoint)
+        sweep(arguments.checkpoint, corpus, jobs, model, tokenizer, config)
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0
@@ -213,29 +226,40 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     """Stream and score the clips, print the table, and with --out write everything down."""
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config)
-    tell_of_prompts(checkpoint, jobs, config)
-    records_dir, taken_over = None, 0
+    jobs = load_jobs(arguments.data, config, checkpoint)
     if out is not None:
-        records_dir = out / "records"
         same_settings(out, settings(checkpoint, config, arguments.data, jobs))
-        taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
-        if taken_over:
-            print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
-    started = time.perf_counter()
-    scoring = stream_and_score(
-        model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
-    )
-    scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
-    seconds = time.perf_counter() - started
-    results = by_dataset([(score.dataset, score) for score in scores], summarise)
-    command = as_typed(arguments)
-    report = table(results) + "\n\n" + footing(checkpoint, config, similarity, command, results)
+
+    def of_all(jobs: list[Job], records: str) -> dict[str, dict[str, float]]:
+        """The numbers of each dataset; the records go into the folder `records`, and are taken over from there."""
+        records_dir, taken_over = None, 0
+        if out is not None:
+            records_dir = out / records
+            records_dir.mkdir(exist_ok=True)
+            taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
+            if taken_over:
+                print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
+        started = time.perf_counter()
+        scoring = stream_and_score(
+            model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
+        )
+        scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
+        if not taken_over:
+            print(f"{sum(score.frames for score in scores)} frames in {time.perf_counter() - started:.1f} s")
+        return by_dataset([(score.dataset, score) for score in scores], summarise)
+
+    command, results = as_typed(arguments), of_all(jobs, "records")
+    found, report = {"command": command, "similarity": similarity.name, "results": results}, table(results)
+    if arguments.moments == "reference":
+        told = [dataclasses.replace(job, moments=reference_moments(job.clip)) for job in jobs]
+        numbers = of_all(told, "records-reference").items()
+        # Whether it was in time is no merit of one who was told the time.
+        found["told_when"] = {name: {k: v for k, v in of.items() if "_event_" not in k} for name, of in numbers}
+        report += f"\n\nTold when to speak and update, by the reference:\n\n{table(found['told_when'])}"
+    report += "\n\n" + footing(checkpoint, config, similarity, command, results)
     print(report)
-    if not taken_over:
-        print(f"{sum(score.frames for score in scores)} frames in {seconds:.1f} s")
     if out is not None:
-        write_json(out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
+        write_json(out / "metrics.json", found)
         write_text(out / "metrics.md", report + "\n")
 
 
@@ -244,15 +268,11 @@ def tell(warnings: list[str], skipped: list[str]) -> None:
         print(line, file=sys.stderr)
 
 
-def tell_of_prompts(checkpoint: Path, jobs: list[Job], config: Config) -> None:
-    lines = prompts_unlike_training(checkpoint, [job.clip for job in jobs], config)
-    tell([f"warning: {line}" for line in lines], [])
-
-
 def as_typed(arguments: argparse.Namespace) -> str:
     """The command that gives these results again. (--out is left away: it changes none of them.)"""
     words = ["python", "-m", "prospect.evaluate", "--checkpoint", str(arguments.checkpoint), "--data", *arguments.data]
     words += [] if arguments.strategy is None else ["--strategy", arguments.strategy]
+    words += [] if arguments.moments == "own" else ["--moments", arguments.moments]
     words += [] if arguments.streams == STREAMS else ["--streams", str(arguments.streams)]
     words += [] if arguments.similarity == "lexical" else ["--similarity", arguments.similarity]
     return shlex.join(words + arguments.overrides)

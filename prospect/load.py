@@ -12,6 +12,7 @@ from prospect.config import Config, apply_overrides, make_config, to_dict, torch
 from prospect.decisions import SETTINGS
 from prospect.distributed import pick_device
 from prospect.embeddings import check_finite
+from prospect.features import Features
 from prospect.model import Prospect
 from prospect.sequence import prompt_parts
 from prospect.stream import Job
@@ -36,6 +37,12 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
     store_wide_weights_by_column(model)
     return config, tokenizer, model
+
+
+def trained_on(directory: str | Path) -> Features:
+    """The features that a checkpoint was trained on."""
+    state = read_state(Path(directory))
+    return Features(state.features, state.scale)
 
 
 def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config: Config) -> list[str]:

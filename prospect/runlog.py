@@ -14,6 +14,7 @@ VALIDATION_SHOWN = {
     "dst_event_f1": "update F1",
     "joint_goal_accuracy": "joint goal",
     "replies_right_f1": "replies right",
+    "combined_score": "combined",
 }
 
 
@@ -57,4 +58,5 @@ def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) ->
         advice = "raise train.max_steps, or choose another run.name"
         print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
     else:
-        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")
+        best = f"(step {state.best_step}, by {state.best_by})"
+        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} {best}")

@@ -133,11 +133,12 @@ def test_never_does_not_overwrite_and_an_older_checkpoint_is_not_rewound_silentl
         (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
         (["data.batch_tokens=1024", "run.seed=1"], "run.seed was 0, is 1; data.batch_tokens was 512, is 1024"),
         (["data.dst=false"], "data.dst was True, is False"),
+        (["data.train={path: FOLDER/train.json, repeat: 2}"], "the repeats of data.train were [1], are [2]"),
     ],
 )
 def test_another_model_or_another_cut_of_the_data_is_refused(copy, overrides, message):
     with pytest.raises(ProspectError, match="cannot resume from this checkpoint") as caught:
-        train_here(copy, "train.max_steps=9", *overrides)
+        train_here(copy, "train.max_steps=9", *[text.replace("FOLDER", str(copy)) for text in overrides])
     assert message in str(caught.value)
 
 

@@ -11,7 +11,7 @@ import yaml
 
 import train
 from prospect.build import model_shape
-from prospect.config import Config, load_config, to_dict
+from prospect.config import Config, Repeated, load_config, make_config, to_dict
 from prospect.errors import ProspectError
 
 ROOT = Path(__file__).parent.parent
@@ -130,7 +130,27 @@ def test_overrides(tmp_path):
     assert config.data.dst is False and config.train.max_steps is None
 
 
+def test_a_mixture_of_files(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {train: [a.json, {path: b.jsonl, repeat: 6}]}")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.data.train == ["a.json", Repeated("b.jsonl", 6)]
+    assert config.data.train_files() == [Repeated("a.json", 1), Repeated("b.jsonl", 6)]
+    stored = yaml.safe_load(yaml.safe_dump(to_dict(config)))  # as a checkpoint keeps it
+    assert make_config(stored, "stored") == config
+    config = load_config(tmp_path / "c.yaml", ["data.train=[c.json, {path: d.json, repeat: 2}]"])
+    assert config.data.train == ["c.json", Repeated("d.json", 2)]
+    assert load_config(tmp_path / "c.yaml", ["data.train=c.json"]).data.train == ["c.json"]
+    assert load_config(tmp_path / "c.yaml", ["data.train={path: c.json, repeat: 2}"]).data.train[0].repeat == 2
+
+
 @pytest.mark.parametrize(("text", "told"), [
+    *((f"data: {{train: [b.json, {entry}]}}", "data.train must be clip files, each FILE or {path: FILE, repeat: N}")
+      for entry in ("{path: a.json, repeat: 0}", "{path: a.json, repeat: 1.5}", "{path: a.json, repeat: true}",
+                    "{path: a.json}", "{repeat: 2}", "{path: a.json, repeat: 2, weight: 1}", "{path: 3, repeat: 2}",
+                    "3", "[a.json]", "null")),
+    ("data: {train: null}", "data.train must be clip files"),
+    ("data: {train: [a.json, b.json, {path: a.json, repeat: 2}]}", "data.train names a.json twice"),
+    ("data: {val: [{path: a.json, repeat: 2}]}", "data.val must be text"),
     ("trian: {}", "unknown key trian (did you mean train?)"),
     ("train: {learnin_rate: 1}", "train.learning_rate?"),
     ("train: {compile: 'False'}", "train.compile must be bool"),

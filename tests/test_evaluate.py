@@ -25,6 +25,7 @@ from tiny import VISION_DIM, tiny_clip, tiny_config
 
 import train
 from prospect import evaluate, text_metrics
+from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state, write_state
 from prospect.clip_files import ClipFile
 from prospect.config import load_config
@@ -319,6 +320,8 @@ def test_each_dataset_has_its_window(dataset, matched):
     numbers = summarise([score_clip(clip, records, LEXICAL, True)])
     assert (numbers["num_matched"], numbers["num_redundant"]) == (matched, 1 - matched)
     assert numbers["transition_f1"] == matched and numbers["time_error_mean"] == 5 * matched
+    # No event within a second of its turn, no reply in time; 10 of 31 frames tell the step begun too early.
+    assert numbers["combined_score"] == pytest.approx((0 + 0 + 21 / 31) / 3)
 
 
 def test_the_order_of_the_clips_changes_no_digit():
@@ -495,6 +498,7 @@ def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
     (["--data", "infer.lookahead=1"], "--data names no clip file"),
     (["--data", "CLIPS", "--similarity", "nowhere"], "not a sentence-transformers model directory"),
     (["--data", "CLIPS", "--sweep", "--out", "x"], "--sweep writes no records"),
+    (["--data", "CLIPS", "--sweep", "--moments", "reference"], "--sweep chooses the model's own moments"),
     (["--data", "CLIPS", "--out", "CLIPS"], "cannot be used"),
     (["--data", "CLIPS", "data.dst=false"], "leave data.dst as the checkpoint has it"),
 ])  # fmt: skip
@@ -529,6 +533,54 @@ def test_a_bad_clip_is_skipped_where_that_is_asked_for(clips, checkpoint, tmp_pa
     assert "skipped: " in shown.err and "clip2" in shown.err and "| clips | 3 | 3 |  |" in shown.out
 
 
+# ---- told when -----------------------------------------------------------------------------------
+
+
+def test_who_is_told_when_writes_at_the_reference_s_frames_and_nowhere_else(checkpoint, tmp_path, capsys):
+    turns = [
+        ("user", "Hi", 10, 11), ("assistant", "Go.", 10, 14), ("DST_UPDATE", "S1->start", 11, 13),
+        ("assistant", "Well", 20, 22), ("assistant", "done.", 21, 22), ("DST_UPDATE", "S1->complete", 20, 22),
+        ("user", "What now?", 24, 25), ("assistant", "Rest.", 29, 29),
+    ]  # fmt: skip
+    file = write_clips(tmp_path, "clips.json", [raw_clip(turns, 10, 29, dataset="tiny")])
+    own = tmp_path / "own"
+    assert call(checkpoint, "--data", file, "--out", own) == 0
+    alike = []
+    for lookahead, streams in ((1, 1), (64, 3)):
+        out = tmp_path / f"{lookahead}"
+        words = ("--out", out, "--streams", streams, f"infer.lookahead={lookahead}")
+        assert call(checkpoint, "--data", file, "--moments", "reference", *words) == 0
+        alike.append(json.loads((out / "metrics.json").read_text()))
+        records = records_of(out / "records-reference" / "clip.jsonl")
+        assert [r["frame_idx"] for r in records if r["speaking_decision"]] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update_decision"]] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["text"] is not None] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update"] is not None] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["user"]] == [11, 25]
+        assert all(r["told"] for r in records)
+        assert not any(r["told"] for r in records_of(out / "records" / "clip.jsonl"))
+    assert all(alike[0][key] == alike[1][key] for key in ("results", "told_when"))
+    assert alike[0]["results"] == results_of(own) and "told_when" not in json.loads((own / "metrics.json").read_text())
+    assert "dst_event_f1" in alike[0]["results"]["tiny"] and "dst_event_f1" not in alike[0]["told_when"]["tiny"]
+    of_own, of_told = capsys.readouterr().out.split("Told when to speak and update, by the reference:")[:2]
+    assert "update event F1" in of_own and "| update event F1" not in of_told.split("command:")[0]
+    assert "--moments reference" in of_told and "joint goal accuracy" in of_told
+
+
+def test_what_is_said_when_told_is_scored_beside_the_model_s_own_timing(clips, checkpoint, tmp_path, streamed):
+    """An oracle that is told when says the reference's words; what the model does by itself is not changed by it."""
+    (tmp_path / "records-reference").mkdir()
+    for raw in json.loads(clips.read_text()):
+        lines = [json.dumps(record | {"told": True}) + "\n" for record in reference_records(raw)]
+        records_file(tmp_path / "records-reference", raw["id"]).write_text("".join(lines))
+    assert call(checkpoint, "--data", clips, "--moments", "reference", "--out", tmp_path) == 0
+    assert len(streamed) == 7  # the own timing alone
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("tiny", "wtag", "macro"):
+        told, own = found["told_when"][name], found["results"][name]
+        assert told["f1"] == told["joint_goal_accuracy"] == told["replies_right_f1"] == 1.0 and own["f1"] < 0.5
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -541,6 +593,8 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
+    scores = [results[name]["combined_score"] for name in ("tiny", "wtag", "macro")]
+    assert "| combined score | {:.3f} | {:.3f} | {:.3f} |".format(*scores) in shown
     decided = f"thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000"
     assert f"step 3; {decided}; strategy: slide; decision: heads;" in shown
     assert "; similarity: lexical  \n" in shown
@@ -701,6 +755,22 @@ def test_a_sweep_shows_every_frame_whatever_the_model_was_trained_on(clips, tmp_
         assert call(checkpoint, "--data", clips, "--sweep") == 0
         found.append(read_state(checkpoint).thresholds)
     assert found[0] == found[1] == found[2] and found[0]["speaking"] != 0.111
+
+
+def test_validation_sees_every_frame_whatever_is_trained_on(clips, tmp_path):
+    """And so finds the thresholds that the sweep finds. Training sees frames of turns alone, or a sample of frames."""
+    checkpoint = make_checkpoint(tmp_path)
+    found, frames = [], []
+    for overrides in ([], ["data.layout=turns"], ["data.frames=turns"], ["data.frames=hybrid"]):
+        files = [f"data.train={clips}", f"data.val={clips}", "data.max_seq_len=200", "data.long_clips=truncate"]
+        config, tokenizer, model = load_for_inference(checkpoint, files + overrides)
+        train_corpus, corpus = (load_corpus(config, tokenizer, split) for split in ("train", "val"))
+        frames.append(sum(len(train_corpus[0, i].frames) for i in range(len(train_corpus))))
+        found.append(teacher_forced_odds(model, corpus, config, [[i] for i in range(len(corpus))])[0])
+        seen = {(corpus[0, i].clip_id, int(frame)) for i in range(len(corpus)) for frame in corpus[0, i].frames}
+        assert len(seen) == sum(range(12, 31, 3))  # the seven clips' frames
+    assert found[0] == found[1] == found[2] == found[3]
+    assert len(set(frames)) == 4
 
 
 def test_frames_that_the_sequence_leaves_out_are_silent(tmp_path):

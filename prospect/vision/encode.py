@@ -338,16 +338,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def settings_of(arguments: argparse.Namespace, encoder: VisionEncoder, device: torch.device) -> Settings:
     return Settings(
-        model=arguments.vision.resolve().name,
-        revision=checkpoint_revision(arguments.vision),
-        weights_sha256=weights_sha256(encoder),
+        **settings_of_tower(encoder, arguments.vision),
         fps=str(arguments.fps),
         source_fps=str(arguments.source_fps or arguments.fps),
-        pool=encoder.pool,
-        vectors_per_frame=encoder.vectors_per_frame,
-        width=encoder.width,
         precision=arguments.precision or ("fp16" if device.type == "cuda" else "fp32"),
     )
+
+
+def settings_of_tower(encoder: VisionEncoder, directory: Path) -> dict[str, str | int | None]:
+    """What the tower has to do with the rows: Settings without the frame rates and the precision."""
+    return {
+        "model": directory.resolve().name,
+        "revision": checkpoint_revision(directory),
+        "weights_sha256": weights_sha256(encoder),
+        "pool": encoder.pool,
+        "vectors_per_frame": encoder.vectors_per_frame,
+        "width": encoder.width,
+    }
 
 
 def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[list[Path], list[int], list[str]]:
