@@ -32,8 +32,9 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.features import Features, features_of, warnings
-from prospect.load import load_for_inference, load_job, prompts_unlike_training, trained_on
+from prospect.features import features_of
+from prospect.files import writing
+from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -79,8 +80,9 @@ def show(record: FrameRecord, out: TextIO | None, terminal: TextIO) -> None:
 
 
 def write_line(out: TextIO, value: dict) -> None:
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
-    out.flush()
+    with writing(getattr(out, "name", "output")):
+        out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
+        out.flush()
 
 
 # ---- frames from stdin ---------------------------------------------------------------------------
@@ -133,11 +135,9 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     for source, index in chosen:
         job, warning = load_job(source, index, config.model.vision_dim)
         StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
+        warn([warning] if warning else [])
         jobs.append(job)
-    warn(prompts_unlike_training(arguments.checkpoint, [job.clip for job in jobs], config))
-    warn_of_other_features(arguments.checkpoint, features_of(chosen))
+    warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -161,7 +161,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
         raise ProspectError(what, remedy="--clip FILE:INDEX")
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
-    warn(prompts_unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
+    warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out)
 
@@ -173,10 +173,9 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
     clip, said = read_task(task, video, fps)
     session = StreamSession(model, tokenizer, clip, config)
-    warn(prompts_unlike_training(arguments.checkpoint, [clip], config))
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
     features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
-    warn_of_other_features(arguments.checkpoint, features)
+    warn(unlike_training(arguments.checkpoint, [clip], config, features))
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
@@ -185,13 +184,7 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
                 show(record, out, sys.stdout)
         finally:
             print(f"{video}: {pace}")
-    for text in unheard(said, session.frame_idx):
-        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
-
-
-def warn_of_other_features(checkpoint: str, features: Features) -> None:
-    """One line where the features are not like those that the model was trained on."""
-    warn(warnings(features, trained_on(checkpoint), checkpoint))
+    warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
 
 
 def warn(lines: list[str]) -> None:
@@ -215,13 +208,13 @@ def open_output(path: str | None, inputs: list[Path], default: TextIO | None) ->
         return
     if Path(path).resolve() in [file.resolve() for file in inputs]:
         raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
-    try:
+    with writing(path):
         file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        remedy = "name a file in a folder that exists"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
-    with file:
+    try:
         yield file
+    finally:
+        with contextlib.suppress(OSError):  # every line is flushed: left is at most one that was refused already
+            file.close()
 
 
 # ---- main ----------------------------------------------------------------------------------------

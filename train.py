@@ -117,6 +117,11 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     source, state = ckpt.resume_point(run, train_corpus, val_corpus, config, ranks, per_step)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
+    if source and (state.step, state.evaluated_step) >= (max_steps, max_steps):  # then nothing is written either
+        if ranks.main:
+            advice = "raise train.max_steps, or choose another run.name"
+            print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
+        return 0
 
     # The model on its device, shared between ranks; the optimizer; precision.
     with together(ranks):
@@ -147,7 +152,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             log = MetricsLog(run / "metrics.jsonl", state)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
-    first_step, unsaved, skips_in_a_row = state.step, False, 0
+    unsaved, skips_in_a_row = False, 0
 
     with bar:  # so that the bar is closed before an error is printed
         while True:
@@ -192,7 +197,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     bar.write(f"skipped: {what}")
 
     if ranks.main:
-        report_end(run, state, first_step, max_steps)
+        report_end(run, state, max_steps)
     return 0 if finished else STOPPED_BY_SIGNAL
 
 

@@ -78,8 +78,8 @@ class Corpus:
         usable = usable_clips(self.sources, config, vision_dim)
         self.warnings, self.skipped = usable.warnings, usable.skipped
         self.entries: list[Entry] = []
-        prompts: list[dict[str, bool]] = []  # of each clip
         self.origins: list[Origin] = []
+        prompts: list[dict[str, bool]] = []  # of each clip
         for f, c in usable.clips:
             clip, embeddings = self.load(f, c)
             layout = lay_out(clip, config, rate, seed, 0)

@@ -21,7 +21,7 @@ from tiny import VISION_DIM, tiny_config, write_tiny_corpus
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.config import DataConfig
-from prospect.errors import ProspectError
+from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference, store_wide_weights_by_column
 from prospect.model import Prospect
 from prospect.stream import FrameRecord
@@ -287,6 +287,22 @@ def test_ctrl_c_leaves_whole_lines(corpus, checkpoint, tmp_path):
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line(corpus, checkpoint, capsys, monkeypatch):
+    """/dev/full refuses every byte; a program that prints there has standard output as its only name."""
+    wanted = ["--clip", f"{corpus / 'val.json'}:0", "--out", "/dev/full"]
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint", str(checkpoint), *wanted])
+    with pytest.raises(SystemExit) as ended:
+        run_entry_point(infer.main)
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: /dev/full: cannot be written: No space left on device (")
+
+    program = "from prospect.errors import run_entry_point; run_entry_point(lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: No space left on device (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_wrong_input_is_one_line_and_status_2(corpus, checkpoint, tmp_path):
