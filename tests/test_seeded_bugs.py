@@ -119,7 +119,8 @@ def cases(tokenizer_dir) -> list[Case]:
     """A few small streams with what the bugs need: legal updates, full contexts of three strategies, several clips."""
     updating = dict(constrain_dst=True, max_update_tokens=60, decision="heads", max_reply_tokens=4)
     drawn = [(3, dict(strategy="summarize_with_dst", **updating))]
-    drawn += [(1, {}), (14, dict(strategy="slide", **updating)), (2, dict(strategy="drop_middle"))]
+    drawn += [(14, dict(strategy="slide", more_room=more, **updating)) for more in (0, 60)]
+    drawn += [(1, {}), (2, dict(strategy="drop_middle"))]
     found = [test_naive.random_case(seed, tokenizer_dir, **fixed).stream_naively() for seed, fixed in drawn]
     assert all(case.decided for case in found)
     return found
