@@ -122,6 +122,9 @@ def cases(tokenizer_dir) -> list[Case]:
     drawn += [(14, dict(strategy="slide", more_room=more, **updating)) for more in (0, 60)]
     drawn += [(1, {}), (2, dict(strategy="drop_middle"))]
     found = [test_naive.random_case(seed, tokenizer_dir, **fixed).stream_naively() for seed, fixed in drawn]
+    bare = test_naive.random_case(3, tokenizer_dir, strategy="summarize_with_dst", **updating)
+    bare.config.data.recipe = False  # only a summary's prompt has it then
+    found.append(bare.stream_naively())
     assert all(case.decided for case in found)
     return found
 
