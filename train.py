@@ -32,6 +32,7 @@ from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
+from prospect.context import check_reserved
 from prospect.data import (
     Corpus,
     DataOrder,
@@ -62,7 +63,7 @@ from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
-from prospect.validation import autocast, note_validation, validate
+from prospect.validation import autocast, clips_to_stream, note_validation, validate
 from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
@@ -97,6 +98,10 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        check_reserved(tokenizer, config)
+        val_corpus.warnings += [
+            f"not streamed in validation: {line}" for line in clips_to_stream(val_corpus, config)[1]
+        ]
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train, config.run.seed)

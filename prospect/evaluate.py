@@ -32,6 +32,7 @@ from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import open_source
 from prospect.config import Config, to_dict
+from prospect.context import check_reserved, check_streamable
 from prospect.data import Corpus, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.errors import ProspectError, run_entry_point
@@ -100,22 +101,34 @@ def read_records(path: Path, job: Job) -> list[dict] | None:
     if not all(isinstance(record, dict) and record.keys() == RECORD_FIELDS for record in records):
         return None
     first = job.clip.start_frame
-    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(job.embeddings)))
+    whole = [record["frame_idx"] for record in records] == list(range(first, first + job.num_frames))
     return records if whole else None
 
 
-def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
-    """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
+def load_jobs(paths: Iterable[str], config: Config, tokenizer: Tokenizer) -> list[Job]:
+    """Every clip of the files, ready to be streamed, all checked first as before a training (prospect/check.py).
 
-    A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are told on stderr.
+    A bad clip, an id that occurs twice, or a clip that does not fit into the context (prospect/context.py) raises
+    ProspectError, or with `data.on_bad: skip` is left out. What was left out, and warnings, are told on stderr.
     """
+    check_reserved(tokenizer, config)
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
+    jobs = []
+    for number, index in usable.clips:
+        job, _ = load_job(sources[number], index, config.model.vision_dim)
+        try:
+            check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
+        except ProspectError as error:
+            if config.data.on_bad == "stop":
+                raise
+            usable.skipped.append(str(error))
+            continue
+        jobs.append(job)
     tell(usable.warnings, usable.skipped)
-    if not usable.clips:
+    if not jobs:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
+    return jobs
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -202,7 +215,7 @@ def main() -> int:
         vision_dim, seed = config.model.vision_dim, config.run.seed
         as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
         corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
+        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config, tokenizer), model, tokenizer, config)
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0
@@ -212,7 +225,7 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     """Stream and score the clips, print the table, and with --out write everything down."""
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config)
+    jobs = load_jobs(arguments.data, config, tokenizer)
     records_dir, taken_over = None, 0
     if out is not None:
         records_dir = out / "records"
