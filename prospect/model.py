@@ -151,7 +151,7 @@ class KVCache:
         return Slots(neighbours, index, begin, end, mask, positions)
 
     def clear(self, stream: int, kept: int = 0) -> None:
-        """Empty a stream behind `kept` tokens. Zeros, for what is masked is still multiplied: NaN would come through."""
+        """Empty a stream behind `kept` tokens. Zeros: what is masked is still multiplied, so NaN comes through."""
         self.lengths[stream] = kept
         self.keys[:, stream, :, kept:].zero_()
         self.values[:, stream, :, kept:].zero_()
