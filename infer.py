@@ -31,6 +31,7 @@ import numpy as np
 from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
+from prospect.context import check_streamable
 from prospect.errors import ProspectError, run_entry_point
 from prospect.features import features_of
 from prospect.files import writing
@@ -134,9 +135,10 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     jobs = []
     for source, index in chosen:
         job, warning = load_job(source, index, config.model.vision_dim)
-        StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
+        check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
         warn([warning] if warning else [])
         jobs.append(job)
+    StreamSession(model, tokenizer, jobs[0].clip, config)  # refuses settings that do not fit the model
     warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:

@@ -168,7 +168,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    jobs, seconds = load_jobs([str(arguments.data)], config), arguments.seconds
+    jobs, seconds = load_jobs([str(arguments.data)], config, tokenizer), arguments.seconds
 
     def play(streams: int, rate: float, seconds: float, **options: float) -> Measured:
         found = measure(model, tokenizer, jobs, config, streams=streams, rate=rate, seconds=seconds, **options)
