@@ -206,14 +206,8 @@ def main() -> int:
         vision_dim, seed = config.model.vision_dim, config.run.seed
         as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
         corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        sweep(
-            arguments.checkpoint,
-            corpus,
-            load_jobs(arguments.data, config, arguments.checkpoint),
-            model,
-            tokenizer,
-            config,
-        )
+        jobs = load_jobs(arguments.data, config, arguments.checkpoint)
+        sweep(arguments.checkpoint, corpus, jobs, model, tokenizer, config)
     else:
         evaluate(arguments, config, tokenizer, model)
     return 0
