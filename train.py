@@ -59,6 +59,7 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_text
+from prospect.leaks import check_leaks
 from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
@@ -98,11 +99,12 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train, config.run.seed)
     if ranks.main:
-        print(describe(config, model, train_corpus, val_corpus, order, ranks), flush=True)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -115,6 +117,11 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     source, state = ckpt.resume_point(run, train_corpus, val_corpus, config, ranks, per_step)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
+    if source and (state.step, state.evaluated_step) >= (max_steps, max_steps):  # then nothing is written either
+        if ranks.main:
+            advice = "raise train.max_steps, or choose another run.name"
+            print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
+        return 0
 
     # The model on its device, shared between ranks; the optimizer; precision.
     with together(ranks):
@@ -145,7 +152,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             log = MetricsLog(run / "metrics.jsonl", state)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
-    first_step, unsaved, skips_in_a_row = state.step, False, 0
+    unsaved, skips_in_a_row = False, 0
 
     with bar:  # so that the bar is closed before an error is printed
         while True:
@@ -190,7 +197,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     bar.write(f"skipped: {what}")
 
     if ranks.main:
-        report_end(run, state, first_step, max_steps)
+        report_end(run, state, max_steps)
     return 0 if finished else STOPPED_BY_SIGNAL
 
 
@@ -324,6 +331,7 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {config.train.parallel}" if ranks.world > 1 else ""
+    parts = [f"{f.path} x {f.repeat} {share:.1%}" for f, share in zip(config.data.train_files(), train.shares())]
     lines = [
         f"model      {parameters:,} parameters, {trained:,} trained, {config.train.precision} on {ranks.device}",
         f"clips      {clips} training clips in {len(train)} sequences, {len(val)} validation sequences",
@@ -334,6 +342,8 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
         f"step       {ranks.world} rank(s) x {accumulate} micro-batch(es) = {per_step} micro-batch(es){shared}",
         f"training   {steps:,} steps, {steps * per_step / len(batches):.1f} epochs",
     ]
+    if len(parts) > 1:
+        lines.insert(3, f"mixture    {', '.join(parts)} of the tokens")
     skipped = [f"skipped: {line}" for line in train.skipped + val.skipped]
     return "\n".join(lines + train.warnings + val.warnings + skipped)
 

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from prospect.checkpoint import TrainState
-from prospect.errors import ProspectError
-from prospect.files import read_lines, write_text
+from prospect.files import read_lines, write_text, writing
 
 VALIDATION_SHOWN = {
     "speaking_event_f1": "speaking F1",
@@ -42,21 +41,15 @@ class MetricsLog:
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, numbers: dict) -> None:
-        try:
+        with writing(self.file.name):
             self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
-        except OSError as error:
-            what, remedy = f"cannot be written: {error.strerror}", "make room and start again"
-            raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
-def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) -> None:
-    """How a run ended, on the terminal. first_step: where it started or resumed."""
+def report_end(run: Path, state: TrainState, max_steps: int) -> None:
+    """How a run ended, on the terminal."""
     if state.step < max_steps:
         print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
-    elif state.step == first_step:
-        advice = "raise train.max_steps, or choose another run.name"
-        print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
     else:
         best = f"(step {state.best_step}, by {state.best_by})"
         print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} {best}")
