@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect import tuning
 from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
@@ -248,8 +249,9 @@ def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
     assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
 
 
-def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path):
+def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path, monkeypatch):
     """Trained, validated, stopped, resumed, streamed: everywhere the probability of speaking is 1 - P(end token)."""
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))
     lm = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", STREAMED)
     whole = losses(corpus, "headless", *lm, "train.eval_every=99")
     unstreamed = ("infer.evidence=0.5", "train.eval_every=99")
@@ -370,7 +372,8 @@ def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
             "loss": ("loss", -0.9), "combined": ("teacher-forced event F1", 0.65)}[best_by]  # fmt: skip
 
 
-def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys):
+def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))  # streamed once at each validation
     lines = losses(corpus, "combined", STREAMED, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
     scores = {line["step"]: line["evaluation"]["streamed_combined_score"] for line in lines if "evaluation" in line}
     best = max(scores, key=lambda step: (scores[step], -step))
