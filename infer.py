@@ -19,6 +19,7 @@ and goal, steps and what the user says from a YAML file: see prospect/vision/vid
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -30,7 +31,7 @@ import numpy as np
 from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
-from prospect.errors import ProspectError, run_entry_point
+from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.load import load_for_inference, load_job
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
@@ -147,6 +148,10 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
 
         write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
+    files = dict.fromkeys(str(source.file.path) for source, _ in chosen)
+    checkpoint, out = arguments.checkpoint, Path(arguments.checkpoint).parent / "evaluation"
+    words = ["python", "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", *files, "--out", str(out)]
+    print_next(shlex.join(words))
 
 
 def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:

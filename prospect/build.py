@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prospect.check import usable_clips
+from prospect.check import refuse_without_updates, usable_clips
 from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import Config
@@ -45,6 +45,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         folder, outside = config.data.embeddings, config.data.embeddings_outside
         sources = [open_source(path, folder, outside) for path in config.data.train]
         usable = usable_clips(sources, config.data, config.model.vision_dim)
+        refuse_without_updates(usable.updates, config.data)
         clips = (sources[number].file.clip(index) for number, index in usable.clips)
         train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)
     return Tokenizer(directory, config.data.template)
@@ -62,7 +63,10 @@ def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
     """split: train or val, with that split's share of negatives."""
     paths = config.data.train if split == "train" else config.data.val
     rate = config.data.neg_frame_sampling_rate if split == "train" else config.data.val_neg_frame_sampling_rate
-    return Corpus(paths, config.data, tokenizer, config.model.vision_dim, rate=rate, seed=config.run.seed)
+    corpus = Corpus(paths, config.data, tokenizer, config.model.vision_dim, rate=rate, seed=config.run.seed)
+    if split == "train":
+        refuse_without_updates(corpus.updates, config.data)
+    return corpus
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:

@@ -59,7 +59,7 @@ class Corpus:
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
         self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
         usable = usable_clips(self.sources, config, vision_dim)
-        self.warnings, self.skipped = usable.warnings, usable.skipped
+        self.warnings, self.skipped, self.updates = usable.warnings, usable.skipped, usable.updates
         self.entries: list[Entry] = []
         for f, c in usable.clips:
             clip, embeddings = self.load(f, c)

@@ -2,11 +2,12 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from prospect.checkpoint import TrainState
-from prospect.errors import ProspectError
+from prospect.errors import ProspectError, print_next
 from prospect.files import read_lines, write_text
 
 VALIDATION_SHOWN = {
@@ -49,8 +50,8 @@ class MetricsLog:
             raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
-def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) -> None:
-    """How a run ended, on the terminal. first_step: where it started or resumed."""
+def report_end(run: Path, state: TrainState, first_step: int, max_steps: int, clips: str) -> None:
+    """How a run ended, on the terminal. first_step: where it started or resumed; clips: a file to stream next."""
     if state.step < max_steps:
         print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
     elif state.step == first_step:
@@ -58,3 +59,4 @@ def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) ->
         print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
     else:
         print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")
+        print_next(shlex.join(["python", "infer.py", "--clip", f"{clips}:0", "--checkpoint", str(run / "best")]))

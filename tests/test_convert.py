@@ -18,7 +18,8 @@ import pytest
 import train
 from prospect.clip_files import parse_clip
 from prospect.config import DataConfig, load_config
-from prospect.convert import clips_of, prepared_of, to_clip, to_prepared, write_objects
+from prospect.convert.__main__ import write_objects
+from prospect.convert.proassist import clips_of, prepared_of, to_clip, to_prepared
 from prospect.errors import ProspectError
 from prospect.sequence import lay_out
 
