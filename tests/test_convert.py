@@ -231,7 +231,7 @@ def test_files_there_and_back(tmp_path):
     for name in ("clips.json", "clips.jsonl"):
         clips, back = tmp_path / name, tmp_path / f"{name}.back.jsonl"
         done = run(source, clips)
-        assert done.returncode == 0 and done.stdout == f"4 clips -> {clips}\n", done.stderr
+        assert done.returncode == 0 and done.stdout.startswith(f"4 clips -> {clips}\nnext:\npython -m "), done.stderr
         text = clips.read_text(encoding="utf-8")
         listed = json.loads(text) if name == "clips.json" else [json.loads(line) for line in text.splitlines()]
         # The same dialogue twice gets two ids; two users' dialogues over the same frames share their embeddings.
