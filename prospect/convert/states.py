@@ -102,11 +102,12 @@ def with_updates(raw: Any, file: str, index: int, level: str, report: Report) ->
     clip = parsed_clip(raw, file, index)
     updates = update_turns(clip)
     conversation = list(raw["conversation"])
+    behind = len(conversation)
     for update in reversed(updates):  # before the first turn that ends when it does, or later
         following = (
             turn.index for turn in clip.turns if turn.role != "system" and turn.end_frame >= update["end_frame"]
         )
-        conversation.insert(next(following, len(conversation)), update)
+        conversation.insert(next(following, behind), update)
     raw = raw | {"conversation": conversation}
     parsed_clip(raw, file, index)
 
