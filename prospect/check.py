@@ -3,8 +3,9 @@
     python -m prospect.check FILE ... [--embeddings DIR] [--vision-dim N] [--strict] [--workers N]
 
 Each problem is one line: file, clip, turn and field, what is wrong, and what to do about it. A table counts them by
-kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training runs the same checks at its
-start, and stops there or skips the bad clips (`data.on_bad: skip`).
+kind. Then comes the scale of each file's embeddings; it is a warning where two files, or two data sets of one, differ
+(prospect/features.py). Exit status 2 when there are errors (with --strict: or warnings), else 0. Training runs the same
+checks at its start, and stops there or skips the bad clips (`data.on_bad: skip`).
 
 prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. This file
 combines the two for all clips: a file for every clip, of the right width, one row per frame, every number finite, no id
@@ -33,6 +34,7 @@ from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.embeddings import check_finite, find_embeddings, read_embeddings
 from prospect.errors import ProspectError, print_next, run_entry_point
+from prospect.features import by_dataset, difference
 
 CHUNK = 16  # clips that a process takes at a time
 WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
@@ -261,7 +263,7 @@ def refuse_without_updates(updates: int, config: DataConfig) -> None:
         what = "no clip has a DST_UPDATE turn: with data.dst=true a model would learn never to update"
         remedy = "make them from step times, python -m prospect.convert states IN OUT; step times from dialogues, "
         remedy += "python -m prospect.convert steps IN OUT; or train without task state, data.dst=false"
-        raise ProspectError(what, where=", ".join(config.train), remedy=remedy)
+        raise ProspectError(what, where=", ".join(file.path for file in config.train_files()), remedy=remedy)
 
 
 def check_command(sources: Sequence[Source], config: DataConfig, vision_dim: int) -> str:
@@ -312,6 +314,7 @@ def main() -> int:
     arguments = parse_arguments()
     errors, warnings, widths = Counter(), Counter(), Counter()
     clips = frames = updates = 0
+    usable: list[tuple[Source, int]] = []
 
     def show(problem: Problem) -> None:
         (errors if problem.fatal else warnings)[problem.kind] += 1
@@ -326,13 +329,22 @@ def main() -> int:
     for checked in check_all(sources, arguments.vision_dim, arguments.workers):
         clips, frames, updates = clips + 1, frames + checked.frames, updates + checked.updates
         widths.update([checked.width] if checked.width else [])
+        usable += [] if checked.errors else [(sources[checked.source], checked.index)]
         for problem in checked.problems:
             show(problem)
     if arguments.vision_dim is None and (problem := width_problem(widths)):
         show(problem)
+    features = by_dataset(usable)
+    for name, found in features.items():
+        first, those = next(iter(features.items()))
+        if what := difference(found, those):
+            what = f"the embeddings are not like those of {first}: {what}"
+            show(Problem("other features", name, "", what, "encode all of them in one way", fatal=False))
 
     if errors or warnings:
         print(table(errors, warnings))
+    for name, found in features.items():
+        print(f"{name}: {found}")
     total = f"{clips} clips, {frames} frames: {errors.total()} errors, {warnings.total()} warnings"
     print(f"{total}; embeddings {', '.join(map(str, sorted(widths)))} wide" if widths else total)
     if errors or (arguments.strict and warnings):

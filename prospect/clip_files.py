@@ -31,6 +31,8 @@ FIELDS = {  # of a clip object; any other field is kept in Clip.extra
     "inferred_knowledge", "embeddings",
 }  # fmt: skip
 
+TURN_FIELDS = {"from": "role", "value": "content", "timestamp": "time"}  # other names of a turn's fields, and ours
+
 # Far beyond any real clip; they stop a broken file from exhausting the machine.
 MAX_TEXT = 100_000  # characters of one turn, the recipe or the goal
 MAX_TURNS = 20_000
@@ -391,6 +393,7 @@ class _Reader:
             what = f"must be an object, not {type(item).__name__}"
             self.problem("bad turn", f"turn {i}", what, "{role, content, ...}")
             return None
+        item = self.in_our_names(item, i)
         role = item.get("role")
         if role not in ROLES:
             what = f"unknown role {role!r:.40}"
@@ -409,6 +412,16 @@ class _Reader:
             return None
         first, last = frames
         return Turn(role=role, text=text, transitions=transitions, start_frame=first, end_frame=last, index=i)
+
+    def in_our_names(self, item: dict, i: int) -> dict:
+        """A turn with its fields named as here. One that is given under both of its names must be the same twice."""
+        for other, ours in TURN_FIELDS.items():
+            if item.get(other) is not None and item.get(ours) is None:
+                item = item | {ours: item[other]}
+            elif item.get(other) not in (None, item.get(ours)):
+                what = f"is {item[ours]!r:.40}, and `{other}`, another name of it, {item[other]!r:.40}"
+                self.problem("two values", f"turn {i}, {ours}", what, "leave one of them out")
+        return item
 
     def transitions(self, raw: Any, field: str) -> tuple[Transition, ...]:
         if isinstance(raw, str):

@@ -38,9 +38,13 @@ def print_next(command: str) -> None:
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its status: 2 after a ProspectError (one line on stderr), 130 after Ctrl-C."""
+    """Run `main` and exit with its status: 2 after a ProspectError (one line on stderr), 130 after Ctrl-C.
+
+    What the operating system refuses, wherever that is, ends like a ProspectError: a full disk is no fault of ours.
+    """
     try:
         status = main() or 0
+        sys.stdout.flush()
     except ProspectError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
@@ -48,6 +52,13 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output (head, less) has closed it: not a failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:
+        where, remedy = str(error.filename or ""), "check the path, the permissions and the free space"
+        print(f"error: {ProspectError(error.strerror or str(error), where=where, remedy=remedy)}", file=sys.stderr)
+        status = 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be printed must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

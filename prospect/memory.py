@@ -59,6 +59,7 @@ def describe_memory(config: Config) -> list[str]:
     lora = lora_config(t) if t.tune == "lora" else shape.lora
     ours = {
         "vision_dim": m.vision_dim,
+        "speaking_head": m.speaking_head,
         "dst": config.data.dst,
         "dst_state_head": m.dst_state_head and config.data.dst,
         "lora": lora,

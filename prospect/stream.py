@@ -30,7 +30,7 @@ from torch import Tensor
 
 from prospect.clips import Clip, unpaired_surrogate
 from prospect.config import Config
-from prospect.decisions import Evidence, decide
+from prospect.decisions import Evidence, Moments, decide
 from prospect.dst import (
     STATES,
     TRANSITIONS,
@@ -80,6 +80,7 @@ class FrameRecord:
     dst_update: str | None  # the update as generated, applied unless invalid_update says why not
     dst_state: State  # after the frame
     step_state: str | None = None  # what the state head reads: the state of the most recently started step
+    told: bool = False  # the reference decided here, not the heads
     user: list[str] = field(default_factory=list)  # what the user said right before the frame
     text_cut: str | None = None  # why a text was cut off: "limit" or "repetition"
     dst_update_cut: str | None = None
@@ -121,7 +122,8 @@ class StreamSession:
     """One stream: its part of a cache, the frames in its context, its task state.
 
     cache, stream: a cache that several sessions share (make_cache), and this one's number in it; `advance` then runs
-    them together. Raises ProspectError when the settings leave no room for a frame and what may be said at it.
+    them together. moments: the frames at which to write, where the heads are not to decide. Raises ProspectError when
+    the settings leave no room for a frame and what may be said at it.
     """
 
     def __init__(
@@ -133,10 +135,11 @@ class StreamSession:
         *,
         cache: KVCache | None = None,
         stream: int = 0,
+        moments: Moments | None = None,
     ):
         self.model, self.tokenizer, self.clip, self.config = model, tokenizer, clip, config
         self.cache = cache if cache is not None else make_cache(model, config, 1)
-        self.stream = stream
+        self.stream, self.moments = stream, moments
         self.cache.clear(stream)
         self.state: State = dict(clip.initial_state) if config.data.dst else {}
         self.frame_idx = clip.start_frame  # of the next frame
@@ -192,6 +195,9 @@ class StreamSession:
         if data.dst != self.model.config.dst:
             what = f"data.dst is {data.dst}, but the model was made with {self.model.config.dst}"
             raise ProspectError(what, where="config", remedy="leave data.dst as the checkpoint has it")
+        if infer.decision == "heads" and self.model.speaking_decision_head is None:
+            what = "infer.decision is heads, but the model has no speaking head"
+            raise ProspectError(what, where="config", remedy="infer.decision=lm")
         around = {role: len(header) + len(self.end_ids) for role, header in self.headers.items()}
         needed = infer.max_reply_tokens + around["assistant"]
         if data.dst:
@@ -267,17 +273,22 @@ class StreamSession:
 
     def _restart(self, prompt: str, kept: list[Unit], needed: int) -> None:
         """Empty the cache and feed the prompt and the kept frames and texts, in one forward."""
-        ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
-        prompt_tokens = len(ids)
-        for unit in kept:
-            ids += unit.ids(self.tokenizer.image_id)
-        if len(ids) + needed > self.limit:
-            what = f"{len(ids)} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
+        [prompt_tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
+        tokens = prompt_tokens + sum(unit.num_tokens for unit in kept)
+        if tokens + needed > self.limit:
+            what = f"{tokens} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
             remedy = "raise data.max_seq_len, lower infer.reserved, or shorten the text"
             raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
+        self.rebuild(prompt, kept)
+
+    def rebuild(self, prompt: str, units: list[Unit]) -> None:
+        """Make the context, and the cache, what a prompt and these frames and texts give."""
+        ids = self.tokenizer.encode(prompt_pieces(prompt, self.tokenizer))
+        self.prompt, self.prompt_tokens, self.units = prompt, len(ids), units
+        for unit in units:
+            ids += unit.ids(self.tokenizer.image_id)
         self.cache.lengths[self.stream] = 0
-        self.units, self.prompt_tokens = kept, prompt_tokens
-        self._run(ids, torch.cat([unit.rows for unit in kept]) if kept else None)
+        self._run(ids, torch.cat([unit.rows for unit in units]) if units else None)
 
     @torch.inference_mode()
     def _run(self, ids: list[int], rows: Tensor | None) -> None:
@@ -340,7 +351,8 @@ class StreamSession:
             raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
         may_update = heads.dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
         asked = bool(frame.user)
-        decision = decide(infer, self.evidence, heads.speaking, heads.dst if may_update else None, asked)
+        told = None if self.moments is None else self.moments.at(self.frame_idx)
+        decision = decide(infer, self.evidence, heads.speaking, heads.dst if may_update else None, asked, told)
         unit.state_before = self.state
         self.units.append(unit)
         record = FrameRecord(
@@ -357,6 +369,7 @@ class StreamSession:
             dst_update=None,
             dst_state=self.state,
             step_state=heads.step_state,
+            told=told is not None,
             user=frame.user,
             context_tokens=context_tokens,
         )
@@ -533,10 +546,11 @@ def constraint(session: StreamSession) -> Callable[[list[int]], list[int]]:
 
 @dataclass
 class Job:
-    """A clip to be streamed: its header and user turns, and its embeddings [rows, I, D]."""
+    """A clip to be streamed: its header and user turns, its embeddings [rows, I, D], and who decides when to write."""
 
     clip: Clip
     embeddings: np.ndarray
+    moments: Moments | None = None  # None: the heads
 
     def __post_init__(self):
         self.said: dict[int, list[str]] = {}  # by row: what the user says right before it
@@ -565,7 +579,8 @@ def stream_jobs(
     while True:
         while free and (job := next(jobs, None)) is not None:
             stream = free.pop(0)
-            running[stream] = (job, StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=stream))
+            session = StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=stream, moments=job.moments)
+            running[stream] = (job, session)
         if not running:
             return
         order = sorted(running)

@@ -52,7 +52,7 @@ def validate(
     nothing = {name: torch.zeros((), dtype=torch.float64) for name in LOSS_CLASSES}
     sums = sum_named(added([nothing, *(part.sums for part in parts)]), ranks)
     counts = sum_named(added([nothing, *(part.counts for part in parts)]), ranks)
-    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss.bce)
+    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss)
     numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
     numbers["loss"] = float(total_loss(terms, config.loss.weights()))
     sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
@@ -103,7 +103,22 @@ def tune_on_stream(
     return best.evidence, best.numbers
 
 
-def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:
+def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float], best_by: str) -> None:
+    """Keep what a validation found, and whether its checkpoint is the best. best_by: `train.best_by`."""
     state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
-    if state.best_loss is None or numbers["loss"] < state.best_loss:
-        state.best_loss, state.best_step = numbers["loss"], state.step
+    by, value = worth(numbers, best_by)
+    if state.best_value is None or by != state.best_by or value > state.best_value:  # another measure begins anew
+        state.best_by, state.best_value, state.best_step = by, value, state.step
+
+
+def worth(numbers: dict[str, float], best_by: str) -> tuple[str, float]:
+    """What the best checkpoint is chosen by, in words, and its value at one validation: larger is better.
+
+    Where no clips are streamed (see `tune_on_stream`), the heads' teacher-forced event F1 stands in for `combined`.
+    """
+    if best_by == "loss":
+        return "loss", -numbers["loss"]
+    if "streamed_combined_score" in numbers:
+        return "combined score of streamed clips", numbers["streamed_combined_score"]
+    f1 = [numbers[name] for name in ("speaking_event_f1", "dst_event_f1") if name in numbers]
+    return "teacher-forced event F1", sum(f1) / len(f1)

@@ -55,9 +55,11 @@ def run(monkeypatch, capsys, *arguments: object) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("name", ["clips.json", "clips.jsonl"])
-def test_a_good_file_is_one_line(tmp_path, monkeypatch, capsys, name):
+def test_a_good_file_is_two_lines(tmp_path, monkeypatch, capsys, name):
     path = write_clips(tmp_path / name, [good("a"), good("b")])
-    assert run(monkeypatch, capsys, path) == (0, ["2 clips, 10 frames: 0 errors, 0 warnings; embeddings 4 wide"])
+    scale = f"{path}: mean norm 2, mean 1, deviation 0"  # vectors of four ones
+    total = "2 clips, 10 frames: 0 errors, 0 warnings; embeddings 4 wide"
+    assert run(monkeypatch, capsys, path) == (0, [scale, total])
 
 
 def corrupt(folder: Path) -> Path:
@@ -100,6 +102,7 @@ def test_every_problem_is_a_line_that_names_file_clip_turn_and_field(tmp_path, m
         "wrong row count                    1         0",
         "wrong width                        1         0",
         "turn clamped                       0         1",
+        f"{path}: mean norm 2, mean 1, deviation 0",
         "6 clips, 25 frames: 7 errors, 1 warnings; embeddings 2, 4 wide",
     ]
 

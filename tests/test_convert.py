@@ -268,7 +268,7 @@ def learn(folder: Path, clip: dict) -> list[dict]:
         f"run.out={folder}", f"data.train={folder}/clips.json", f"data.val={folder}/clips.json", "data.sample=null",
         "data.neg_frame_sampling_rate=1", "train.max_steps=null", "train.num_epochs=1", "train.device=cpu",
         "model.vision_dim=16", "model.vocab_size=300", "model.hidden_size=32", "model.intermediate_size=48",
-        "model.num_hidden_layers=1",
+        "model.num_hidden_layers=1", "data.allow_leaks=true",
     ]  # fmt: skip
     config = load_config(ROOT / "configs" / "proassist.yaml", overrides)
     assert config.data.silence_lm and not config.data.dst and config.infer.decision == "lm"

@@ -42,13 +42,14 @@ def features(path: Path, rows: int = 10, seed: int = 0) -> Path:
 
 
 @pytest.mark.parametrize("as_file", [False, True])
-def test_one_five_and_ten_vectors_a_frame(tmp_path, as_file):
+def test_one_five_ten_and_26_vectors_a_frame(tmp_path, as_file):
     given = numbers(10)
     path = write_arrow(tmp_path / "v.arrow", {name: column(rows) for name, rows in given.items()}, as_file)
-    one, five, ten = (read_features(path, tokens) for tokens in (1, 5, 10))
+    one, five, ten, most = (read_features(path, tokens) for tokens in (1, 5, 10, 26))
     assert np.array_equal(one, given["cls"][:, 0]) and one.dtype == np.float16
     assert np.array_equal(five[:, :1], given["cls"]) and np.array_equal(five[:, 1:], given["2x2"])
     assert np.array_equal(ten[:, :1], given["cls"]) and np.array_equal(ten[:, 1:], given["3x3"])
+    assert np.array_equal(most[:, :1], given["cls"]) and np.array_equal(most[:, 1:], given["5x5"])
 
 
 def test_other_ways_to_write_the_same(tmp_path):

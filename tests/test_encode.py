@@ -34,7 +34,7 @@ Image = pytest.importorskip("PIL.Image")
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures" / "vision"
-SIGLIP, SMOLVLM = FIXTURES / "siglip", FIXTURES / "smolvlm"
+SIGLIP, CLIP, SMOLVLM = FIXTURES / "siglip", FIXTURES / "clip", FIXTURES / "smolvlm"
 WIDTH, HEIGHT = 64, 16  # 8 x 2 blocks: the 16 bits of the picture's number
 CYCLE = 1024  # the long videos begin to count anew after so many pictures, 17 seconds and more
 TICKS = 60_000  # time base of the test videos: 24, 25, 29.97 (2002 ticks) and 60 pictures a second are whole numbers
@@ -379,6 +379,7 @@ def test_rows_are_the_frames_in_every_format(tmp_path):
 
 @pytest.mark.parametrize("vision, options, shape", [
     (SIGLIP, ["--tokens", 5], (6, 5, 32)), (SIGLIP, ["--tokens", 10], (6, 10, 32)), (SMOLVLM, [], (6, 20)),
+    (CLIP, ["--tokens", 26], (6, 26, 24)), (CLIP, ["--pool", "projected"], (6, 20)),
     (SMOLVLM, ["--pool", "all"], (6, 4, 20)), (SMOLVLM, ["--pool", "top-left-tile"], (6, 20)),
 ])  # fmt: skip
 def test_shapes_of_the_poolings(tmp_path, vision, options, shape):

@@ -119,8 +119,8 @@ def main() -> int:
     one.add_argument("sources", nargs="+", type=Path, metavar="ARROW", help="feature files, or directories of them")
     one.add_argument("--clips", type=Path, required=True, help="clip file: its clips' rows are written")
     one.add_argument("--out", type=Path, required=True, help="directory for the embeddings, created if missing")
-    what = "vectors per frame: 1 (cls, the default), 5 (cls and 2x2) or 10 (cls and 3x3)"
-    one.add_argument("--tokens", type=int, choices=(1, 5, 10), default=1, help=what)
+    what = "vectors per frame: 1 (cls, the default), 5 (cls and 2x2), 10 (cls and 3x3) or 26 (cls and 5x5)"
+    one.add_argument("--tokens", type=int, choices=(1, 5, 10, 26), default=1, help=what)
 
     one = command("steps", convert_steps, steps.__doc__)
     one.add_argument("input", type=Path, metavar="IN", help="clip file")

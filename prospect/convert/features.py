@@ -7,11 +7,13 @@ file (a dialogue's `frames_file`), in `features/MODEL@LAYER/`. Row k is frame k 
 
     cls      [1, 1152]    SigLIP's pooled output
     2x2      [4, 1152]    means of the patches, over a grid
-    3x3      [9, 1152]    likewise; so is 5x5, which no published model reads
+    3x3      [9, 1152]    likewise
+    5x5      [25, 1152]   likewise; no published model reads it
 
     --tokens 1     cls            -> [rows, 1152]
     --tokens 5     cls and 2x2    -> [rows, 5, 1152]
     --tokens 10    cls and 3x3    -> [rows, 10, 1152]
+    --tokens 26    cls and 5x5    -> [rows, 26, 1152]
 
 `python -m prospect.encode --tokens` makes the same of the pictures. The rows of every clip go to the file where
 training looks for them (prospect/vision/cuts.py), and a file that is there already, made of the same, is kept.
@@ -31,7 +33,7 @@ from prospect.errors import ProspectError
 from prospect.vision.cuts import is_done, plan_cuts, write_cut
 from prospect.vision.frames import ARROW_ENDING, arrow_batches
 
-COLUMNS = {1: ("cls",), 5: ("cls", "2x2"), 10: ("cls", "3x3")}  # by vectors per frame
+COLUMNS = {1: ("cls",), 5: ("cls", "2x2"), 10: ("cls", "3x3"), 26: ("cls", "5x5")}  # by vectors per frame
 
 
 def convert_features(sources: list[Path], clips: Path, out: Path, tokens: int) -> int:

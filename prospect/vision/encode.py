@@ -56,7 +56,7 @@ class Settings:
     weights_sha256: str  # of the vision tensors
     fps: str  # frames per second, as a fraction: "2", "30000/1001"
     source_fps: str  # of sources without a clock
-    pool: str  # "pooled" (SigLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
+    pool: str  # "pooled" (SigLIP, CLIP), "projected" (CLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
     vectors_per_frame: int  # I
     width: int  # D
     precision: str  # of the arithmetic; the rows are float16
@@ -185,15 +185,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m prospect.encode", description="Videos into frame embeddings.")
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="INPUT", help="video, directory of pictures, or .arrow file")
-    add("--vision", type=Path, required=True, help="directory of a SigLIP or SmolVLM2 checkpoint")
+    add("--vision", type=Path, required=True, help="directory of a SigLIP, CLIP or SmolVLM2 checkpoint")
     add("--out", type=Path, required=True, help="directory for the embeddings, created if missing")
     add("--fps", type=parse_fps, default=Fraction(2), help="frames per second (default 2)")
     add("--source-fps", type=parse_fps, help="pictures per second in directories and Arrow files (default: --fps)")
     add("--clips", type=Path, help="clip file (JSON or JSONL): write one file for each clip")
-    add("--tokens", type=int, help="SigLIP: 1 (pooled, the default), 5 (and 2x2 means) or 10 (and 3x3 means)")
+    tokens_help = "SigLIP, CLIP: 1 (pooled, the default), 5 (and 2x2 means), 10 (and 3x3 means) or 26 (and 5x5 means)"
+    add("--tokens", type=int, help=tokens_help)
     pool_help = (
         "SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which reproduces files "
-        "that hold only the first vector of the first tile"
+        "that hold only the first vector of the first tile; CLIP: pooled (default), or projected as it is for texts"
     )
     add("--pool", choices=every_pool, help=pool_help)
     add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
@@ -253,16 +254,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def settings_of(arguments: argparse.Namespace, encoder: VisionEncoder, device: torch.device) -> Settings:
     return Settings(
-        model=arguments.vision.resolve().name,
-        revision=checkpoint_revision(arguments.vision),
-        weights_sha256=weights_sha256(encoder),
+        **settings_of_tower(encoder, arguments.vision),
         fps=str(arguments.fps),
         source_fps=str(arguments.source_fps or arguments.fps),
-        pool=encoder.pool,
-        vectors_per_frame=encoder.vectors_per_frame,
-        width=encoder.config.output_size,
         precision=arguments.precision or ("fp16" if device.type == "cuda" else "fp32"),
     )
+
+
+def settings_of_tower(encoder: VisionEncoder, directory: Path) -> dict[str, str | int | None]:
+    """What the tower has to do with the rows: Settings without the frame rates and the precision."""
+    return {
+        "model": directory.resolve().name,
+        "revision": checkpoint_revision(directory),
+        "weights_sha256": weights_sha256(encoder),
+        "pool": encoder.pool,
+        "vectors_per_frame": encoder.vectors_per_frame,
+        "width": encoder.width,
+    }
 
 
 def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[list[Path], list[int], list[str]]:
