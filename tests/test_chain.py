@@ -292,6 +292,39 @@ def test_published_dialogues(tmp_path, given):
     assert "| wtag |" in table and "checkpoint: " in table
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason="ProAssist's dialogues are not part of the project")
+@pytest.mark.parametrize("given", ["features", "frames"])
+def test_every_real_dialogue_goes_all_the_way(tmp_path, given):
+    """Generated frames or features of each dialogue's video: two steps of training, a streamed clip, the table."""
+    data = tmp_path / "assembly101"
+    (data / "prepared").mkdir(parents=True)
+    real = [json.loads(line) for line in (REAL / "proassist_prepared.jsonl").read_text(encoding="utf-8").splitlines()]
+    made_up = prepared("c")  # for validation: the real ones are of one video
+    for split, dialogues in (("train", real), ("val", [made_up])):
+        lines = [json.dumps(dialogue) for dialogue in dialogues]
+        (data / "prepared" / f"{split}.jsonl").write_text("\n".join(lines))
+    names = {dialogue["frames_file"] for dialogue in [*real, made_up]}
+    for name in names:
+        rows = max(dialogue["end_frame_idx"] for dialogue in [*real, made_up] if dialogue["frames_file"] == name)
+        if given == "frames":
+            pictures = [base64.b64encode(jpeg(photographs(0)[0])).decode()] * rows
+            write_arrow(data / name, {"frame": pyarrow.array(pictures)})
+        else:
+            columns = features([frame % 4 for frame in range(rows)], 0)
+            write_arrow(data / "features" / "google___siglip@-2" / Path(name).name, columns)
+    for split in ("val", "train"):
+        converted = run(
+            "-m", "prospect.convert", "proassist", data / "prepared" / f"{split}.jsonl", tmp_path / f"{split}.json"
+        )
+        follow(converted, VISION_DIR=TOWER)
+    checked = run("-m", "prospect.check", tmp_path / "val.json", tmp_path / "train.json")
+    assert f"{len(real) + 1} clips" in checked and ": 0 errors, 0 warnings" in checked
+    trained = follow(checked, *f"{SMALL}{tmp_path}/runs".split(), "train.max_steps=2", "infer.max_reply_tokens=8")
+    table = follow(follow(trained, "infer.max_reply_tokens=8"), "infer.max_reply_tokens=8")
+    assert "| assembly101 |" in table
+
+
 def clip(video: str, **fields: object) -> dict:
     """A clip with step times and a dialogue, and no update."""
     talk = [{"role": "user", "content": "I want to make tea.", "start_frame": 7, "end_frame": 8}]
@@ -327,13 +360,11 @@ def test_clips_without_updates(tmp_path, given):
                 "-m", "prospect.convert", "states", tmp_path / f"{split}.json", tmp_path / f"{split}_states.json"
             )
         assert f"{len(videos)} clips: {3 * len(videos)} updates made" in made
-        if split == "train":  # two videos: their embeddings are not there yet
-            folders = [tmp_path / video for video in "abc"]
-            encode = made.replace(f"--clips {tmp_path}/train_states.json", f"--clips {tmp_path}/train_states.json")
-            follow(encode, **{"VIDEO ...": shlex.join(map(str, folders)), "VISION_DIR": TOWER})
-        else:
-            run("-m", "prospect.encode", tmp_path / "c", "--vision", TOWER, "--out", tmp_path / "embeddings",
-                "--clips", tmp_path / "val_states.json")  # fmt: skip
+        if split == "train":
+            folders = shlex.join(str(tmp_path / video) for video in videos)
+            follow(made, **{"VIDEO ...": folders, "VISION_DIR": TOWER})
+    val = ["--clips", tmp_path / "val_states.json", "--out", tmp_path / "embeddings"]
+    run("-m", "prospect.encode", tmp_path / "c", "--vision", TOWER, *val)
     checked = run("-m", "prospect.check", tmp_path / "train_states.json", tmp_path / "val_states.json")
     records, table = learned_and_streamed(checked, tmp_path)
     assert at(records, "dst_update") == list(zip((1, 2, 3), MOVES))

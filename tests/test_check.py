@@ -13,6 +13,7 @@ from tiny import tiny_config, write_tiny_corpus
 
 from prospect import check
 from prospect.build import load_corpus, load_tokenizer
+from prospect.clip_files import parse_clip
 from prospect.config import DataConfig
 from prospect.data import Corpus
 from prospect.errors import ProspectError
@@ -213,6 +214,20 @@ def test_times_and_updates_that_disagree_are_a_warning(tmp_path, clip, said):
     for problem in found:
         assert said in problem.what
         assert f"python -m prospect.convert states {tmp_path}/clips.json OUT.json" in problem.remedy
+
+
+# ---- the documentation ---------------------------------------------------------------------------
+
+
+def test_the_clips_of_the_documentation_are_valid_and_the_smallest_has_no_field_too_many():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    smallest, full = (json.loads(block.split("```")[0]) for block in page.split("```json\n")[1:])
+    for raw in (smallest, full):
+        assert parse_clip(raw, "docs/data.md", 0)[1] == []
+    for name in smallest:
+        left = {field: value for field, value in smallest.items() if field != name}
+        assert parse_clip(left, "docs/data.md", 0)[0] is None, name
+    assert check.step_time_problems(read(full), ROOT / "x.json") == []
 
 
 # ---- a researcher's first wrong turns ------------------------------------------------------------

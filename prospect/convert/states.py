@@ -121,7 +121,7 @@ def with_updates(raw: Any, file: str, index: int, level: str, report: Report) ->
 
 
 def is_update(turn: Any) -> bool:
-    return isinstance(turn, dict) and turn.get("role") == "DST_UPDATE"
+    return isinstance(turn, dict) and "DST_UPDATE" in (turn.get("role"), turn.get("from"))
 
 
 # ---- steps to updates ----------------------------------------------------------------------------
