@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -32,7 +33,7 @@ from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
 from prospect.context import check_streamable
-from prospect.errors import ProspectError, run_entry_point
+from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.features import ROWS, Features, features_of, scale_of, warnings
 from prospect.files import writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
@@ -161,6 +162,10 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
 
         write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
+    files = dict.fromkeys(str(source.file.path) for source, _ in chosen)
+    checkpoint, out = arguments.checkpoint, Path(arguments.checkpoint).parent / "evaluation"
+    words = ["python", "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", *files, "--out", str(out)]
+    print_next(shlex.join(words))
 
 
 def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:

@@ -201,7 +201,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     bar.write(f"skipped: {what}")
 
     if ranks.main:
-        report_end(run, state, max_steps)
+        report_end(run, state, max_steps, config.data.val[0])
     return 0 if finished else STOPPED_BY_SIGNAL
 
 

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and how an entry point ends on it.
+"""The one error a user can cause, and how an entry point ends: on it, or by naming the command that comes next.
 
 Everything a user can get wrong (a config key, a clip, an embedding file, a checkpoint) raises
 ProspectError with three parts: *what* is wrong, *where* it is (file, clip, turn, field) and the
@@ -32,6 +32,11 @@ class ProspectError(Exception):
 
 def _rebuild(what: str, where: str, remedy: str) -> ProspectError:
     return ProspectError(what, where=where, remedy=remedy)
+
+
+def print_next(command: str) -> None:
+    """The command that comes next on the way from raw data to an evaluation, on a line of its own, to be pasted."""
+    print(f"next:\n{command}")
 
 
 def run_entry_point(main: Callable[[], int | None]) -> None:
