@@ -252,7 +252,12 @@ def main() -> int:
     if arguments.records is not None:
         similarity = load_similarity(arguments.similarity)
         scores = score_records(arguments.records, arguments.data or [arguments.records / REFERENCES], similarity)
-        report(scores, read_json(arguments.records / "settings.json"), similarity, as_typed(arguments), None)
+        made = arguments.records / "settings.json"
+        try:
+            report(scores, read_json(made), similarity, as_typed(arguments), None)
+        except KeyError as error:
+            what = f"does not tell {error.args[0]}, with which the records were made"
+            raise ProspectError(what, where=str(made), remedy="evaluate again") from error
         return 0
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
