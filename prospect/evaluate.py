@@ -344,7 +344,12 @@ def print_again(arguments: argparse.Namespace) -> None:
     paths = arguments.data or [str(out / REFERENCES)]
     scores = score_records(out / RECORDS, paths, similarity)
     told = score_records(out / RECORDS_TOLD, paths, similarity) if (out / RECORDS_TOLD).exists() else []
-    report(scores, told, read_json(out / "settings.json"), similarity, as_typed(arguments), None)
+    made = out / "settings.json"
+    try:
+        report(scores, told, read_json(made), similarity, as_typed(arguments), None)
+    except KeyError as error:
+        what = f"does not tell {error.args[0]}, with which the records were made"
+        raise ProspectError(what, where=str(made), remedy="evaluate again") from error
 
 
 def tell(warnings: list[str], skipped: list[str]) -> None:

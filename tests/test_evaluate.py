@@ -419,6 +419,10 @@ def test_records_are_scored_again_without_model_or_embeddings(clips, checkpoint,
         assert f"command: `{command}`" in again and f"; evidence {0.5:.4f};" in again
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == written
 
+    whole = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(whole.replace("infer.evidence", "evidence"))
+    assert call_without_checkpoint("--records", out) == 2
+    assert "settings.json: does not tell infer.evidence, with which" in capsys.readouterr().err
     (out / "records" / "clip2.jsonl").unlink()
     assert call_without_checkpoint("--records", out) == 2
     assert "no complete records of clip clip2 (let the evaluation run to its end" in capsys.readouterr().err
