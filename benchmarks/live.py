@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,8 @@ def measure(
 ) -> Measured:  # fmt: skip
     """Play a clip into each of `streams` for so many seconds, and take the frames as they come."""
     cache, found = make_cache(model, config, streams), Measured(streams, rate)
-    playing = [jobs[s % len(jobs)] for s in range(streams)]
+    held = [replace(job, source=job.embeddings) for job in jobs[:streams]]
+    playing = [held[s % len(held)] for s in range(streams)]
     sessions = [
         StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=s) for s, job in enumerate(playing)
     ]
