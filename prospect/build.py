@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prospect.check import usable_clips
+from prospect.check import refuse_without_updates, usable_clips
 from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus, as_streamed
 from prospect.errors import ProspectError
+from prospect.memory import check_model_fits
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
@@ -45,6 +46,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
         folder, outside = config.data.embeddings, config.data.embeddings_outside
         sources = [open_source(file.path, folder, outside) for file in config.data.train_files()]
         usable = usable_clips(sources, config.data, config.model.vision_dim)
+        refuse_without_updates(usable.updates, config.data)
         clips = (sources[number].file.clip(index) for number, index in usable.clips)
         train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)
     return Tokenizer(directory, config.data.template)
@@ -64,7 +66,9 @@ def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
     if split == "val":
         return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=data.val_neg_frame_sampling_rate, seed=seed)
     paths, repeats = zip(*[(file.path, file.repeat) for file in data.train_files()])
-    return Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
+    corpus = Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
+    refuse_without_updates(corpus.updates, data)
+    return corpus
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -92,6 +96,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
     """A new model: from the backbone's weights, or from scratch. The same on every rank: all randomness is seeded."""
     if config.model.backbone is None:
+        check_model_fits(model_shape(config, tokenizer))
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)
         return model

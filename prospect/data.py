@@ -76,7 +76,7 @@ class Corpus:
         self.repeats = repeats or [1] * len(paths)
         self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
         usable = usable_clips(self.sources, config, vision_dim)
-        self.warnings, self.skipped = usable.warnings, usable.skipped
+        self.warnings, self.skipped, self.updates = usable.warnings, usable.skipped, usable.updates
         self.entries: list[Entry] = []
         self.origins: list[Origin] = []
         prompts: list[dict[str, bool]] = []  # of each clip

@@ -9,7 +9,7 @@ the default smoothing, so more evidence than that would never be found in a shor
 What is best is named by `infer.tuned_for`: one of score.task_scores, or `mean`, the combined score.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -59,6 +59,7 @@ def try_evidence(
     config: Config,
     thresholds: dict[str, float],
     gather: Callable[[list[ClipScore] | ProspectError], list[list[ClipScore] | ProspectError]] = lambda mine: [mine],
+    grid: Sequence[float] = EVIDENCE,
 ) -> Iterator[Tried]:
     """Stream the clips with less and less evidence, until two in a row are worse than the best.
 
@@ -67,7 +68,7 @@ def try_evidence(
     """
     similarity = load_similarity("lexical")  # decides nothing here; dialogue is scored with the rest
     best, worse = -1.0, 0
-    for evidence in EVIDENCE:
+    for evidence in grid:
         trial = with_decisions(config, thresholds, evidence)
         try:
             with torch.compiler.set_stance("force_eager"):  # blocks compiled for training know no cache

@@ -31,9 +31,9 @@ from prospect.clip_files import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
 from prospect.errors import run_entry_point
-from prospect.evaluate import records_file
 from prospect.load import load_for_inference
 from prospect.metrics import Counts, HeadTrace
+from prospect.records import read_records, records_file
 from prospect.sample import write_sample
 from prospect.score import says_the_same, score_clip, score_step_state, score_task_state, summarise, timely_replies
 from prospect.stream import FrameRecord
@@ -107,8 +107,12 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def call(checkpoint: Path, *words: object) -> int:
-    """`python -m prospect.evaluate` in this process; its exit status."""
-    argv, sys.argv = sys.argv, ["evaluate", "--checkpoint", str(checkpoint), *map(str, words)]
+    """`python -m prospect.evaluate --checkpoint` in this process; its exit status."""
+    return call_without_checkpoint("--checkpoint", checkpoint, *words)
+
+
+def call_without_checkpoint(*words: object) -> int:
+    argv, sys.argv = sys.argv, ["evaluate", *map(str, words)]
     try:
         run_entry_point(evaluate.main)
     except SystemExit as end:
@@ -398,6 +402,45 @@ def test_a_real_ctrl_c(clips, checkpoint, tmp_path):
     assert len(records_of(out / "records" / "short.jsonl")) == 12
 
 
+def test_records_are_scored_again_without_model_or_embeddings(clips, checkpoint, tmp_path, capsys, monkeypatch):
+    file = shutil.copytree(clips.parent, tmp_path / "in") / clips.name
+    out = tmp_path / "out"
+    assert call(checkpoint, "--data", file, "--out", out) == 0
+    shown, written = capsys.readouterr().out, {path: path.read_bytes() for path in out.rglob("*.*")}
+    moved = shutil.move(file, tmp_path / "clips.json")
+    shutil.rmtree(file.parent)
+    monkeypatch.setattr(evaluate, "load_for_inference", None)
+    for words in ([], ["--data", moved]):
+        assert call_without_checkpoint("--records", out, *words) == 0
+        again = capsys.readouterr().out
+        assert again.split("command:")[0] == shown.split("command:")[0].split("\n", 1)[1] and "| PAUC | " in again
+        command = " ".join(["python -m prospect.evaluate --records", *map(str, [out, *words])])
+        assert f"command: `{command}`" in again and f"; evidence {0.5:.4f};" in again
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == written
+
+    whole = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(whole.replace("infer.evidence", "evidence"))
+    assert call_without_checkpoint("--records", out) == 2
+    assert "settings.json: does not tell infer.evidence, with which" in capsys.readouterr().err
+    (out / "records" / "clip2.jsonl").unlink()
+    assert call_without_checkpoint("--records", out) == 2
+    assert "no complete records of clip clip2 (let the evaluation run to its end" in capsys.readouterr().err
+    for words in (["--sweep"], ["--out", tmp_path / "new"], ["--data", moved, "infer.evidence=0.1"]):
+        assert call_without_checkpoint("--records", out, *words) == 2
+        assert "--records only scores again" in capsys.readouterr().err
+
+
+def test_records_of_a_clip_whose_last_frame_is_missing(checkpoint, tmp_path, capsys):
+    """Embeddings of an end-exclusive file: one row fewer."""
+    raw = tiny_clip(np.random.default_rng(0), "short", 20, 2, 3)
+    file = write_clips(tmp_path, "clips.json", [raw | {"end_frame_idx": raw["end_frame_idx"] - 1}])
+    file.write_text(json.dumps([raw]))
+    assert call(checkpoint, "--data", file, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out.split("command:")[0]
+    assert call_without_checkpoint("--records", tmp_path / "out") == 0
+    assert capsys.readouterr().out.split("command:")[0] == shown and "| frames | 19 |" in shown
+
+
 def test_a_damaged_records_file_is_made_again(clips, checkpoint, tmp_path, streamed):
     assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
     before, path = results_of(tmp_path), tmp_path / "records" / "clip4.jsonl"
@@ -421,11 +464,10 @@ def test_a_damaged_records_file_is_made_again(clips, checkpoint, tmp_path, strea
 
 def test_a_text_with_a_line_separator_comes_back_from_its_file(clips, tmp_path):
     clip = ClipFile(clips).clip(0)
-    job = evaluate.Job(clip, np.zeros((clip.num_frames, 1, VISION_DIM)))
     records = records_from(clip, {clip.start_frame: "one\u2028two\x85three"})
     path = records_file(tmp_path, clip.id)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    assert evaluate.read_records(path, job) == records
+    assert read_records(path, clip) == records
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -519,6 +561,10 @@ def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
     (["--data", "CLIPS", "--similarity", "nowhere"], "not a sentence-transformers model directory"),
     (["--data", "CLIPS", "--sweep", "--out", "x"], "--sweep writes no records"),
     (["--data", "CLIPS", "--sweep", "--moments", "reference"], "--sweep chooses the model's own moments"),
+    (["--data", "CLIPS", "--quiet", "CLIPS", "--sweep"], "--quiet and --sweep choose the same number"),
+    (["--data", "CLIPS", "--quiet", "CLIPS"], "is not quiet: a user turn"),
+    (["--data", "CLIPS", "--max-false-alarms", "3"], "--max-false-alarms needs hours of quiet"),
+    (["--records", "x"], "--checkpoint, or the --records that one has left?"),
     (["--data", "CLIPS", "--out", "CLIPS"], "cannot be used"),
     (["--data", "CLIPS", "data.dst=false"], "leave data.dst as the checkpoint has it"),
 ])  # fmt: skip

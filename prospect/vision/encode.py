@@ -9,7 +9,7 @@
                    embeddings/kitchen_embeddings.json   what made it: model, revision, fps, pooling
 
 Row k is frame k of the source. With `--clips FILE` the rows of each clip, start_frame_idx .. end_frame_idx, are written
-to their own files, {clip id}_embeddings.*, which is where training looks for them.
+to their own files, where training looks for them (prospect/vision/cuts.py).
 
 A run that was stopped is resumed by the same command: finished sources are skipped, and a half-finished one resumes
 where it stopped (its rows so far are kept in a hidden file, whose name depends on everything that shapes them). A
@@ -37,11 +37,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from prospect.clip_files import ClipFile, clip_id
 from prospect.config import DTYPES, torch_dtype
-from prospect.embeddings import write_embeddings
-from prospect.errors import ProspectError, run_entry_point
-from prospect.files import WRITING, read_json, write_json
+from prospect.errors import ProspectError, print_next, run_entry_point
+from prospect.files import WRITING
+from prospect.vision.cuts import Cut, is_done, plan_cuts, write_cut
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
@@ -157,91 +156,6 @@ def ahead(items: Iterator, size: int) -> Iterator:
         thread.join()
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
-    """`rows` as .npy, .pkl or .safetensors, by the ending of `path`, and `facts` as .json beside it.
-
-    Each file is written aside and renamed. The JSON is first, so that no embeddings exist without it.
-    """
-    write_json(path.with_suffix(".json"), facts)
-    write_embeddings(rows, path)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Rows `first` .. `last` (inclusive; None: to the end) of a source, and the file that they go to."""
-
-    path: Path
-    first: int
-    last: int | None
-
-
-def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
-    """Whether the file was written from this source with these settings. ProspectError when it was made differently."""
-    if not cut.path.exists():
-        return False
-    wanted = asdict(settings) | {"source": source.name, "first_frame": cut.first}
-    try:
-        facts = read_json(cut.path.with_suffix(".json"))
-        other = [name for name, value in wanted.items() if facts.get(name) != value]
-        if cut.last is not None and facts.get("rows") not in (cut.last - cut.first + 1, cut.last - cut.first):
-            other.append("rows")
-    except ProspectError:
-        other = ["how it was made is not known"]
-    if other:
-        what = f"is there already, made with other settings ({', '.join(other)})"
-        raise ProspectError(what, where=str(cut.path), remedy="give another --out, or remove the file")
-    return True
-
-
-def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -> dict[Path, list[Cut]]:
-    """The files to be written for each source: one, or with a clip file one for each clip of the video.
-
-    ProspectError when two sources would write the same file, a clip lacks its frames, or a source has no clip.
-    """
-    by_name: dict[str, Path] = {}
-    for source in sources:
-        name = source.resolve().name if source.is_dir() else source.stem
-        if by_name.setdefault(name, source) != source:
-            what = f"{by_name[name]} and {source} would be written to the same file"
-            raise ProspectError(what, where=str(out), remedy="run them with two --out")
-    if clips is None:
-        return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
-
-    cuts: dict[Path, dict[Path, Cut]] = {source: {} for source in sources}
-    for index, clip in enumerate(ClipFile(clips)):
-        source = next((by_name[name] for name in source_names(clip) if name in by_name), None)
-        if source is None:
-            continue  # a clip of a video that is not encoded now
-        name, first, last = clip_id(clip, index), clip.get("start_frame_idx"), clip.get("end_frame_idx")
-        where = f"{clips}: clip {name}"
-        if type(first) is not int or type(last) is not int or not 0 <= first <= last or set(name) & set("/\\:\0"):
-            what = f"frames {first!r} to {last!r}, or its id, cannot be written"
-            raise ProspectError(what, where=where, remedy="run python -m prospect.check")
-        cut = Cut(out / f"{name}_embeddings.{ending}", first, last)
-        if cuts[source].setdefault(cut.path, cut) != cut:
-            what = "two clips have this id and different frames"
-            raise ProspectError(what, where=where, remedy="give each clip an `id`")
-    without = [str(source) for source, of_source in cuts.items() if not of_source]
-    if without:
-        what = f"no clip of {', '.join(without[:5])}"
-        raise ProspectError(what, where=str(clips), remedy="check the clips' video_uid")
-    return {source: list(of_source.values()) for source, of_source in cuts.items()}
-
-
-def source_names(clip: object) -> list[str]:
-    """The names that a clip's video may have: its `frames_file`'s, its uid, or the uid without its first word.
-
-    The last is for Assembly101, where one recording holds two videos, assembly_NAME and disassembly_NAME.
-    """
-    if not isinstance(clip, dict):
-        return []
-    uid = str(clip.get("video_uid"))
-    return [Path(str(clip.get("frames_file", ""))).stem, uid, uid.partition("_")[2]]
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -333,6 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     failures += unreadable
     if rank == 0:
         print(f"embeddings of {len(cuts) - len(failures)} of {len(cuts)} sources are in {out}")
+        if arguments.clips and not failures:
+            print_next(f"python -m prospect.check {arguments.clips} --embeddings {out}")
     return 2 if failures else 0
 
 
@@ -365,7 +281,7 @@ def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[
     """
     missing, lengths, unreadable = [], [], []
     for source, of_source in cuts.items():
-        done = [is_done(cut, source, settings) for cut in of_source]  # all are checked: any may refuse the run
+        done = [is_done(cut, source, asdict(settings)) for cut in of_source]  # all are checked: any may refuse the run
         if all(done):
             continue
         try:
@@ -411,18 +327,7 @@ def encode_and_write(
     part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{WRITING}"
     rows = encode_source(encoder, source, settings, part, batch_size, bar)
     for cut in cuts:
-        # A clip that ends one frame after the source was written with its end exclusive; training accepts such clips.
-        last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
-        if last >= len(rows) or cut.first > last:
-            what = f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}"
-            raise ProspectError(what, where=str(source), remedy="check the clip's end_frame_idx and --fps")
-        facts = asdict(settings) | {
-            "source": source.name,
-            "first_frame": cut.first,
-            "rows": last - cut.first + 1,
-            "dtype": "float16",
-        }
-        write_rows(rows[cut.first : last + 1], cut.path, facts)
+        write_cut(rows, cut, source, asdict(settings))
     part.unlink()
 
 
