@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from prospect.checkpoint import TrainState
+from prospect.errors import print_next
 from prospect.files import read_lines, write_text, writing
 
 VALIDATION_SHOWN = {
@@ -13,6 +15,7 @@ VALIDATION_SHOWN = {
     "dst_event_f1": "update F1",
     "joint_goal_accuracy": "joint goal",
     "replies_right_f1": "replies right",
+    "combined_score": "combined",
 }
 
 
@@ -45,9 +48,11 @@ class MetricsLog:
             self.file.flush()
 
 
-def report_end(run: Path, state: TrainState, max_steps: int) -> None:
-    """How a run ended, on the terminal."""
+def report_end(run: Path, state: TrainState, max_steps: int, clips: str) -> None:
+    """How a run ended, on the terminal. clips: a file to stream next."""
     if state.step < max_steps:
         print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
     else:
-        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")
+        best = f"(step {state.best_step}, by {state.best_by})"
+        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} {best}")
+        print_next(shlex.join(["python", "infer.py", "--clip", f"{clips}:0", "--checkpoint", str(run / "best")]))

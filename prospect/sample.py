@@ -1,6 +1,7 @@
 """The generated sample corpus: clips in the format of real ones, from a small world made of numbers.
 
     python -m prospect.sample --out data/sample --seed 0 --difficulty easy
+    python -m prospect.sample --out data/quiet --quiet 3
 
 A newcomer has no frames of real recordings, which are large and may not be redistributed. This file generates clips
 without any download: people work through one of three tasks of six steps; an assistant watches, tracks the task state
@@ -8,6 +9,9 @@ and speaks unasked, as in ProAssist (arXiv 2506.05904). It writes, under --out,
 
     train.json, val.json            JSON lists of clips
     embeddings/{id}_embeddings.pkl  one pickled numpy array [F, D] float16 per clip; row r is frame start_frame_idx + r
+
+or with --quiet instead quiet.json: hours in which nothing happens, clip by clip of ten minutes. Hands are idle, a step
+is under way or done, and stays so. Whatever an assistant says there is a false alarm (prospect/quiet.py).
 
 **The world** is fixed: every seed, split and difficulty shares it. A *look* is a random direction of unit length: one
 per task for idle hands, and two per step, for the step under way and done. A step going wrong looks half like the step
@@ -55,7 +59,8 @@ FPS = 2  # frames per second
 D = 2048  # width of an embedding, that of SmolVLM2's vision features
 R = 128  # dimensions of the subspace that holds every look and all noise
 NUM_STEPS = 6
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "quiet")
+QUIET_ROWS = 1200  # frames in a clip of quiet: ten minutes
 
 
 @dataclass(frozen=True)
@@ -263,6 +268,16 @@ def act_out(rng: np.random.Generator, rules: Difficulty) -> Story:
     return Story(task, start_frame, num_rows, done_before, under_way_before, tuple(events))
 
 
+def nothing_happens(rng: np.random.Generator, rules: Difficulty) -> Story:
+    """Draw a clip without any event, somewhere in a task: idle hands, a step under way, or the last one done."""
+    task, start_frame = int(rng.integers(len(TASKS))), int(rng.integers(50, 3001))
+    done: list[int] = []
+    for _ in range(rng.integers(NUM_STEPS)):
+        done.append(_choose_step(done, rng, rules))
+    under_way = _choose_step(done, rng, rules) if rng.random() < IN_PROGRESS_PROBABILITY else None
+    return Story(task, start_frame, QUIET_ROWS, tuple(done), under_way, ())
+
+
 def _choose_step(done: list[int], rng: np.random.Generator, rules: Difficulty) -> int:
     """The step the person starts: the lowest open one, which the assistant has named, or one of those after it."""
     open_steps = [step for step in range(NUM_STEPS) if step not in done][: rules.choices]
@@ -408,20 +423,33 @@ def draw(story: Story, clean: np.ndarray, subspace: np.ndarray, noise: float, rn
 def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val_clips: int = 40) -> None:
     """Write a corpus of `clips` training and `val_clips` validation clips into the new directory `out`.
 
-    Clip number k of a split depends on (seed, split, k) alone, however many are asked for. Everything is written into
-    a directory beside `out` which is then renamed: a half-written corpus never has the name of a complete one.
-
     Raises ProspectError for an unknown difficulty, a negative seed, fewer than one clip in a split, a directory that
     holds something already, and whatever keeps the files from being written.
     """
-    out = Path(out)
+    if clips < 1 or val_clips < 1:
+        what = f"{clips} training and {val_clips} validation clips asked for"
+        raise ProspectError(what, where=str(out), remedy="ask for at least one of each")
+    write_splits(Path(out), {"train": clips, "val": val_clips}, seed, difficulty)
+
+
+def write_quiet(out: Path, *, seed: int, difficulty: str, hours: float) -> None:
+    """Write quiet.json, at least `hours` in which nothing happens, into the new directory `out`. Raises ProspectError
+    as `write_sample` does."""
+    if not 0 < hours < math.inf:
+        raise ProspectError(f"{hours:g} hours of quiet asked for", where=str(out), remedy="ask for some")
+    write_splits(Path(out), {"quiet": math.ceil(hours * 3600 * FPS / QUIET_ROWS)}, seed, difficulty)
+
+
+def write_splits(out: Path, splits: dict[str, int], seed: int, difficulty: str) -> None:
+    """Write so many clips of each split into the new directory `out`.
+
+    Clip number k of a split depends on (seed, split, k) alone, however many are asked for. Everything is written into
+    a directory beside `out` which is then renamed: a half-written corpus never has the name of a complete one.
+    """
     if difficulty not in DIFFICULTIES:
         raise ProspectError(f"unknown difficulty {difficulty!r}", where=str(out), remedy="easy, long or hard")
     if seed < 0:
         raise ProspectError(f"the corpus seed {seed} is negative", where=str(out), remedy="0 or any whole number above")
-    if clips < 1 or val_clips < 1:
-        what = f"{clips} training and {val_clips} validation clips asked for"
-        raise ProspectError(what, where=str(out), remedy="ask for at least one of each")
     clean = clean_frames(world_looks(), difficulty)
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -431,7 +459,7 @@ def write_sample(out: Path, *, seed: int, difficulty: str, clips: int = 800, val
         with tempfile.TemporaryDirectory(suffix=WRITING, prefix=f".{out.name}.", dir=out.parent) as beside:
             aside = Path(beside) / out.name
             (aside / "embeddings").mkdir(parents=True)
-            for split, count in zip(SPLITS, (clips, val_clips)):
+            for split, count in splits.items():
                 listed = []
                 for clip, frames in make_clips(split, count, seed, difficulty, clean):
                     listed.append(clip)
@@ -454,7 +482,7 @@ def make_clips(
     for number in range(count):
         # The noise is drawn last and in the same number at every difficulty: no story depends on it.
         rng = np.random.default_rng([CLIP_SEED, seed, SPLITS.index(split), number])
-        story = act_out(rng, DIFFICULTIES[difficulty])
+        story = (nothing_happens if split == "quiet" else act_out)(rng, DIFFICULTIES[difficulty])
         clip = write_clip(story, f"sample-{difficulty}-seed{seed}-{split}-{number:05d}", rng)
         yield clip, draw(story, clean, subspace, noise, rng)
 
@@ -466,8 +494,13 @@ def main() -> None:
     parser.add_argument("--difficulty", default="easy", help="easy, long or hard (default easy)")
     parser.add_argument("--clips", type=int, default=800, help="training clips (default 800)")
     parser.add_argument("--val-clips", type=int, default=40, help="validation clips (default 40)")
+    parser.add_argument("--quiet", type=float, metavar="HOURS", help="hours of nothing happening, and no other clips")
     arguments = parser.parse_args()
     clips, val_clips, seed, difficulty = arguments.clips, arguments.val_clips, arguments.seed, arguments.difficulty
+    if arguments.quiet is not None:
+        write_quiet(arguments.out, seed=seed, difficulty=difficulty, hours=arguments.quiet)
+        print(f"{arguments.out}: {arguments.quiet:g} hours of quiet, {difficulty}, seed {seed}")
+        return
     write_sample(arguments.out, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)
     print(f"{arguments.out}: {clips} training and {val_clips} validation clips, {difficulty}, seed {seed}")
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from prospect.calibration import Calibration, calibration, streamed_labels
 from prospect.clips import Clip, Turn
+from prospect.config import DataConfig
 from prospect.dst import STATES, UpdateError, parse_update
 from prospect.metrics import (
     EVENT_TOLERANCE,
@@ -28,6 +30,9 @@ from prospect.metrics import (
     window_of,
 )
 from prospect.text_metrics import Similarity, text_metrics, weighted_by_jaccard
+from prospect.timing_metrics import TimingCounts, timing_counts
+
+HEADS = {"speaking": ("assistant", "speaking"), "dst": ("DST_UPDATE", "dst_update")}  # role; name in the records
 
 
 @dataclass
@@ -43,6 +48,8 @@ class ClipScore:
     replies: Counts  # matched: in time, and naming the right step
     task_state: TaskStateCounts
     step_state: np.ndarray  # [3,3] confusion of the state head, zeros without one
+    timing: TimingCounts
+    calibration: dict[str, Calibration]  # of each head
     refreshes: int  # times the context was full
 
 
@@ -60,10 +67,24 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
     dialogue = match_dialogue(said_rows, wanted_rows, alike, num_frames=F, fps=clip.fps, window_seconds=window)
     pairs = [(said[said_rows[p]], wanted[wanted_rows[r]]) for p, r in dialogue["correct_pairs"]]
 
-    events = {"speaking": event_counts(decided(records, "speaking_decision"), rows_of(clip, "assistant"), clip.fps)}
+    events, reliability = {}, {}
+    for head, (role, name) in HEADS.items() if dst else [("speaking", HEADS["speaking"])]:
+        rows = decided(records, f"{name}_decision")
+        events[head] = event_counts(rows, rows_of(clip, role), clip.fps)
+        probabilities = np.array([record[f"{name}_prob"] for record in records])
+        reliability[head] = calibration(probabilities, streamed_labels(clip, role, rows, DataConfig(dst=dst)))
+    timing = timing_counts(
+        said,
+        list(zip(rows_of(clip, "assistant"), wanted.values())),
+        np.abs(alike),
+        similarity.between,
+        [row for row, record in enumerate(records) if record["speaking_decision"] or record["dst_update_decision"]],
+        [event for role in ("user", "assistant", "DST_UPDATE") for event in rows_of(clip, role)],
+        num_frames=F,
+        fps=clip.fps,
+    )
     task_state, step_state = TaskStateCounts(), np.zeros((3, 3), np.int64)
     if dst:
-        events["dst"] = event_counts(decided(records, "dst_update_decision"), rows_of(clip, "DST_UPDATE"), clip.fps)
         task_state = score_task_state(clip, records, window)
         step_state = score_step_state(clip, records)
     replies = Counts(sum(right for _, _, right in timely_replies(clip, records)), len(said), len(wanted))
@@ -77,6 +98,8 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
         replies=replies,
         task_state=task_state,
         step_state=step_state,
+        timing=timing,
+        calibration=reliability,
         refreshes=sum(record["context_event"] is not None for record in records),
     )
 
@@ -177,15 +200,36 @@ def decision_numbers(scores: list[ClipScore]) -> dict[str, float]:
     if (states := sum(score.step_state for score in scores)).any():
         numbers["state_head_accuracy"] = ratio(np.trace(states), states.sum())
         numbers["state_head_macro_f1"] = macro_f1(states)
-    return numbers
+    return numbers | {"combined_score": combined_score(numbers)}
 
 
-def summarise(scores: list[ClipScore]) -> dict[str, float]:
-    """All numbers of a set of clips. They are added in the order of their ids: rounding makes no difference then."""
+def task_scores(numbers: dict[str, float]) -> dict[str, float]:
+    """How well each task is done, 0..1: `events`, when to write (the heads' mean event F1); `replies`, what to say (F1
+    of those right); `state`, what has been done (joint goal accuracy), where the model tracks it."""
+    f1 = [numbers[name] for name in ("speaking_event_f1", "dst_event_f1") if name in numbers]
+    scores = {"events": sum(f1) / len(f1), "replies": numbers["replies_right_f1"]}
+    return scores | ({"state": numbers["joint_goal_accuracy"]} if "joint_goal_accuracy" in numbers else {})
+
+
+def combined_score(numbers: dict[str, float]) -> float:
+    """The mean of `task_scores`. It compares models with the same tasks, not one with task state and one without."""
+    scores = task_scores(numbers)
+    return sum(scores.values()) / len(scores)
+
+
+def summarise(scores: list[ClipScore]) -> dict[str, Any]:
+    """All numbers of a set of clips, and the heads' reliability curves. Clips are added in the order of their ids:
+    rounding makes no difference then."""
     scores = sorted(scores, key=lambda score: score.clip_id)
     dialogue = sum_dialogue([score.dialogue for score in scores])
     numbers: dict[str, float] = {key: value for key, value in dialogue.items() if not key.endswith(("_sum", "_count"))}
     numbers |= decision_numbers(scores)
+    numbers |= sum((score.timing for score in scores), TimingCounts()).summary()
+    for head in scores[0].calibration:
+        total = sum((score.calibration[head] for score in scores), Calibration())
+        # To four digits: the last ones of a probability depend on what else was in the batch.
+        curve = [(round(p, 4), round(share, 4), frames) for p, share, frames in total.curve()]
+        numbers |= {f"{head}_ece": round(total.error, 4), f"{head}_reliability": curve}
     pairs = [pair for score in scores for pair in score.correct_pairs]
     texts = text_metrics([said for said, _ in pairs], [wanted for _, wanted in pairs])
     numbers |= texts.scores | weighted_by_jaccard(texts.scores, dialogue["jaccard_index"])
@@ -204,9 +248,20 @@ TABLE = (
     ("speaking_event_f1", "speaking event F1"), ("dst_event_f1", "update event F1"),
     ("replies_right_f1", "replies right (F1)"),
     ("joint_goal_accuracy", "joint goal accuracy"), ("step_state_accuracy", "step-state accuracy"),
-    ("state_head_accuracy", "state head accuracy"),
+    ("state_head_accuracy", "state head accuracy"), ("combined_score", "combined score"),
     ("transition_f1", "transition F1"), ("valid_update_ratio", "valid updates"),
     ("BLEU-4", "BLEU-4"), ("refreshes", "context refreshes"), ("clips", "clips"), ("frames", "frames"),
+)  # fmt: skip
+
+
+# The second table: when replies come, what the others cost, and what the heads' probabilities are worth.
+TIMING_TABLE = (
+    ("timeliness_f1", "Timeliness-F1@5"), ("pauc", "PAUC"),
+    ("chunk_macro_f1", "macro F1, chunks of 8 s"), ("chunk_g_mean", "G-Mean, chunks of 8 s"),
+    ("time_f1", "time F1, 3 s"), ("content_accuracy", "content accuracy"), ("joint_f1", "joint F1, 3 s"),
+    ("duplicate_share", "duplicates"), ("replies_per_minute", "replies per minute"),
+    ("false_alarms_per_quiet_hour", "false alarms per quiet hour"),
+    ("speaking_ece", "speaking calibration error"), ("dst_ece", "update calibration error"),
 )  # fmt: skip
 
 
@@ -214,14 +269,17 @@ OPTIONAL_TEXT_METRICS = ("METEOR", "CIDEr")  # they need other programs; shown w
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Markdown: a row a number, a column a dataset, and one for their mean where there are several."""
+    """Markdown: a row a number, a column a dataset, and one for their mean where there are several; two tables."""
     names = list(results) if len(results) > 2 else [name for name in results if name != "macro"]
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    for key, title in (*TABLE, *((name, name) for name in OPTIONAL_TEXT_METRICS)):
-        cells = [results[name].get(key) for name in names]
-        if any(cell is not None for cell in cells):
-            lines.append(f"| {title} | {' | '.join(map(cell_text, cells))} |")
-    return "\n".join(lines)
+    lines = []
+    tables = (("", (*TABLE, *((name, name) for name in OPTIONAL_TEXT_METRICS))), ("timing ", TIMING_TABLE))
+    for corner, rows in tables:
+        lines += ["", f"| {corner}| " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+        for key, title in rows:
+            cells = [results[name].get(key) for name in names]
+            if any(cell is not None for cell in cells):
+                lines.append(f"| {title} | {' | '.join(map(cell_text, cells))} |")
+    return "\n".join(lines[1:])
 
 
 def cell_text(value: float | None) -> str:

@@ -159,11 +159,12 @@ def test_never_does_not_overwrite_and_an_older_checkpoint_is_not_rewound_silentl
         (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
         (["data.batch_tokens=1024", "run.seed=1"], "run.seed was 0, is 1; data.batch_tokens was 512, is 1024"),
         (["data.dst=false"], "data.dst was True, is False"),
+        (["data.train={path: FOLDER/train.json, repeat: 2}"], "the repeats of data.train were [1], are [2]"),
     ],
 )
 def test_another_model_or_another_cut_of_the_data_is_refused(copy, overrides, message):
     with pytest.raises(ProspectError, match="cannot resume from this checkpoint") as caught:
-        train_here(copy, "train.max_steps=9", *overrides)
+        train_here(copy, "train.max_steps=9", *[text.replace("FOLDER", str(copy)) for text in overrides])
     assert message in str(caught.value)
 
 
@@ -190,6 +191,7 @@ def test_a_checkpoint_says_what_it_was_made_with(trained):
     state = ckpt.read_state(trained / "runs/tiny/last")
     assert state.made_with["torch"] == torch.__version__ and "python" in state.made_with
     assert all(len(digest) == 64 for digest in state.data.values()) and len(state.data) == 4
+    assert state.prompts == {"system text": 0, "goal": 1, "list of steps": 1, "recipe": 0}
     assert (state.step, state.world, state.micro_batches, state.evaluated_step) == (4, 1, 1, 4)
     assert ckpt.read_config(trained / "runs/tiny/last").train.max_steps == 4
 
@@ -226,6 +228,9 @@ def test_a_state_that_lacks_a_field_is_refused_by_name(copy):
             ckpt.read_state(path.parent)
     for name in values:
         path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
+        if name in ckpt.NEWER:
+            ckpt.read_state(path.parent)
+            continue
         with pytest.raises(ProspectError, match=f"{name} is missing"):
             ckpt.read_state(path.parent)
 

@@ -31,9 +31,9 @@ from prospect.clip_files import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
 from prospect.errors import run_entry_point
-from prospect.evaluate import records_file
 from prospect.load import load_for_inference
 from prospect.metrics import Counts, HeadTrace
+from prospect.records import read_records, records_file
 from prospect.sample import write_sample
 from prospect.score import says_the_same, score_clip, score_step_state, score_task_state, summarise, timely_replies
 from prospect.stream import FrameRecord
@@ -107,8 +107,12 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def call(checkpoint: Path, *words: object) -> int:
-    """`python -m prospect.evaluate` in this process; its exit status."""
-    argv, sys.argv = sys.argv, ["evaluate", "--checkpoint", str(checkpoint), *map(str, words)]
+    """`python -m prospect.evaluate --checkpoint` in this process; its exit status."""
+    return call_without_checkpoint("--checkpoint", checkpoint, *words)
+
+
+def call_without_checkpoint(*words: object) -> int:
+    argv, sys.argv = sys.argv, ["evaluate", *map(str, words)]
     try:
         run_entry_point(evaluate.main)
     except SystemExit as end:
@@ -320,6 +324,8 @@ def test_each_dataset_has_its_window(dataset, matched):
     numbers = summarise([score_clip(clip, records, LEXICAL, True)])
     assert (numbers["num_matched"], numbers["num_redundant"]) == (matched, 1 - matched)
     assert numbers["transition_f1"] == matched and numbers["time_error_mean"] == 5 * matched
+    # No event within a second of its turn, no reply in time; 10 of 31 frames tell the step begun too early.
+    assert numbers["combined_score"] == pytest.approx((0 + 0 + 21 / 31) / 3)
 
 
 def test_the_order_of_the_clips_changes_no_digit():
@@ -396,6 +402,45 @@ def test_a_real_ctrl_c(clips, checkpoint, tmp_path):
     assert len(records_of(out / "records" / "short.jsonl")) == 12
 
 
+def test_records_are_scored_again_without_model_or_embeddings(clips, checkpoint, tmp_path, capsys, monkeypatch):
+    file = shutil.copytree(clips.parent, tmp_path / "in") / clips.name
+    out = tmp_path / "out"
+    assert call(checkpoint, "--data", file, "--out", out) == 0
+    shown, written = capsys.readouterr().out, {path: path.read_bytes() for path in out.rglob("*.*")}
+    moved = shutil.move(file, tmp_path / "clips.json")
+    shutil.rmtree(file.parent)
+    monkeypatch.setattr(evaluate, "load_for_inference", None)
+    for words in ([], ["--data", moved]):
+        assert call_without_checkpoint("--records", out, *words) == 0
+        again = capsys.readouterr().out
+        assert again.split("command:")[0] == shown.split("command:")[0].split("\n", 1)[1] and "| PAUC | " in again
+        command = " ".join(["python -m prospect.evaluate --records", *map(str, [out, *words])])
+        assert f"command: `{command}`" in again and f"; evidence {0.5:.4f};" in again
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == written
+
+    whole = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(whole.replace("infer.evidence", "evidence"))
+    assert call_without_checkpoint("--records", out) == 2
+    assert "settings.json: does not tell infer.evidence, with which" in capsys.readouterr().err
+    (out / "records" / "clip2.jsonl").unlink()
+    assert call_without_checkpoint("--records", out) == 2
+    assert "no complete records of clip clip2 (let the evaluation run to its end" in capsys.readouterr().err
+    for words in (["--sweep"], ["--out", tmp_path / "new"], ["--data", moved, "infer.evidence=0.1"]):
+        assert call_without_checkpoint("--records", out, *words) == 2
+        assert "--records only scores again" in capsys.readouterr().err
+
+
+def test_records_of_a_clip_whose_last_frame_is_missing(checkpoint, tmp_path, capsys):
+    """Embeddings of an end-exclusive file: one row fewer."""
+    raw = tiny_clip(np.random.default_rng(0), "short", 20, 2, 3)
+    file = write_clips(tmp_path, "clips.json", [raw | {"end_frame_idx": raw["end_frame_idx"] - 1}])
+    file.write_text(json.dumps([raw]))
+    assert call(checkpoint, "--data", file, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr().out.split("command:")[0]
+    assert call_without_checkpoint("--records", tmp_path / "out") == 0
+    assert capsys.readouterr().out.split("command:")[0] == shown and "| frames | 19 |" in shown
+
+
 def test_a_damaged_records_file_is_made_again(clips, checkpoint, tmp_path, streamed):
     assert call(checkpoint, "--data", clips, "--out", tmp_path) == 0
     before, path = results_of(tmp_path), tmp_path / "records" / "clip4.jsonl"
@@ -419,11 +464,10 @@ def test_a_damaged_records_file_is_made_again(clips, checkpoint, tmp_path, strea
 
 def test_a_text_with_a_line_separator_comes_back_from_its_file(clips, tmp_path):
     clip = ClipFile(clips).clip(0)
-    job = evaluate.Job(clip, np.zeros((clip.num_frames, 1, VISION_DIM)))
     records = records_from(clip, {clip.start_frame: "one\u2028two\x85three"})
     path = records_file(tmp_path, clip.id)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    assert evaluate.read_records(path, job) == records
+    assert read_records(path, clip) == records
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -516,6 +560,11 @@ def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
     (["--data", "infer.lookahead=1"], "--data names no clip file"),
     (["--data", "CLIPS", "--similarity", "nowhere"], "not a sentence-transformers model directory"),
     (["--data", "CLIPS", "--sweep", "--out", "x"], "--sweep writes no records"),
+    (["--data", "CLIPS", "--sweep", "--moments", "reference"], "--sweep chooses the model's own moments"),
+    (["--data", "CLIPS", "--quiet", "CLIPS", "--sweep"], "--quiet and --sweep choose the same number"),
+    (["--data", "CLIPS", "--quiet", "CLIPS"], "is not quiet: a user turn"),
+    (["--data", "CLIPS", "--max-false-alarms", "3"], "--max-false-alarms needs hours of quiet"),
+    (["--records", "x"], "--checkpoint, or the --records that one has left?"),
     (["--data", "CLIPS", "--out", "CLIPS"], "cannot be used"),
     (["--data", "CLIPS", "data.dst=false"], "leave data.dst as the checkpoint has it"),
 ])  # fmt: skip
@@ -550,6 +599,56 @@ def test_a_bad_clip_is_skipped_where_that_is_asked_for(clips, checkpoint, tmp_pa
     assert "skipped: " in shown.err and "clip2" in shown.err and "| clips | 3 | 3 |  |" in shown.out
 
 
+# ---- told when -----------------------------------------------------------------------------------
+
+
+def test_who_is_told_when_writes_at_the_reference_s_frames_and_nowhere_else(checkpoint, tmp_path, capsys):
+    turns = [
+        ("user", "Hi", 10, 11), ("assistant", "Go.", 10, 14), ("DST_UPDATE", "S1->start", 11, 13),
+        ("assistant", "Well", 20, 22), ("assistant", "done.", 21, 22), ("DST_UPDATE", "S1->complete", 20, 22),
+        ("user", "What now?", 24, 25), ("assistant", "Rest.", 29, 29),
+    ]  # fmt: skip
+    file = write_clips(tmp_path, "clips.json", [raw_clip(turns, 10, 29, dataset="tiny")])
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert call(checkpoint, "--data", file, "--out", out) == 0
+    own = json.loads((out / "metrics.json").read_text())
+    shutil.copytree(out, again)
+    found = []
+    for folder, lookahead in ((out, 1), (again, 64)):
+        capsys.readouterr()
+        words = ("--out", folder, f"infer.lookahead={lookahead}")
+        assert call(checkpoint, "--data", file, "--moments", "reference", *words) == 0
+        found.append(json.loads((folder / "metrics.json").read_text()))
+        records = records_of(folder / "records-reference" / "clip.jsonl")
+        assert [r["frame_idx"] for r in records if r["speaking_decision"]] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update_decision"]] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["text"] is not None] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update"] is not None] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["user"]] == [11, 25]
+        assert all(r["told"] for r in records)
+        assert not any(r["told"] for r in records_of(folder / "records" / "clip.jsonl"))
+    assert found[0]["told_when"] == found[1]["told_when"] and "told_when" not in own
+    assert found[0]["results"] == own["results"]
+    assert "dst_event_f1" in own["results"]["tiny"] and "dst_event_f1" not in found[0]["told_when"]["tiny"]
+    of_own, of_told = capsys.readouterr().out.split("Told when to speak and update, by the reference:")
+    assert "update event F1" in of_own and "update event F1" not in of_told
+    assert "--moments reference" in of_told and "joint goal accuracy" in of_told
+
+
+def test_what_is_said_when_told_is_scored_beside_the_model_s_own_timing(clips, checkpoint, tmp_path, streamed):
+    """An oracle that is told when says the reference's words; what the model does by itself is not changed by it."""
+    (tmp_path / "records-reference").mkdir()
+    for raw in json.loads(clips.read_text()):
+        lines = [json.dumps(record | {"told": True}) + "\n" for record in reference_records(raw)]
+        records_file(tmp_path / "records-reference", raw["id"]).write_text("".join(lines))
+    assert call(checkpoint, "--data", clips, "--moments", "reference", "--out", tmp_path) == 0
+    assert len(streamed) == 7  # the own timing alone
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("tiny", "wtag", "macro"):
+        told, own = found["told_when"][name], found["results"][name]
+        assert told["f1"] == told["joint_goal_accuracy"] == told["replies_right_f1"] == 1.0 and own["f1"] < 0.5
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -562,6 +661,8 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
+    scores = [results[name]["combined_score"] for name in ("tiny", "wtag", "macro")]
+    assert "| combined score | {:.3f} | {:.3f} | {:.3f} |".format(*scores) in shown
     decided = f"thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000"
     assert f"step 3; {decided}; strategy: slide; decision: heads;" in shown
     assert "; similarity: lexical  \n" in shown
@@ -685,11 +786,27 @@ def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
     assert "5 clips streamed; the choice is for mean" in shown
 
 
+def trained_without_goals(checkpoint: Path) -> str:
+    """What is told of the seven clips, which have one, when the checkpoint says so."""
+    state = read_state(checkpoint)
+    state.prompts = {"goal": 0.0, "list of steps": 1.0}
+    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+    return "warning: prompts are not as in training: a goal in clip0 and 6 more (no training clip had one)\n"
+
+
+def test_prompts_unlike_training_are_noted_once(clips, tmp_path, capsys):
+    told = trained_without_goals(make_checkpoint(tmp_path / "step"))
+    assert call(tmp_path / "step", "--data", clips) == 0
+    assert capsys.readouterr().err.count(told) == 1
+
+
 def test_a_sweep_under_the_other_decision_stores_nothing(clips, tmp_path, capsys):
     checkpoint = make_checkpoint(tmp_path, speaking=0.111, dst=0.222)
+    told = trained_without_goals(checkpoint)
     assert call(checkpoint, "--data", clips, "--sweep", "infer.decision=lm") == 0
     assert read_state(checkpoint).thresholds == {"speaking": 0.111, "dst": 0.222}
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
+    assert err.count(told) == 1
     assert "not stored" in shown and "use infer.decision=lm" in shown and "chosen: infer.speaking_threshold=0." in shown
     # Nor are the stored ones, found for the heads, used for the LM's probability.
     assert load_for_inference(checkpoint, [])[0].infer.speaking_threshold == 0.111

@@ -22,7 +22,7 @@ from prospect.report.__main__ import main as report_main
 from prospect.report.__main__ import reference_clips
 from prospect.report.curves import COUNTS_OF, evaluation_names, evaluation_title, read_run
 from prospect.report.page import LOSS_NAMES
-from prospect.report.timeline import evidence_bounds, read_records, thumbnails, timeline, write_timelines
+from prospect.report.timeline import evidence_bounds, read_records, reliability, thumbnails, timeline, write_timelines
 from prospect.report.tokens import token_table
 from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
@@ -180,6 +180,36 @@ def test_states_and_numbers_of_a_clip_written_by_hand():
     assert numbers["state head accuracy"] == "0.900"  # wrong at rows 8 and 9; at rows 7 and 19 an update is due
     assert numbers["valid updates"] == "0.500"
     assert numbers["context refreshes"] == "1"
+
+
+def test_reliability_of_clips_written_by_hand(tmp_path):
+    """Of 20 rows, the replies are due at rows 3, 10 and 14: the hand clip's ranges are single frames."""
+    shown = timeline(hand_records(), hand_clip())
+    due = [one["speaking_prob"] for row, one in enumerate(hand_records()) if row in (3, 10, 14)]
+    assert sum(shown.calibration["speaking"].positive) == len(due) == 3
+    [speaking, update] = reliability([shown.calibration, shown.calibration, {}])
+    assert (speaking["head"], update["head"]) == ("speaking", "dst")
+    # Seventeen rows say 0.1, of which two are due; one says 0.6 and is; two say 0.9, none is. Twice, for two clips.
+    assert speaking["curve"] == [(0.1, pytest.approx(2 / 17, abs=1e-6), 34), (0.6, 1.0, 2), (0.9, 0.0, 4)]
+    assert speaking["error"] == pytest.approx((abs(1.7 - 2) + 0.4 + 1.8) / 20, abs=1e-6)
+    assert reliability([timeline(hand_records(), None).calibration]) == []
+
+
+def test_an_evaluation_s_directory_is_one_page(tmp_path, monkeypatch):
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    clips = [raw_clip([], 10, 29, id=id) for id in ("a", "b")]
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    for id in ("a", "b"):
+        lines = [json.dumps(one | {"clip_id": id}) + "\n" for one in hand_records()]
+        (tmp_path / "out" / "records" / f"{id}.jsonl").write_text("".join(lines))
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "out"), "--clip", str(tmp_path / "clips.json")])
+    assert report_main() == 0
+    page = embedded(tmp_path / "out" / "timeline.html")
+    assert [clip["id"] for clip in page["clips"]] == ["a", "b"]
+    assert [(one["head"], one["curve"][0][2]) for one in page["reliability"]] == [
+        ("speaking", 34),
+        ("dst", 36),
+    ]  # rows that say 0.1, 0.2
 
 
 def test_evidence_is_as_close_as_the_records_tell():
@@ -341,6 +371,9 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
     run = read_run(tmp_path)
     assert (run.steps, run.skipped, run.evaluated, run.best_step) == ([1, 3], [3], [2, 4, 6], 4)
+    lines[-1]["best_step"] = 6  # chosen by something else than the loss
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).best_step == 6
     assert run.curves == {
         "loss": [4.0, None],
         "speaking_gen": [3.0, 2.0],
@@ -450,6 +483,9 @@ def test_a_browser_shows_as_many_marks_as_there_are_and_the_frame_under_the_poin
         "reference: completed, frames 29–29",
     ]  # fmt: skip
     assert count(browser, "#events li") == 12
+
+    assert count(browser, "[data-reliability=speaking] .point") == 3
+    assert text_of(browser, "[data-reliability=speaking] figcaption p") == "calibration error 0.1250"
 
     hover(browser, "#time", 10, 20)
     assert text_of(browser, "#frame-number") == "Frame 20"

@@ -325,6 +325,25 @@ def test_a_clip_does_not_depend_on_how_many_there_are(easy, tmp_path):
     assert few.clips("train")[3]["video_uid"] == "sample-easy-seed0-train-00003"
 
 
+def test_in_quiet_hours_nothing_happens(tmp_path):
+    sample.write_quiet(tmp_path / "quiet", seed=1, difficulty="hard", hours=0.4)
+    made = json.loads((tmp_path / "quiet" / "quiet.json").read_text())
+    assert len(made) == 3 and len(contents(tmp_path / "quiet")) == 1 + 3  # 24 minutes are three clips of ten
+    looks, noise = sample.clean_frames(sample.world_looks(), "hard"), sample.noise_scale("hard")
+    goals = [task.goal for task in sample.TASKS]
+    for clip in made:
+        assert [turn["role"] for turn in clip["conversation"]] == ["system"]
+        frames = Corpus(tmp_path / "quiet", "hard").frames(clip)
+        assert len(frames) == 1200 == clip["end_frame_idx"] - clip["start_frame_idx"] + 1
+        mean = frames.astype(np.float32).mean(0)  # one look, and noise that cancels out
+        away = np.linalg.norm(looks[goals.index(clip["inferred_goal"])] - mean, axis=1)
+        assert np.sort(away)[0] < 2 * noise * np.sqrt(sample.R / 1200) < np.sort(away)[1] / 3
+    begun = {step["id"] for clip in made for step in clip["dst"] if step["start_ts"] < clip["start_frame_idx"] / 2}
+    assert begun  # somewhere in a task
+    with pytest.raises(ProspectError, match="0 hours of quiet"):
+        sample.write_quiet(tmp_path / "none", seed=1, difficulty="hard", hours=0)
+
+
 def test_a_corpus_is_whole_or_absent(tmp_path, monkeypatch):
     draw, drawn = sample.draw, []
 

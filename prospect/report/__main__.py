@@ -1,6 +1,7 @@
 """Pages to look at: a streamed clip on a time line, a clip as it is trained on, the curves of training runs.
 
     python -m prospect.report RECORDS.jsonl [--clip FILE[:ID or INDEX]] [--pictures SOURCE] [--out PAGE.html]
+    python -m prospect.report OUT --clip FILE [--out PAGE.html]      OUT: what prospect.evaluate --out has written
     python -m prospect.report RUN_DIR [RUN_DIR ...] [--out PAGE.html]
 
 A page is one HTML file that needs nothing else: no network, no service. Python gathers what is to be shown into
@@ -37,23 +38,26 @@ def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
 def main() -> int:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m prospect.report", description=__doc__, formatter_class=form)
-    what = "records of one file, or directories of runs"
-    parser.add_argument("source", nargs="+", metavar="RECORDS.jsonl|RUN_DIR", help=what)
+    what = "records of one file, an evaluation's directory, or directories of runs"
+    parser.add_argument("source", nargs="+", metavar="RECORDS.jsonl|OUT|RUN_DIR", help=what)
     what = "the reference of the records: what should have happened"
     parser.add_argument("--clip", metavar="FILE[:ID|INDEX]", help=what)
     what = "the clip's video, or a directory of pictures, to show frames"
     parser.add_argument("--pictures", metavar="SOURCE", help=what)
-    parser.add_argument("--out", metavar="PAGE.html", help="default: RECORDS.html, or RUN_DIR/curves.html")
+    parser.add_argument(
+        "--out", metavar="PAGE.html", help="default: RECORDS.html, OUT/timeline.html or RUN_DIR/curves.html"
+    )
     arguments = parser.parse_args()
     source = Path(arguments.source[0])
-    if source.is_dir():
+    stored = sorted((source / "records").glob("*.jsonl"))  # of an evaluation, one file for each clip
+    if source.is_dir() and not stored:
         out = arguments.out or source / "curves.html"
         write_runs(out, [read_run(directory) for directory in arguments.source])
     else:
         if len(arguments.source) > 1:
             what = "records are shown one file at a time"
             raise ProspectError(what, where="command line", remedy="or give directories of runs")
-        records = read_records(source)
+        records = {id: of for file in stored or [source] for id, of in read_records(file).items()}
         clips: dict[str, Clip] = {}
         if arguments.clip:
             clips = reference_clips(arguments.clip, records)
@@ -63,7 +67,7 @@ def main() -> int:
                 raise ProspectError(what, where=str(source), remedy="name another clip")
         if arguments.pictures and len(records) > 1:
             raise ProspectError("--pictures are those of one clip", where="command line", remedy="--clip FILE:ID")
-        out = arguments.out or source.with_suffix(".html")
+        out = arguments.out or (source / "timeline.html" if stored else source.with_suffix(".html"))
         pictures = arguments.pictures
         shown = [timeline(of_clip, clips.get(id), pictures=pictures) for id, of_clip in records.items()]
         write_timelines(out, shown)

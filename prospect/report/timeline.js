@@ -424,6 +424,31 @@ function eventNode(event) {
   );
 }
 
+/* How often a head is right when it says p: on the diagonal it means what it says. Larger dots are more frames. */
+function reliabilityChart(one) {
+  const speaks = one.head === "speaking";
+  const y = (share) => 1 - share;
+  const svg = el("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
+  const plot = el("div", { class: "plot still" }, svg);
+  svg.append(el("line", { class: "grid", x1: 0, x2: 1, y1: y(0), y2: y(1) }));
+  for (const tick of [0, 0.5, 1]) {
+    svg.append(el("line", { class: "grid", x1: 0, x2: 1, y1: y(tick), y2: y(tick) }));
+    plot.append(el("span", { class: "tick", style: `top:${y(tick) * 100}%` }, String(tick)));
+    plot.append(el("span", { class: "xtick", style: `left:${tick * 100}%` }, String(tick)));
+  }
+  const colour = speaks ? "run0" : "run2";
+  const points = one.curve.map(([p, share]) => [p.toFixed(4), y(share).toFixed(4)]);
+  svg.append(el("path", { class: colour, d: pathThrough(points) || "M0 1" }));
+  for (const [p, share, frames] of one.curve) {
+    const place = `left:${p * 100}%;top:${y(share) * 100}%;transform:scale(${1 + Math.log10(frames) / 2})`;
+    const title = `says ${p.toFixed(3)}, due ${share.toFixed(3)}, of ${frames} frames`;
+    plot.append(el("i", { class: "point " + colour, style: place, title }));
+  }
+  const name = capitalised(data.lossNames[speaks ? "speaking_binary" : "dst_binary"]);
+  const caption = el("figcaption", {}, el("b", {}, name), el("p", {}, "calibration error " + one.error.toFixed(4)));
+  return el("figure", { class: "chart", "data-reliability": one.head }, caption, plot);
+}
+
 /* Show one of the clips, from its first frame. */
 function openClip(index) {
   clip = data.clips[index];
@@ -445,6 +470,8 @@ time.addEventListener("mouseleave", () => showCursor(pinned, false));
 time.addEventListener("click", (event) => go(rowUnder(event), false));
 new ResizeObserver(drawAxis).observe(scroller);
 
+const ofAllClips = data.clips.length > 1 ? `, in all ${data.clips.length} clips` : "";
+
 document.body.append(
   pageHeader(
     title,
@@ -459,6 +486,8 @@ document.body.append(
   el("div", { class: "stage" }, el("div", {}, el("div", { class: "lanes" }, names, scroller), legend), frame),
   el("h2", {}, "Everything that was said"),
   list,
+  data.reliability.length ? el("h2", {}, "Of frames with a probability, the share that is due" + ofAllClips) : "",
+  el("div", { class: "charts" }, ...data.reliability.map(reliabilityChart)),
   keyHelp(
     ["← →", "frame"],
     ["PgUp PgDn", "ten seconds"],

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+from prospect.calibration import Calibration
 from prospect.clips import Clip
 from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError
@@ -80,6 +82,7 @@ class Timeline:
     step_state: StepLane | None  # as the state head reads it; None: a model without that head
     steps: list[StepLane]
     metrics: list[tuple[str, str]]
+    calibration: dict[str, Calibration]  # by head; without a reference there is none
     pictures: list[tuple[int, str]] = field(default_factory=list)  # (row, data URI)
 
 
@@ -152,6 +155,7 @@ def timeline(
         step_state=step_state_lane(records, reference) if records[0]["step_state"] is not None else None,
         steps=step_lanes(records, clip, reference) if tracks_state else [],
         metrics=shown_metrics(score) if score else [],
+        calibration=score.calibration if score else {},
         pictures=thumbnails(pictures, fps, first, F) if pictures else [],
     )
 
@@ -336,8 +340,18 @@ def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, s
     return found
 
 
+def reliability(clips: list[dict[str, Calibration]]) -> list[dict[str, Any]]:
+    """What the page draws of each head over all clips: its calibration error, and the points of its curve."""
+    heads = {head: sum((of[head] for of in clips if head in of), Calibration()) for of in clips for head in of}
+    return [
+        {"head": head, "error": number(total.error), "curve": [tuple(map(number, point)) for point in total.curve()]}
+        for head, total in heads.items()
+    ]
+
+
 def write_timelines(path: str | Path, timelines: list[Timeline]) -> None:
     """One page; of several clips it shows one at a time."""
     title = timelines[0].goal or timelines[0].id if len(timelines) == 1 else f"{len(timelines)} streamed clips"
     data = {"states": STATES, "lossNames": LOSS_NAMES, "clips": [asdict(shown) for shown in timelines]}
+    data["reliability"] = reliability([shown.calibration for shown in timelines])
     write_page(path, "timeline", title, data)
