@@ -19,6 +19,8 @@ and goal, steps and what the user says from a YAML file: see prospect/vision/vid
 import argparse
 import contextlib
 import json
+import math
+import shlex
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -30,8 +32,11 @@ import numpy as np
 from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
-from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_for_inference, load_job
+from prospect.context import check_streamable
+from prospect.errors import ProspectError, print_next, run_entry_point
+from prospect.features import ROWS, Features, features_of, scale_of, warnings
+from prospect.files import writing
+from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -77,8 +82,9 @@ def show(record: FrameRecord, out: TextIO | None, terminal: TextIO) -> None:
 
 
 def write_line(out: TextIO, value: dict) -> None:
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
-    out.flush()
+    with writing(getattr(out, "name", "output")):
+        out.write(json.dumps(value, ensure_ascii=False) + "\n")  # in one piece, so that a line is complete or absent
+        out.flush()
 
 
 # ---- frames from stdin ---------------------------------------------------------------------------
@@ -106,8 +112,12 @@ def read_live_line(line: bytes) -> np.ndarray | str:
         return embedding.astype(np.float32)
 
 
-def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
-    """Answer each embedding with a record, each line that cannot be used with {"error": ...}."""
+def live(session: StreamSession, lines: BinaryIO, out: TextIO, checkpoint: str | None = None) -> None:
+    """Answer each embedding with a record, each line that cannot be used with {"error": ...}.
+
+    checkpoint: whose training features the first embeddings are compared with.
+    """
+    first: list[np.ndarray] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -117,6 +127,10 @@ def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
                 session.say(given)
             else:
                 show(session.feed(given), out, sys.stderr)
+                first += [given] if len(first) < ROWS else []
+                if checkpoint is not None and len(first) == ROWS:
+                    warn(warnings(Features({}, scale_of(first)), trained_on(checkpoint), checkpoint))
+                    checkpoint = None  # once
         except ProspectError as error:
             write_line(out, {"error": f"line {number}: {error}"})
 
@@ -130,10 +144,11 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     jobs = []
     for source, index in chosen:
         job, warning = load_job(source, index, config.model.vision_dim)
-        StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
+        check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
+        warn([warning] if warning else [])
         jobs.append(job)
+    StreamSession(model, tokenizer, jobs[0].clip, config)  # refuses settings that do not fit the model
+    warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
@@ -147,6 +162,10 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
         from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
 
         write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
+    files = dict.fromkeys(str(source.file.path) for source, _ in chosen)
+    checkpoint, out = arguments.checkpoint, Path(arguments.checkpoint).parent / "evaluation"
+    words = ["python", "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", *files, "--out", str(out)]
+    print_next(shlex.join(words))
 
 
 def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
@@ -157,28 +176,35 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
         raise ProspectError(what, remedy="--clip FILE:INDEX")
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
+    warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
-        live(session, sys.stdin.buffer, out)
+        live(session, sys.stdin.buffer, out, arguments.checkpoint)
 
 
 def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
     """Show what is said at a video as it happens, and in the end, however it comes, how well real time was kept."""
-    from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+    from prospect.vision.video import Pace, load_encoder, read_task, tower_features, unheard, watch
 
     video, task, fps = Path(arguments.video), arguments.task and Path(arguments.task), arguments.fps
     clip, said = read_task(task, video, fps)
     session = StreamSession(model, tokenizer, clip, config)
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
+    features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
+    warn(unlike_training(arguments.checkpoint, [clip], config, features))
     pace = Pace(fps)
     with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
-            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace):
+            for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
                 show(record, out, sys.stdout)
         finally:
             print(f"{video}: {pace}")
-    for text in unheard(said, pace.frames):
-        print(f"warning: the user said {text!r} after the last frame", file=sys.stderr)
+    warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
+
+
+def warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
@@ -197,13 +223,13 @@ def open_output(path: str | None, inputs: list[Path], default: TextIO | None) ->
         return
     if Path(path).resolve() in [file.resolve() for file in inputs]:
         raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
-    try:
+    with writing(path):
         file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        remedy = "name a file in a folder that exists"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=path, remedy=remedy) from error
-    with file:
+    try:
         yield file
+    finally:
+        with contextlib.suppress(OSError):  # every line is flushed: left is at most one that was refused already
+            file.close()
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -220,9 +246,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
-    add("--vision", metavar="DIR", help="the SigLIP or SmolVLM2 that made the training embeddings")
+    add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
     add("--task", metavar="FILE.yaml", help="goal, steps, and what the user says when")
     add("--pace", choices=("fast", "live"), default="fast", help="live: at the speed of the video")
+    what = "with --pace live: leave out frames that have waited longer; by default none is left out"
+    add("--max-lag", type=seconds, default=math.inf, metavar="SECONDS", help=what)
     add("--fps", type=rate, default=Fraction(2), help="frames per second, as trained (default 2)")
     add("--pool", help="as it was given to prospect.encode")
     add("--tokens", type=int, help="as it was given to prospect.encode")
@@ -236,9 +264,17 @@ def rate(text: str) -> Fraction:
     return parse_fps(text)
 
 
+def seconds(text: str) -> float:
+    if not 0 < (value := float(text)):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
 def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
     if arguments.video and (arguments.stdin or not arguments.vision):
         raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
+    if arguments.max_lag < math.inf and arguments.pace != "live":
+        raise ProspectError("--max-lag is for --pace live", remedy="without a clock nothing comes late")
     if arguments.html and (arguments.video or arguments.stdin):
         raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
     if arguments.clip and (arguments.vision or arguments.task):

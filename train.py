@@ -32,11 +32,13 @@ from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
+from prospect.context import check_reserved
 from prospect.data import (
     Corpus,
     DataOrder,
     MicroBatches,
     StepSampler,
+    contents,
     counts_line,
     label_counts,
     padding_share,
@@ -58,11 +60,12 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_text
+from prospect.leaks import check_leaks
 from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
-from prospect.validation import autocast, note_validation, validate
+from prospect.validation import autocast, clips_to_stream, note_validation, validate
 from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
@@ -97,11 +100,15 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        check_reserved(tokenizer, config)
+        left_out = clips_to_stream(val_corpus, config)[1]
+        val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
+        leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train, config.run.seed)
     if ranks.main:
-        print(describe(config, model, train_corpus, val_corpus, order, ranks), flush=True)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
@@ -114,6 +121,11 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     source, state = ckpt.resume_point(run, train_corpus, val_corpus, config, ranks, per_step)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
+    if source and (state.step, state.evaluated_step) >= (max_steps, max_steps):  # then nothing is written either
+        if ranks.main:
+            advice = "raise train.max_steps, or choose another run.name"
+            print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
+        return 0
 
     # The model on its device, shared between ranks; the optimizer; precision.
     with together(ranks):
@@ -144,7 +156,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             log = MetricsLog(run / "metrics.jsonl", state)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
-    first_step, unsaved, skips_in_a_row = state.step, False, 0
+    unsaved, skips_in_a_row = False, 0
 
     with bar:  # so that the bar is closed before an error is printed
         while True:
@@ -153,10 +165,10 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             if state.evaluated_step < state.step and (finished or state.step % config.train.eval_every == 0):
                 found = validate(model, val_corpus, config, ranks, stop)
                 if found is not None:  # None: asked to stop meanwhile
-                    note_validation(state, *found)
+                    note_validation(state, *found, config.train.best_by)
                     unsaved = True
                     if ranks.main:
-                        log.write({"step": state.step, "evaluation": state.evaluation})
+                        log.write({"step": state.step, "evaluation": state.evaluation, "best_step": state.best_step})
                         bar.write(validation_line(state.step, state.evaluation))
             stopping = any_rank(stop.requested, ranks)
             save_due = (
@@ -189,7 +201,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     bar.write(f"skipped: {what}")
 
     if ranks.main:
-        report_end(run, state, first_step, max_steps)
+        report_end(run, state, max_steps, config.data.val[0])
     return 0 if finished else STOPPED_BY_SIGNAL
 
 
@@ -227,14 +239,14 @@ def train_step(
         last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
         with contextlib.nullcontext() if last else without_sync(model):
             with autocast(config.train, ranks.device):
-                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, bce=config.loss.bce)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss.bce), config.loss.weights())
+                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, loss=config.loss)
+            loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
             scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
         sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))
-    terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss.bce)
+    terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss)
     loss = total_loss(terms, config.loss.weights())
     finite = bool(torch.isfinite(loss + norm))  # the same on every rank, for both are over all ranks
     if finite:
@@ -291,17 +303,15 @@ def load_batches(corpus: Corpus, order: DataOrder, state: TrainState, config: Co
 def skipped_step(
     step: Step, number: int, skips_in_a_row: int, scaler: torch.amp.GradScaler, config: Config, ranks: Ranks
 ) -> str:
-    """What to report of a step whose loss or gradient is not finite: its number and its clips.
+    """What to report of a step whose loss or gradient is not finite: its number, clips and frames.
 
     Raises ProspectError where the run must stop: with train.nonfinite=stop, unless fp16's loss scale was merely too
     large, and after MAX_SKIPS such steps in a row.
     """
-    bad = [
-        batch["clip_ids"] for batch, sums in zip(step.micro, step.sums) if not all(map(torch.isfinite, sums.values()))
-    ]
-    of_ranks = gather_objects((bad, [batch["clip_ids"] for batch in step.micro]), ranks)
-    lists = [ids for bad, _ in of_ranks for ids in bad] or [ids for _, every in of_ranks for ids in every]
-    names = ", ".join(sorted({name for ids in lists for name in ids}))
+    bad = [contents(batch) for batch, sums in zip(step.micro, step.sums) if not all(map(torch.isfinite, sums.values()))]
+    of_ranks = gather_objects((bad, [contents(batch) for batch in step.micro]), ranks)
+    lists = [shown for bad, _ in of_ranks for shown in bad] or [shown for _, every in of_ranks for shown in every]
+    names = "; ".join(sorted({sequence for shown in lists for sequence in shown}))
     finite_loss = bool(torch.isfinite(step.loss))
     what = f"the {'gradient' if finite_loss else 'loss'} of step {number} is not finite (clips {names})"
     overflow = scaler.is_enabled() and finite_loss
@@ -325,6 +335,7 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {config.train.parallel}" if ranks.world > 1 else ""
+    parts = [f"{f.path} x {f.repeat} {share:.1%}" for f, share in zip(config.data.train_files(), train.shares())]
     lines = [
         f"model      {parameters:,} parameters, {trained:,} trained, {config.train.precision} on {ranks.device}",
         f"clips      {clips} training clips in {len(train)} sequences, {len(val)} validation sequences",
@@ -335,6 +346,8 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
         f"step       {ranks.world} rank(s) x {accumulate} micro-batch(es) = {per_step} micro-batch(es){shared}",
         f"training   {steps:,} steps, {steps * per_step / len(batches):.1f} epochs",
     ]
+    if len(parts) > 1:
+        lines.insert(3, f"mixture    {', '.join(parts)} of the tokens")
     skipped = [f"skipped: {line}" for line in train.skipped + val.skipped]
     return "\n".join(lines + train.warnings + val.warnings + skipped)
 

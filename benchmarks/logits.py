@@ -21,12 +21,13 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from benchmarks.train_step import GEN_KEYS, SHAPES, make_batch, model_config
+from prospect.config import LossConfig
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, LM_CHUNK, Prospect, loss_sums
 
 
 def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    return sum(loss_sums(model, hidden, batch, "mean").values())
+    return sum(loss_sums(model, hidden, batch, LossConfig()).values())
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:

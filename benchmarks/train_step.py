@@ -29,7 +29,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from benchmarks.limits import matmul_flops, synchronise
-from prospect.config import torch_dtype
+from prospect.config import LossConfig, torch_dtype
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
 from prospect.weights import save_model
@@ -105,7 +105,7 @@ def our_step(directory: str, batch: dict, device: str, dtype: torch.dtype, check
 
     def step() -> float:
         sums = model(batch["input_ids"], batch["image_embeds"], labels=batch)
-        loss = sum(loss_terms(sums, counts, "mean").values())
+        loss = sum(loss_terms(sums, counts, LossConfig()).values())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

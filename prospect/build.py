@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prospect.check import usable_clips
+from prospect.check import refuse_without_updates, usable_clips
 from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import Config
-from prospect.data import Corpus
+from prospect.data import Corpus, as_streamed
 from prospect.errors import ProspectError
+from prospect.memory import check_model_fits
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
@@ -22,7 +23,7 @@ def run_directory(config: Config) -> Path:
 
 def make_sample_corpus(config: Config) -> None:
     """Write the sample corpus where data.train expects it, if it is asked for and not there."""
-    path = Path(config.data.train[0])
+    path = Path(config.data.train_files()[0].path)
     if config.data.sample is None or path.exists():
         return
     if len(config.data.train) != 1 or path.name != "train.json":
@@ -43,8 +44,9 @@ def load_tokenizer(config: Config) -> Tokenizer:
     if not (directory / "tokenizer_config.json").exists():
         # Bad clips are reported, or left out, before anything is learned from them and written.
         folder, outside = config.data.embeddings, config.data.embeddings_outside
-        sources = [open_source(path, folder, outside) for path in config.data.train]
+        sources = [open_source(file.path, folder, outside) for file in config.data.train_files()]
         usable = usable_clips(sources, config.data, config.model.vision_dim)
+        refuse_without_updates(usable.updates, config.data)
         clips = (sources[number].file.clip(index) for number, index in usable.clips)
         train_tokenizer(_training_texts(clips, config), config.model.vocab_size, directory)
     return Tokenizer(directory, config.data.template)
@@ -59,10 +61,14 @@ def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
 
 
 def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
-    """split: train or val, with that split's share of negatives."""
-    paths = config.data.train if split == "train" else config.data.val
-    rate = config.data.neg_frame_sampling_rate if split == "train" else config.data.val_neg_frame_sampling_rate
-    return Corpus(paths, config.data, tokenizer, config.model.vision_dim, rate=rate, seed=config.run.seed)
+    """split: train, or val, which sees every frame, as streaming does."""
+    data, dim, seed = config.data, config.model.vision_dim, config.run.seed
+    if split == "val":
+        return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=data.val_neg_frame_sampling_rate, seed=seed)
+    paths, repeats = zip(*[(file.path, file.repeat) for file in data.train_files()])
+    corpus = Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
+    refuse_without_updates(corpus.updates, data)
+    return corpus
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
@@ -81,6 +87,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
         tie_word_embeddings=m.tie_word_embeddings,
         vision_dim=m.vision_dim,
         image_token_id=tokenizer.image_id,
+        speaking_head=m.speaking_head,
         dst=config.data.dst,
         dst_state_head=m.dst_state_head and config.data.dst,
     )
@@ -89,6 +96,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
     """A new model: from the backbone's weights, or from scratch. The same on every rank: all randomness is seeded."""
     if config.model.backbone is None:
+        check_model_fits(model_shape(config, tokenizer))
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)
         return model
@@ -96,6 +104,7 @@ def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
         config.model.backbone,
         vision_dim=config.model.vision_dim,
         image_token_id=tokenizer.image_id,
+        speaking_head=config.model.speaking_head,
         dst=config.data.dst,
         dst_state_head=config.model.dst_state_head and config.data.dst,
         dtype=storage_dtype(config.train),

@@ -3,17 +3,20 @@
     python -m prospect.check FILE ... [--embeddings DIR] [--vision-dim N] [--strict] [--workers N]
 
 Each problem is one line: file, clip, turn and field, what is wrong, and what to do about it. A table counts them by
-kind. Exit status 2 when there are errors (with --strict: or warnings), else 0. Training runs the same checks at its
-start, and stops there or skips the bad clips (`data.on_bad: skip`).
+kind. Then comes the scale of each file's embeddings; it is a warning where two files, or two data sets of one, differ
+(prospect/features.py). Exit status 2 when there are errors (with --strict: or warnings), else 0. Training runs the same
+checks at its start, and stops there or skips the bad clips (`data.on_bad: skip`).
 
 prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. This file
-combines the two for all clips: a file for every clip, of the right width, one row per frame, every number finite, and
-no id used twice. Of a JSONL file, only the clip being checked and its embeddings are in memory.
+combines the two for all clips: a file for every clip, of the right width, one row per frame, every number finite, no id
+used twice, and updates where the steps' own times say. Of a JSONL file, only the clip being checked and its embeddings
+are in memory. When nothing is wrong, the command that trains on these clips is printed.
 """
 
 import argparse
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -21,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -29,10 +33,12 @@ from prospect.clip_files import Problem, Source, clip_id, fit_rows, open_source,
 from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.embeddings import check_finite, find_embeddings, read_embeddings
-from prospect.errors import ProspectError, run_entry_point
+from prospect.errors import ProspectError, print_next, run_entry_point
+from prospect.features import by_dataset, difference
 
 CHUNK = 16  # clips that a process takes at a time
 WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
+TOLERANCE = 2.0  # seconds between a step's own time and its update, from which on they disagree
 
 
 @dataclass
@@ -44,6 +50,7 @@ class Checked:
     id: str | None  # None: not even an id can be read
     width: int | None = None
     frames: int = 0
+    updates: int = 0  # DST_UPDATE turns
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -63,7 +70,10 @@ def check_clip(source: Source, number: int, index: int, vision_dim: int | None) 
     clip, problems = parse_clip(raw, str(source.file.path), index)
     if not isinstance(raw, dict):
         return Checked(number, index, None, problems=problems)
-    checked = Checked(number, index, clip_id(raw, index), frames=clip.num_frames if clip else 0, problems=problems)
+    checked = Checked(number, index, clip_id(raw, index), problems=problems)
+    if clip is not None:
+        checked.frames, checked.updates = clip.num_frames, len(clip.updates())
+        problems += step_time_problems(clip, source.file.path)
     check_embeddings(checked, source, clip, raw.get("embeddings"), vision_dim)
     return checked
 
@@ -102,6 +112,34 @@ def check_embeddings(checked: Checked, source: Source, clip: Clip | None, named:
         what = warning.removeprefix(f"{clip.where}: ")
         remedy = "nothing to do where the file's end_frame_idx is exclusive"
         checked.problems.append(Problem("last row missing", where, "", what, remedy, fatal=False))
+
+
+def step_time_problems(clip: Clip, path: Path) -> list[Problem]:
+    """A warning where the steps' own times (start_ts, end_ts) and the clip's updates disagree, else nothing."""
+    begin, end = clip.seconds(clip.start_frame), clip.seconds(clip.end_frame + 1)
+    updates = {(t.id, t.transition): turn for turn in clip.updates() for t in turn.transitions}
+    times = [(step.id, "start", step.start_ts) for step in clip.steps if step.start_ts is not None]
+    times += [(step.id, "complete", step.end_ts) for step in clip.steps if step.end_ts is not None]
+    remedy = f"python -m prospect.convert states {shlex.quote(str(path))} OUT.json"
+    if not updates:
+        if not any(begin <= time <= end for _, _, time in times):
+            return []
+        what = "its steps have times, but no DST_UPDATE turn moves them"
+        return [Problem("times without updates", clip.where, "dst", what, remedy, fatal=False)]
+    found = []
+    for id, transition, time in times:
+        turn = updates.get((id, transition))
+        if turn is None:
+            if begin + TOLERANCE <= time <= end - TOLERANCE:
+                found.append(f"{id} has its {transition} at {time:g} s, and no update")
+        elif max(clip.seconds(turn.start_frame) - time, time - clip.seconds(turn.end_frame)) > TOLERANCE:
+            at = clip.seconds(turn.end_frame)
+            found.append(f"{id} has its {transition} at {time:g} s, and the update at {at:g} s")
+    if not found:
+        return []
+    what = found[0] + (f"; and {len(found) - 1} more" if len(found) > 1 else "")
+    remedy = f"correct the times, or make the updates of them: {remedy} --replace"
+    return [Problem("times and updates disagree", clip.where, "dst", what, remedy, fatal=False)]
 
 
 def as_problem(kind: str, error: ProspectError) -> Problem:
@@ -179,6 +217,7 @@ class Usable:
     """The clips to learn from, as (source, index); a line for each clip left out; the first warning of each kind."""
 
     clips: list[tuple[int, int]] = field(default_factory=list)
+    updates: int = 0  # DST_UPDATE turns of these clips
     skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -198,6 +237,7 @@ def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int)
                 of_kind[problem.kind] += 1
         if not checked.errors:
             usable.clips.append((checked.source, checked.index))
+            usable.updates += checked.updates
             continue
         errors += checked.errors
         bad_clips += 1
@@ -215,6 +255,15 @@ def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int)
         more = of_kind[kind] - 1
         usable.warnings.append(f"{problem.error()}" + (f"; and {more} more like it: {command}" if more else ""))
     return usable
+
+
+def refuse_without_updates(updates: int, config: DataConfig) -> None:
+    """Raise ProspectError where task state is to be learned (data.dst) from clips that have no update."""
+    if config.dst and not updates:
+        what = "no clip has a DST_UPDATE turn: with data.dst=true a model would learn never to update"
+        remedy = "make them from step times, python -m prospect.convert states IN OUT; step times from dialogues, "
+        remedy += "python -m prospect.convert steps IN OUT; or train without task state, data.dst=false"
+        raise ProspectError(what, where=", ".join(file.path for file in config.train_files()), remedy=remedy)
 
 
 def check_command(sources: Sequence[Source], config: DataConfig, vision_dim: int) -> str:
@@ -264,7 +313,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     errors, warnings, widths = Counter(), Counter(), Counter()
-    clips = frames = 0
+    clips = frames = updates = 0
+    usable: list[tuple[Source, int]] = []
 
     def show(problem: Problem) -> None:
         (errors if problem.fatal else warnings)[problem.kind] += 1
@@ -277,18 +327,41 @@ def main() -> int:
         except ProspectError as error:
             show(as_problem("bad clip file", error))
     for checked in check_all(sources, arguments.vision_dim, arguments.workers):
-        clips, frames = clips + 1, frames + checked.frames
+        clips, frames, updates = clips + 1, frames + checked.frames, updates + checked.updates
         widths.update([checked.width] if checked.width else [])
+        usable += [] if checked.errors else [(sources[checked.source], checked.index)]
         for problem in checked.problems:
             show(problem)
     if arguments.vision_dim is None and (problem := width_problem(widths)):
         show(problem)
+    features = by_dataset(usable)
+    for name, found in features.items():
+        first, those = next(iter(features.items()))
+        if what := difference(found, those):
+            what = f"the embeddings are not like those of {first}: {what}"
+            show(Problem("other features", name, "", what, "encode all of them in one way", fatal=False))
 
     if errors or warnings:
         print(table(errors, warnings))
+    for name, found in features.items():
+        print(f"{name}: {found}")
     total = f"{clips} clips, {frames} frames: {errors.total()} errors, {warnings.total()} warnings"
     print(f"{total}; embeddings {', '.join(map(str, sorted(widths)))} wide" if widths else total)
-    return 2 if errors or (arguments.strict and warnings) else 0
+    if errors or (arguments.strict and warnings):
+        return 2
+    print_next(train_command(arguments, widths.most_common(1)[0][0], updates))
+    return 0
+
+
+def train_command(arguments: argparse.Namespace, width: int, updates: int) -> str:
+    """How to train on the checked files; of several, the last is for validation."""
+    *train, val = arguments.files if len(arguments.files) > 1 else [*arguments.files, "VAL.json"]
+    words = ["python", "train.py", "config.yaml", f"run.name={Path(train[0]).stem}", "data.sample=null"]
+    words += [f"data.train={train[0] if len(train) == 1 else '[' + ', '.join(train) + ']'}", f"data.val={val}"]
+    words += [f"data.embeddings={arguments.embeddings}"] if arguments.embeddings else []
+    words += ["data.embeddings_outside=true"] if arguments.embeddings_outside else []
+    words += [f"model.vision_dim={width}"] + ([] if updates else ["data.dst=false"])
+    return shlex.join(words)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -47,6 +48,7 @@ from prospect.config import Config, TrainConfig, make_config, to_dict, without_r
 from prospect.data import Corpus
 from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
 from prospect.errors import ProspectError, run_entry_point
+from prospect.features import Features, difference, features_of, warnings
 from prospect.files import WRITING, read_json, to_disk, tree_to_disk, write_json, write_text
 from prospect.model import Prospect
 from prospect.sequence import generator
@@ -54,6 +56,7 @@ from prospect.tokenizer import Tokenizer
 from prospect.tune import checkpoint_names
 from prospect.weights import hf_config, parse_config, save_state
 
+NEWER = ("best_by", "best_value", "features", "scale", "prompts")  # fields that an older checkpoint lacks
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
 
@@ -71,10 +74,14 @@ class TrainState:
     evaluation: dict[str, float] = field(default_factory=dict)  # what it found
     thresholds: dict[str, float] = field(default_factory=dict)  # of each head, the best on validation
     best_step: int | None = None
-    best_loss: float | None = None  # validation total
+    best_by: str = "loss"  # what the best was chosen by
+    best_value: float | None = None  # and its value, larger being better: of a loss, its negative
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
+    features: dict[str, str] = field(default_factory=dict)  # what made the embeddings, see prospect/features.py
+    scale: dict[str, float] = field(default_factory=dict)  # and how large they are
+    prompts: dict[str, float] = field(default_factory=dict)  # share of the training clips with each part of a prompt
     made_with: dict[str, str] = field(default_factory=dict)  # library versions and git commit
 
 
@@ -100,6 +107,11 @@ def staged(final: Path) -> Path:
     return final.with_name(f".{final.name}{WRITING}")
 
 
+def replaced(final: Path) -> Path:
+    """Where a checkpoint goes while the same step, say with its evaluation, takes its place."""
+    return final.with_name(f".{final.name}.replaced")
+
+
 def begin_checkpoint(final: Path) -> Path:
     """An empty directory aside, to write into."""
     with disk_errors(final):
@@ -112,13 +124,12 @@ def finish_checkpoint(final: Path) -> None:
     """Put what was written aside on the disk, give it its name, and point `last` to it."""
     with disk_errors(final):
         tree_to_disk(staged(final))
-        replaced = final.with_name(f".{final.name}.replaced")  # the same step again, say with its evaluation
         if final.exists():
-            os.rename(final, replaced)
+            os.rename(final, replaced(final))
         os.rename(staged(final), final)
         to_disk(final.parent)
         replace_symlink(final.parent / "last", final.name)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced(final), ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -128,6 +139,8 @@ def disk_errors(final: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, CheckpointException, ProspectError) as error:
         shutil.rmtree(staged(final), ignore_errors=True)
+        with contextlib.suppress(OSError):  # the next start tries again
+            take_back(final)
         if isinstance(error, CheckpointException):  # of shards: what went wrong first, on whichever rank
             error, _ = next(iter(error.failures.values()))
         reason = getattr(error, "strerror", None) or getattr(error, "what", None) or str(error)
@@ -136,8 +149,16 @@ def disk_errors(final: Path) -> Iterator[None]:
         raise ProspectError(what, where=str(final), remedy=remedy) from error
 
 
+def take_back(final: Path) -> None:
+    """Undo a replacement that was not finished: of the two, the earlier one is complete and has no other name."""
+    if replaced(final).exists() and not final.exists():
+        os.rename(replaced(final), final)
+
+
 def replace_symlink(link: Path, target: str) -> None:
     """Make `link` lead to `target`, in one step that is never half done."""
+    if link.is_symlink() and os.readlink(link) == target:
+        return
     beside = link.with_name(f".{link.name}.link")
     beside.unlink(missing_ok=True)
     beside.symlink_to(target)
@@ -154,13 +175,24 @@ def prune(run: Path, keep: int, best_step: int | None) -> None:
 
 
 def clean_up_after_crash(run: Path) -> None:
-    """Clear away what a killed run left half done, and take back a checkpoint that was just being replaced."""
-    for replaced in run.glob(".step-*.replaced"):
-        final = run / replaced.name.removeprefix(".").removesuffix(".replaced")
-        if not final.exists():
-            os.rename(replaced, final)
-    for leftover in [*run.glob(f".step-*{WRITING}"), *run.glob(".step-*.removing"), *run.glob(".step-*.replaced")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Put a killed run's directory in order; one that is in order stays untouched.
+
+    Takes back a checkpoint that was just being replaced, clears away what is half written or half removed, and points
+    `last` and `best` where the newest checkpoint says: the kill may have come between its name and these links.
+    """
+    for path in run.glob(".step-*.replaced"):
+        take_back(run / path.name.removeprefix(".").removesuffix(".replaced"))
+    unfinished = (f".*{WRITING}", f"tokenizer/.*{WRITING}", ".*.link", ".step-*.removing", ".step-*.replaced")
+    for leftover in [path for pattern in unfinished for path in run.glob(pattern)]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    if found := checkpoints(run):
+        best = read_state(found[-1]).best_step
+        for name, step in (("last", step_of(found[-1])), ("best", best)):
+            if step is not None and step_directory(run, step).exists():
+                replace_symlink(run / name, step_directory(run, step).name)
 
 
 # ---- where to resume -----------------------------------------------------------------------------
@@ -189,11 +221,14 @@ def check_resumable(directory: Path, state: TrainState, config: Config, data: di
 
     Raises ProspectError naming all that differs.
     """
-    then, now = flatten(to_dict(read_config(directory))), flatten(to_dict(config))
+    own = read_config(directory)
+    then, now = flatten(to_dict(own)), flatten(to_dict(config))
     changed = {key: f"{key} was {then[key]}, is {now[key]}" for key in now if then[key] != now[key]}
     refused = [text for key, text in changed.items() if must_not_change(key, config)]
     refused += [f"{name} has changed" for name in data if data[name] != state.data.get(name)]
     refused += [f"{name} is gone" for name in state.data if name not in data]
+    were, are = ([file.repeat for file in of.data.train_files()] for of in (own, config))
+    refused += [f"the repeats of data.train were {were}, are {are}"] if were != are else []
     if refused:
         what = f"cannot resume from this checkpoint: {'; '.join(refused)}"
         remedy = "set it back, or choose another run.name to start afresh"
@@ -203,7 +238,8 @@ def check_resumable(directory: Path, state: TrainState, config: Config, data: di
 
 def must_not_change(key: str, config: Config) -> bool:
     """Whether a setting decides what the model is or what each step of the data holds."""
-    if key in ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample", "data.workers"):
+    files = ("data.train", "data.val", "data.embeddings", "data.embeddings_outside", "data.sample")
+    if key in (*files, "data.allow_leaks", "data.workers"):
         return False  # where files lie does not matter: their fingerprint does
     if key == "model.backbone":  # of a fully trained model nothing is read from there any more
         return config.train.tune != "full"
@@ -259,18 +295,26 @@ def write_state(directory: Path, state: TrainState, config: Config) -> None:
 
 
 def read_state(directory: Path) -> TrainState:
-    """Raises ProspectError where the directory is no checkpoint."""
+    """Raises ProspectError where the directory is no checkpoint, or its state is not all there."""
     path = directory / "state.json"
     try:
-        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if (best_loss := values.pop("best_loss", None)) is not None:  # of older checkpoints
+            values["best_value"] = -best_loss
+        state = TrainState(**values)
         for name, hint in typing.get_type_hints(TrainState).items():
+            if name not in values and name not in NEWER:
+                raise TypeError(f"{name} is missing")
             if not _is_a(getattr(state, name), hint):
                 raise TypeError(f"{name} is {getattr(state, name)!r:.80}")
+        for name, value in state.thresholds.items():
+            if not 0 <= value <= 1:  # NaN is not either
+                raise ValueError(f"thresholds: {name} is {value}, must be between 0 and 1")
         return state
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a checkpoint (no state.json)"
         raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="use another checkpoint") from error
 
 
@@ -444,9 +488,10 @@ def save(
                 write_rng(directory, random_states)
                 write_state(directory, state, config)
             finish_checkpoint(final)
-            if state.best_step == state.step:
-                replace_symlink(run / "best", final.name)
-            prune(run, config.train.keep, state.best_step)
+            with disk_errors(final):
+                if state.best_step == state.step:
+                    replace_symlink(run / "best", final.name)
+                prune(run, config.train.keep, state.best_step)
 
 
 def resume_point(
@@ -470,8 +515,24 @@ def resume_point(
             if source:
                 changed = check_resumable(source, state, config, data)
                 print("\n".join(resumed_lines(source, state, changed, ranks, micro_batches)), flush=True)
-            state.data = data
+            state.data, state.prompts = data, train.prompts
+            note_features(state, train, val, source)
     return source, state
+
+
+def note_features(state: TrainState, train: Corpus, val: Corpus, source: Path | None) -> None:
+    """Put the training embeddings' features into the state, and warn where they are others than before, or than val's.
+
+    source: the checkpoint that the state is from.
+    """
+    clips = [(corpus, sorted({(entry.file, entry.clip) for entry in corpus.entries})) for corpus in (train, val)]
+    found, of_val = (features_of([(corpus.sources[f], c) for f, c in of_corpus]) for corpus, of_corpus in clips)
+    lines = warnings(found, Features(state.features, state.scale), source) if source else []
+    if what := difference(of_val, found):
+        lines.append(f"the embeddings of data.val are not like those of data.train: {what}")
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+    state.features, state.scale = found.made, found.scale
 
 
 @torch.no_grad()

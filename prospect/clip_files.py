@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from prospect.clips import ROLES, Clip, Turn, unpaired_surrogate
+from prospect.clips import MAX_TEXT, ROLES, Clip, Turn, unpaired_surrogate
 from prospect.dst import STATES, TRANSITIONS, State, Step, Transition, UpdateError, apply_update, parse_update
 from prospect.embeddings import find_embeddings, read_embeddings
 from prospect.errors import ProspectError
@@ -31,8 +31,9 @@ FIELDS = {  # of a clip object; any other field is kept in Clip.extra
     "inferred_knowledge", "embeddings",
 }  # fmt: skip
 
+TURN_FIELDS = {"from": "role", "value": "content", "timestamp": "time"}  # other names of a turn's fields, and ours
+
 # Far beyond any real clip; they stop a broken file from exhausting the machine.
-MAX_TEXT = 100_000  # characters of one turn, the recipe or the goal
 MAX_TURNS = 20_000
 MAX_STEPS = 2_000
 MAX_FRAMES = 2_000_000  # eleven days at 2 fps
@@ -115,11 +116,7 @@ class ClipFile:
         """The validated clip at `index`. Raises ProspectError at its first problem."""
         if index in self.parsed:
             return self.parsed[index]
-        clip, problems = parse_clip(self[index], str(self.path), index)
-        for problem in problems:
-            if problem.fatal:
-                raise problem.error()
-        assert clip is not None
+        clip = parsed_clip(self[index], str(self.path), index)
         if self.raw is not None:
             self.parsed[index] = clip
         return clip
@@ -203,6 +200,16 @@ def parse_clip(raw: Any, file: str, index: int) -> tuple[Clip | None, list[Probl
     clip = reader.clip(index)
     fatal = any(problem.fatal for problem in reader.problems)
     return (None if fatal else clip), reader.problems
+
+
+def parsed_clip(raw: Any, file: str, index: int) -> Clip:
+    """The clip of a JSON object. Raises ProspectError at its first problem."""
+    clip, problems = parse_clip(raw, file, index)
+    for problem in problems:
+        if problem.fatal:
+            raise problem.error()
+    assert clip is not None
+    return clip
 
 
 class _Reader:
@@ -348,7 +355,11 @@ class _Reader:
                 what = f"must be an object, not {type(item).__name__}"
                 self.problem("bad steps", f"dst[{i}]", what, "{id, name, ...}")
                 continue
-            id = self.text(item.get("id"), f"dst[{i}], id", required=True)
+            if item.get("id") is None:
+                remedy = "an id like S1; python -m prospect.convert states IN OUT gives ids"
+                self.problem("bad steps", f"dst[{i}], id", "is missing", remedy)
+                continue
+            id = self.text(item["id"], f"dst[{i}], id", required=True)
             name = self.text(item.get("name"), f"dst[{i}], name", required=True)
             if any(mark in id for mark in (",", "->", "\n")) or id != id.strip():
                 what = f"{id!r} cannot be written in an update"
@@ -381,6 +392,7 @@ class _Reader:
             what = f"must be an object, not {type(item).__name__}"
             self.problem("bad turn", f"turn {i}", what, "{role, content, ...}")
             return None
+        item = self.in_our_names(item, i)
         role = item.get("role")
         if role not in ROLES:
             what = f"unknown role {role!r:.40}"
@@ -399,6 +411,16 @@ class _Reader:
             return None
         first, last = frames
         return Turn(role=role, text=text, transitions=transitions, start_frame=first, end_frame=last, index=i)
+
+    def in_our_names(self, item: dict, i: int) -> dict:
+        """A turn with its fields named as here. One that is given under both of its names must be the same twice."""
+        for other, ours in TURN_FIELDS.items():
+            if item.get(other) is not None and item.get(ours) is None:
+                item = item | {ours: item[other]}
+            elif item.get(other) not in (None, item.get(ours)):
+                what = f"is {item[ours]!r:.40}, and `{other}`, another name of it, {item[other]!r:.40}"
+                self.problem("two values", f"turn {i}, {ours}", what, "leave one of them out")
+        return item
 
     def transitions(self, raw: Any, field: str) -> tuple[Transition, ...]:
         if isinstance(raw, str):
@@ -428,6 +450,8 @@ class _Reader:
         if last < start or first > end:
             what = f"frames {first}..{last} lie outside the clip's {start}..{end}"
             remedy = "frame numbers are absolute; fix or leave out the turn"
+            if item.get("start_frame") is None and start <= item["time"] / 1000 * fps <= end:
+                remedy = "times are seconds; divide milliseconds by 1000"
             self.problem("turn outside clip", f"turn {i}", what, remedy)
             return None
         if first < start or last > end:
@@ -444,7 +468,7 @@ class _Reader:
                 self.problem("turn without frames", f"turn {i}", what, "give one")
                 return None
             time = self.number(item["time"], f"turn {i}, time")
-            return None if time is None or fps is None else (int((time - 0.5) * fps), int((time + 0.5) * fps))
+            return None if time is None or fps is None else frames_around(time, fps)
         first, last = (self.frame(value, f"turn {i}, {key}") for value, key in zip(given, ("start_frame", "end_frame")))
         if first is None or last is None:
             return None
@@ -526,6 +550,11 @@ class _Reader:
             state = after
 
 
+def frames_around(seconds: float, fps: float) -> tuple[int, int]:
+    """The first and last frame of a turn that has only a time: those within half a second of it."""
+    return int((seconds - 0.5) * fps), int((seconds + 0.5) * fps)
+
+
 def _nesting(value: Any) -> int:
     """How deep lists and objects are nested, found level by level so that no depth can exhaust the stack."""
     depth, level = 0, [value]
@@ -577,7 +606,11 @@ def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
         return clip, None
     if rows != clip.num_frames - 1 or rows == 0:
         what = f"the embedding file has {rows} rows, frames {clip.start_frame}..{clip.end_frame} are {clip.num_frames}"
-        raise ProspectError(what, where=clip.where, remedy="row r is frame start_frame_idx + r: encode the clip again")
+        remedy = "row r is frame start_frame_idx + r: encode the clip again"
+        if clip.num_frames >= 20 and not 0.9 < rows / clip.num_frames < 1.1:  # not a frame or two: another rate
+            rate = f"about {rows / clip.num_frames * clip.fps:.3g} rows for a second of the clip, not {clip.fps:g}"
+            remedy = f"{rate}: encode at the clip's fps, and with --clips, so that the file has the clip's frames alone"
+        raise ProspectError(what, where=clip.where, remedy=remedy)
     last = clip.end_frame - 1
     in_time = sorted(clip.turns, key=lambda turn: turn.end_frame)  # so that updates moved to one frame keep their order
     turns = tuple(replace(t, start_frame=min(t.start_frame, last), end_frame=min(t.end_frame, last)) for t in in_time)

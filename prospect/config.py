@@ -29,7 +29,8 @@ class ModelSection:
     """A backbone directory, or the shape of a small model trained from scratch."""
 
     backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
-    vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
+    vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP, 1024 CLIP
+    speaking_head: bool = True  # false: the LM decides when to speak (infer.decision=lm, data.silence_lm=true)
     dst_state_head: bool = True  # a third head, with data.dst: the state of the most recently started step
     # used only from scratch; a backbone brings its own
     vocab_size: int = 1024  # tokens of the byte-level BPE trained on the training clips
@@ -43,10 +44,20 @@ class ModelSection:
 
 
 @dataclass
+class Repeated:
+    """A file of training clips, and how often an epoch shows each: every time with other negatives and text places."""
+
+    path: str
+    repeat: int
+
+
+@dataclass
 class HybridConfig:
-    """The frames kept by `data.frames: hybrid`, besides those of task-state updates, which always are."""
+    """The frames kept by `data.frames: hybrid`, besides the key frames: those of task-state updates, and the first and
+    last of each step that has times."""
 
     speaking_window: float = 1.0  # seconds kept before and after each assistant turn
+    key_frame_interval: int = 25  # every n-th frame of a step that has times
     regular_interval: int = 50  # every n-th frame of the clip
     random_share: float = 0.2  # of the remaining frames
     max_frames_per_clip: int = 200
@@ -54,17 +65,20 @@ class HybridConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = field(default_factory=lambda: ["data/sample/train.json"])  # clip files: JSON list, clip or JSONL
+    # clip files (JSON list, clip or JSONL); {path: FILE, repeat: 6} shows an epoch each of its clips six times
+    train: list[str | Repeated] = field(default_factory=lambda: ["data/sample/train.json"])
     val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
     embeddings: str | None = None  # folder of embedding files; null: embeddings/ beside each clip file
     embeddings_outside: bool = False  # allow a clip's own `embeddings` path to leave that folder
     # make the sample corpus, at this difficulty, when data.train is absent: easy, long, hard or null
     sample: Literal["easy", "long", "hard"] | None = None
     on_bad: Literal["stop", "skip"] = "stop"  # at a bad clip: stop, or skip it and report it
+    allow_leaks: bool = False  # train although validation clips, or their videos, are among the training clips
     workers: int = 0  # processes that prepare batches beside the training loop
     # the sequence
     layout: Literal["stream", "turns"] = "stream"  # stream: every frame once; turns: each turn's frames, then its text
-    frames: Literal["all", "turns", "hybrid"] = "all"  # all; turns: only frames of turns; hybrid: sampled as below
+    # in training: all; turns: only frames of turns; hybrid: sampled as below. Validation and streaming see all frames
+    frames: Literal["all", "turns", "hybrid"] = "all"
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     template: Literal["plain", "chatml", "llama3", "smolvlm"] = "plain"  # plain, chatml, llama3 or smolvlm
     dst: bool = True  # false: no steps in the prompt, no updates, no second head (ProAssist's architecture)
@@ -82,7 +96,11 @@ class DataConfig:
     val_neg_frame_sampling_rate: float = 1.0  # and in validation
     silence_lm: bool = False  # sampled negatives also teach the LM head the end token (ProAssist's decisions)
     # the batches
-    batch_tokens: int = 4096  # tokens of a micro-batch, padding included
+    # tokens of a micro-batch, padding included; 2 * max_seq_len is two sequences of full length, or more shorter ones
+    batch_tokens: int = 4096
+
+    def train_files(self) -> list[Repeated]:
+        return [Repeated(file, 1) if isinstance(file, str) else file for file in self.train]
 
 
 @dataclass
@@ -93,6 +111,9 @@ class LossConfig:
     dst_binary_weight: float = 1.0  # update now?
     dst_state_weight: float = 1.0  # only with model.dst_state_head
     bce: Literal["mean", "balanced", "focal"] = "mean"  # of the binary losses: mean, balanced or focal
+    focal_alpha: float = 0.25  # weight of the positives in the focal loss; of the negatives, 1 - focal_alpha
+    focal_gamma: float = 2.0  # a label counts (1 - p)^gamma in it, p being what the head gives it
+    dst_state_focal: bool = False  # focal loss for the state head too, without alpha: its weight is dst_state_weight
 
     def weights(self) -> dict[str, float]:
         """By the names of the loss terms: speaking_gen, speaking_binary, dst_gen, dst_binary, dst_state."""
@@ -133,6 +154,9 @@ class TrainConfig:
     eval_every: int = 200  # steps; and after the last
     save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
+    # what the best is chosen by: loss, the total on validation; or combined, the combined score of streamed validation
+    # clips (where none are streamed, the mean of the heads' teacher-forced event F1)
+    best_by: Literal["loss", "combined"] = "loss"
     # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it
     sharded_checkpoints: bool = False
     resume: str = "auto"  # auto: resume from the run's newest checkpoint; never; or a checkpoint directory
@@ -181,15 +205,22 @@ RETIRED = {  # settings that only older checkpoints have
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names of precisions, and torch's
 
 
-# The bounds of a value, by field: (lowest, highest), both allowed.
+# The bounds of every number, by field: (lowest, highest), both allowed. Neither infinity nor NaN lies between two.
 _BOUNDS = {
+    "run.seed": (0, 10**18), "model.intermediate_size": (1, 10**7), "model.rope_theta": (1, 10**12),
+    "data.hybrid.speaking_window": (0, 10**6),
+    "loss.speaking_gen_weight": (0, 10**6), "loss.speaking_binary_weight": (0, 10**6),
+    "loss.dst_gen_weight": (0, 10**6), "loss.dst_binary_weight": (0, 10**6), "loss.dst_state_weight": (0, 10**6),
+    "train.weight_decay": (0, 100), "train.beta1": (0, 0.999999), "train.beta2": (0, 0.999999),
     "model.vision_dim": (1, 10**6), "model.vocab_size": (259, 10**7), "model.hidden_size": (1, 10**6),
     "model.num_hidden_layers": (1, 10**4), "model.num_attention_heads": (1, 10**4),
     "model.num_key_value_heads": (1, 10**4),
     "data.workers": (0, 1024), "data.max_seq_len": (16, 10**7), "data.overlap": (0, 0.9),
     "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1),
     "data.batch_tokens": (16, 10**8), "data.hybrid.random_share": (0, 1),
-    "data.hybrid.regular_interval": (1, 10**6), "data.hybrid.max_frames_per_clip": (1, 10**7),
+    "data.hybrid.key_frame_interval": (1, 10**6), "data.hybrid.regular_interval": (1, 10**6),
+    "data.hybrid.max_frames_per_clip": (1, 10**7),
+    "loss.focal_alpha": (0, 1), "loss.focal_gamma": (0, 100),
     "train.max_steps": (1, 10**9), "train.num_epochs": (1, 10**6), "train.learning_rate": (0, 10),
     "train.min_lr_ratio": (0, 1), "train.warmup_steps": (0, 10**9),
     "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9), "train.eval_every": (1, 10**9),
@@ -296,6 +327,9 @@ def _coerce(value: Any, hint: Any) -> Any:
         if not isinstance(items, list) or not items or not all(isinstance(item, str) for item in items):
             raise ValueError(f"must be text or a list of texts, not {value!r}")
         return items
+    if hint == list[str | Repeated]:
+        items = value if isinstance(value, list) and value else [value]
+        return [item if isinstance(item, str) else _repeated(item) for item in items]
     if hint is bool and isinstance(value, bool):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
@@ -312,6 +346,13 @@ def _coerce(value: Any, hint: Any) -> Any:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)  # run.name=3
     raise ValueError(f"must be {hint.__name__}, not {value!r}")
+
+
+def _repeated(value: Any) -> Repeated:
+    match value:
+        case {"path": str(path), "repeat": int(repeat)} if len(value) == 2 and repeat >= 1 and repeat is not True:
+            return Repeated(path, repeat)
+    raise ValueError(f"must be clip files, each FILE or {{path: FILE, repeat: N}} with N >= 1, not {value!r}")
 
 
 def _cross_checks(config: Config) -> list[str]:
@@ -332,8 +373,16 @@ def _cross_checks(config: Config) -> list[str]:
     if m.backbone is None and config.train.tune != "full":
         what = "needs a pretrained model.backbone; from scratch everything is trained"
         problems.append(f"train.tune={config.train.tune} {what}")
+    if not m.speaking_head:
+        needed = {"infer.decision=lm": config.infer.decision == "lm", "data.silence_lm=true": d.silence_lm}
+        needed["train.tune=lora or full"] = config.train.tune != "heads"  # else the LM never learns to be silent
+        missing = [setting for setting, given in needed.items() if not given]
+        problems += [f"model.speaking_head=false leaves the decision to the LM: it needs {need}" for need in missing]
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
+    paths = [file.path for file in d.train_files()]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        problems.append(f"data.train names {path} twice: {{path: {path}, repeat: 2}} repeats it")
     if d.frames != "all" and d.layout == "turns":
         problems.append("data.frames belongs to data.layout=stream; the turns layout has its own frames")
     return problems

@@ -11,7 +11,7 @@ What one sequence is made of is in prospect/sequence.py.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,11 +24,17 @@ from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.errors import ProspectError
+from prospect.leaks import Origin
 from prospect.model import IGNORE, added, count_labels
-from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows
+from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows, prompt_parts
 from prospect.tokenizer import Tokenizer
 
 # ---- the corpus ----------------------------------------------------------------------------------
+
+
+def as_streamed(config: DataConfig) -> DataConfig:
+    """The settings by which sequences hold what streaming sees: every frame of every clip, once."""
+    return replace(config, layout="stream", frames="all", long_clips="split")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Entry:
     file: int
     clip: int
     window: Window
+    repetition: int = 0  # 0, 1, ... in a file that an epoch shows several times
 
 
 class Corpus:
@@ -46,21 +53,33 @@ class Corpus:
     The plan and the clips of JSON files stay in memory; embeddings and clips of JSONL files are read when needed.
 
     `corpus[(epoch, i)]` is sequence i with the negatives of that epoch: it depends on nothing else, so any worker,
-    rank or resumed run makes the same.
+    rank or resumed run makes the same. repeats: how often an epoch shows each file, by default once; a clip shown
+    three times has three sequences, with the draws that it would have in three epochs.
 
     All clips are checked first (prospect/check.py). With `on_bad: stop` a bad one raises ProspectError, which says how
     many more there are; with `skip` bad ones are left out, and `skipped` names each. `warnings` has the first of each
-    kind.
+    kind. `prompts` is the share of the clips whose prompt has each of its parts (see prompt_parts).
     """
 
     def __init__(
-        self, paths: Sequence[str], config: DataConfig, tokenizer: Tokenizer, vision_dim: int, *, rate: float, seed: int
+        self,
+        paths: Sequence[str],
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        vision_dim: int,
+        *,
+        rate: float,
+        seed: int,
+        repeats: Sequence[int] | None = None,
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
+        self.repeats = repeats or [1] * len(paths)
         self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
         usable = usable_clips(self.sources, config, vision_dim)
-        self.warnings, self.skipped = usable.warnings, usable.skipped
+        self.warnings, self.skipped, self.updates = usable.warnings, usable.skipped, usable.updates
         self.entries: list[Entry] = []
+        self.origins: list[Origin] = []
+        prompts: list[dict[str, bool]] = []  # of each clip
         for f, c in usable.clips:
             clip, embeddings = self.load(f, c)
             layout = lay_out(clip, config, rate, seed, 0)
@@ -71,13 +90,17 @@ class Corpus:
                     raise
                 self.skipped.append(str(error))
                 continue
-            self.entries += [Entry(f, c, window) for window in windows]
+            self.entries += [Entry(f, c, window, n) for n in range(self.repeats[f]) for window in windows]
+            path = self.sources[f].embeddings_path(clip)
+            self.origins.append(Origin(clip.where, clip.id, clip.video_uid, path))
+            prompts.append(prompt_parts(clip, config))
         if self.skipped:
             clips = sum(len(source.file) for source in self.sources)
             self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
         if not self.entries:
             where = ", ".join(map(str, paths))
             raise ProspectError("no usable clip", where=where, remedy="python -m prospect.check FILE")
+        self.prompts = {part: sum(prompt[part] for prompt in prompts) / len(prompts) for part in prompts[0]}
 
     def load(self, file: int, index: int) -> tuple[Clip, np.ndarray]:
         """A clip and its embeddings [rows, I, D]."""
@@ -91,12 +114,21 @@ class Corpus:
         epoch, index = key
         entry = self.entries[index]
         clip, embeddings = self.load(entry.file, entry.clip)
-        layout = lay_out(clip, self.config, self.rate, self.seed, epoch, entry.window)
+        layout = lay_out(clip, self.config, self.rate, self.seed, self.draw(epoch, entry), entry.window)
         return make_sample(clip, layout, entry.window, embeddings, self.tokenizer, self.config)
+
+    def draw(self, epoch: int, entry: Entry) -> int:
+        """Which draw of its negatives and text places a sequence has: 0, 1, ..., each once."""
+        return epoch * self.repeats[entry.file] + entry.repetition
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, [number of sequences]."""
         return np.array([entry.window.num_tokens for entry in self.entries])
+
+    def shares(self) -> np.ndarray:
+        """Each file's share of the tokens of an epoch, [number of files]."""
+        tokens = np.bincount([entry.file for entry in self.entries], self.lengths(), len(self.sources))
+        return tokens / tokens.sum()
 
 
 def label_counts(corpus: Corpus, epoch: int = 0) -> dict[str, Tensor]:
@@ -116,8 +148,9 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
     """Samples to one right-padded batch.
 
     input_ids, attention_mask and the labels are [B,T]; image_embeds [frames in batch, D] stand in the order of the
-    <image> tokens; clip_ids names each sequence. Padding is known by its position alone: causal attention never lets
-    a real token look at it, and its labels are -100.
+    <image> tokens. Padding is known by its position alone: causal attention never lets a real token look at it, and its
+    labels are -100. For messages, and always on the host: clip_ids and video_ids name each sequence, frame_indices and
+    timestamps hold for each the absolute numbers and the times (seconds of the video) of its <image> tokens.
     """
     B, T = len(samples), max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((B, T), pad_id, dtype=torch.long)
@@ -136,7 +169,24 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
         "image_embeds": image_embeds,
         **labels,
         "clip_ids": [sample.clip_id for sample in samples],
+        "video_ids": [sample.video_id for sample in samples],
+        "frame_indices": [at_images(sample, sample.frames) for sample in samples],
+        "timestamps": [at_images(sample, sample.times) for sample in samples],
     }
+
+
+def at_images(sample: Sample, of_frames: np.ndarray) -> np.ndarray:
+    """A value of each frame [F] at each of its <image> tokens, [F*I]."""
+    return np.repeat(of_frames, len(sample.image_embeds) // max(1, len(sample.frames)))
+
+
+def contents(batch: dict) -> list[str]:
+    """What each sequence of a batch shows, for messages."""
+    keys = ("clip_ids", "video_ids", "frame_indices", "timestamps")
+    return [
+        f"{clip}: frames {frames.min()}..{frames.max()} of video {video}, {times.min():.1f} to {times.max():.1f} s"
+        for clip, video, frames, times in zip(*map(batch.get, keys))
+    ]
 
 
 def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:

@@ -17,6 +17,7 @@ The rule sees the past alone, frame after frame, so look-ahead and several strea
 
 from dataclasses import dataclass
 
+from prospect.clips import Clip
 from prospect.config import InferConfig
 from prospect.metrics import fires, logit
 
@@ -34,6 +35,27 @@ class Decision:
     dst_score: float | None  # None: a model without task state, or nothing left to update
 
 
+@dataclass(frozen=True)
+class Moments:
+    """When the reference speaks and updates, in absolute frames: decisions for a model that is told when.
+
+    So do published tables that judge the texts alone and take the time of each from the reference.
+    """
+
+    speak: frozenset[int]
+    update: frozenset[int]
+
+    def at(self, frame: int) -> tuple[bool, bool]:
+        """Whether to speak, and whether to update."""
+        return frame in self.speak, frame in self.update
+
+
+def reference_moments(clip: Clip) -> Moments:
+    """The last frame of each reply's and each update's range, behind which training mostly has its text."""
+    frames = {role: frozenset(last for _, last in clip.events(role)) for role in ("assistant", "DST_UPDATE")}
+    return Moments(frames["assistant"], frames["DST_UPDATE"])
+
+
 @dataclass
 class Evidence:
     """The scores of one stream so far, since something was last written."""
@@ -42,11 +64,18 @@ class Evidence:
     dst: float = 0.0
 
 
-def decide(infer: InferConfig, evidence: Evidence, speaking: float, dst: float | None, asked: bool) -> Decision:
+def decide(
+    infer: InferConfig,
+    evidence: Evidence,
+    speaking: float,
+    dst: float | None,
+    asked: bool,
+    told: tuple[bool, bool] | None = None,
+) -> Decision:
     """The decision at one frame; `evidence` is brought forward to the next.
 
     speaking, dst: the heads' probabilities, dst None where no update can be written. asked: the user's text stands
-    right before this frame.
+    right before this frame. told: whether to speak and to update (Moments.at), where the heads are not to decide.
     """
     weight = 1.0 if asked else infer.smoothing
     evidence.speaking += weight * (centred(speaking, infer.speaking_threshold) - evidence.speaking)
@@ -57,6 +86,8 @@ def decide(infer: InferConfig, evidence: Evidence, speaking: float, dst: float |
         if speak or update:
             speak = speak or nearly(evidence.speaking, infer)
             update = update or nearly(evidence.dst, infer)
+    if told is not None:
+        speak, update = told[0], told[1] and dst is not None
     decision = Decision(speak, update, evidence.speaking, None if dst is None else evidence.dst)
     if speak or update:
         evidence.speaking = evidence.dst = 0.0

@@ -39,24 +39,30 @@ SAFETENSORS_DTYPES = ("F16", "BF16", "F32", "F64")
 # ---- finding a clip's file -----------------------------------------------------------------------
 
 
+def embedding_names(clip_id: str, named: str | None) -> list[str]:
+    """The names that a clip's embedding file may have, relative to the folder, in the order in which they are tried.
+
+    `named` is the clip's own ``embeddings`` field; without it the names are ``{clip_id}_embeddings`` and ``{clip_id}``
+    with the endings .pkl, .npy and .safetensors. Raises ProspectError for an id that cannot be part of a file name.
+    """
+    if named is not None:
+        return [named]
+    if not clip_id or any(character in clip_id for character in "/\\\0"):  # a separator would make the id a path
+        remedy = "give the clip an `embeddings` field, or an id without / and \\"
+        raise ProspectError("the clip's id cannot be part of a file name", where=f"clip {clip_id!r}", remedy=remedy)
+    return [f"{clip_id}{middle}{ending}" for middle in ("_embeddings", "") for ending in ENDINGS]
+
+
 def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outside: bool = False) -> Path:
     """The embedding file of a clip.
 
-    `named` is the clip's own ``embeddings`` field, relative to `folder`; without it the first that exists of
-    ``{clip_id}_embeddings`` and ``{clip_id}`` with the endings .pkl, .npy and .safetensors is taken. Wherever ``..``,
-    an absolute path or a symbolic link leads, the file must be inside `folder`, unless `allow_outside`.
+    The first of `embedding_names` that exists in `folder` is taken. Wherever ``..``, an absolute path or a symbolic
+    link leads, the file must be inside `folder`, unless `allow_outside`.
 
     Raises ProspectError when the file is outside or there is none (every path tried is named).
     """
     where = f"clip {clip_id!r}"
-    if named is None:
-        if not clip_id or any(character in clip_id for character in "/\\\0"):  # a separator would make the id a path
-            remedy = "give the clip an `embeddings` field, or an id without / and \\"
-            raise ProspectError("the clip's id cannot be part of a file name", where=where, remedy=remedy)
-        tried = [folder / f"{clip_id}{middle}{ending}" for middle in ("_embeddings", "") for ending in ENDINGS]
-    else:
-        tried = [folder / named]
-
+    tried = [folder / name for name in embedding_names(clip_id, named)]
     try:
         found = next((path for path in tried if path.exists()), None)
         inside = found is None or found.resolve().is_relative_to(folder.resolve())

@@ -1,4 +1,4 @@
-"""The one error a user can cause, and how an entry point ends on it.
+"""The one error a user can cause, and how an entry point ends: on it, or by naming the command that comes next.
 
 Everything a user can get wrong (a config key, a clip, an embedding file, a checkpoint) raises
 ProspectError with three parts: *what* is wrong, *where* it is (file, clip, turn, field) and the
@@ -9,6 +9,8 @@ our own code and are never meant to be read by a user.
 import os
 import sys
 from collections.abc import Callable
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # in torch's words, on a GPU and on a CPU
 
 
 class ProspectError(Exception):
@@ -32,17 +34,39 @@ def _rebuild(what: str, where: str, remedy: str) -> ProspectError:
     return ProspectError(what, where=where, remedy=remedy)
 
 
+def print_next(command: str) -> None:
+    """The command that comes next on the way from raw data to an evaluation, on a line of its own, to be pasted."""
+    print(f"next:\n{command}")
+
+
 def run_entry_point(main: Callable[[], int | None]) -> None:
-    """Run `main` and exit with its status: 2 after a ProspectError (one line on stderr), 130 after Ctrl-C."""
+    """Run `main` and exit with its status: 2 after a ProspectError (one line on stderr), 130 after Ctrl-C.
+
+    What the operating system refuses, wherever that is, ends like a ProspectError: a full disk is no fault of ours.
+    """
     try:
         status = main() or 0
+        sys.stdout.flush()
     except ProspectError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:  # torch's have no type of their own on a CPU
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        remedy = "lower data.batch_tokens, data.max_seq_len, --streams or a size of the model"
+        print(f"error: {ProspectError(f'out of memory: {error}', remedy=remedy)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     except BrokenPipeError:  # the reader of our output (head, less) has closed it: not a failure
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as error:
+        where, remedy = str(error.filename or ""), "check the path, the permissions and the free space"
+        print(f"error: {ProspectError(error.strerror or str(error), where=where, remedy=remedy)}", file=sys.stderr)
+        status = 2
+    try:
+        sys.stdout.flush()
+    except OSError:  # what cannot be printed must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

@@ -1,18 +1,20 @@
 """Evaluation: every clip streamed and scored; and the choice of when the heads fire, on streamed clips.
 
     python -m prospect.evaluate --checkpoint DIR --data FILE [--strategy NAME] [--out DIR] [section.key=value ...]
+    python -m prospect.evaluate --checkpoint DIR --data FILE --moments reference
     python -m prospect.evaluate --records OUT [--data FILE]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
     python -m prospect.evaluate --checkpoint DIR --data FILE --quiet FILE [--max-false-alarms N]
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
 and metrics.md under --out, and prints the table. Interrupted and started again, it resumes with the clips that are
-missing. The second prints the table again from what the first has written, without model or embeddings. The third
-chooses how much evidence the heads need, on some of these clips (prospect/tuning.py), prints what was tried and stores
-the choice in the checkpoint; so does the fourth, but among what is certified to be quiet where nothing happens
-(prospect/quiet.py).
+missing. The second adds the table of a model that is told when: at the last frame of each turn of the reference it
+speaks or updates, and nowhere else, and the texts are its own. The third prints the tables again from what was written
+under --out, without model or embeddings. The fourth chooses how much evidence the heads need, on some of these clips
+(prospect/tuning.py), prints what was tried and stores the choice in the checkpoint; so does the fifth, but among what
+is certified to be quiet where nothing happens (prospect/quiet.py).
 
-What each number means stands in docs/metrics.md. All of them are sums over clips in one fixed order, divided once
+docs/metrics.md says what each number means. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
 interrupted.
 """
@@ -24,7 +26,6 @@ import json
 import shlex
 import sys
 import time
-import urllib.parse
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,26 +35,34 @@ from tqdm import tqdm
 
 from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
-from prospect.clip_files import ClipFile, clip_id, fit_rows, open_source
-from prospect.clips import Clip
+from prospect.clip_files import ClipFile, fit_rows, open_source
 from prospect.config import Config, to_dict
-from prospect.data import Corpus, ordered_batches
-from prospect.decisions import SETTINGS
+from prospect.context import check_reserved, check_streamable
+from prospect.data import Corpus, as_streamed, ordered_batches
+from prospect.decisions import SETTINGS, reference_moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.files import read_json, read_lines, write_json, write_text
-from prospect.load import load_for_inference, load_job
+from prospect.features import features_of
+from prospect.files import read_json, write_json, write_text
+from prospect.load import load_for_inference, load_job, unlike_training
 from prospect.metrics import by_dataset
 from prospect.model import Prospect
 from prospect.quiet import MAX_FALSE_ALARMS, choose_quiet
+from prospect.records import (
+    RECORDS,
+    RECORDS_TOLD,
+    REFERENCES,
+    read_records,
+    records_file,
+    same_settings,
+    write_references,
+)
 from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
-from prospect.stream import FrameRecord, Job, streamed_clips
+from prospect.stream import Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
 from prospect.tuning import best_tried, some_of, target_value, teacher_forced_odds, try_evidence
 
-REFERENCES = "references.jsonl"  # under --out
 STREAMS = 8  # clips streamed at once, by default
-RECORD_FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
 
 
 # ---- streamed clips ------------------------------------------------------------------------------
@@ -77,7 +86,7 @@ def stream_and_score(
     missing = []
     for job in jobs:
         records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job.clip)
-        if records is None or len(records) != len(job.embeddings):
+        if records is None or len(records) != job.num_frames:
             missing.append(job)
         else:
             yield score_clip(job.clip, records, similarity, config.data.dst)
@@ -88,31 +97,8 @@ def stream_and_score(
         yield score_clip(job.clip, records, similarity, config.data.dst)
 
 
-def records_file(records_dir: Path, clip_id: str) -> Path:
-    """Where a clip's records lie: named by its id, written so that any id is a file name, and no two ids the same."""
-    name = urllib.parse.quote(clip_id, safe=" ")
-    if len(name) > 200:  # file systems end at 255 bytes
-        name = f"{name[:160]}-{hashlib.sha256(clip_id.encode()).hexdigest()[:32]}"
-    return records_dir / f"{name}.jsonl"
-
-
-def read_records(path: Path, clip: Clip) -> list[dict] | None:
-    """The records of a clip from its first frame on; None where there is no file, or a record in it is not whole."""
-    try:
-        records = [json.loads(line) for line in read_lines(path)]
-    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: broken off, or not UTF-8
-        return None
-    except OSError as error:
-        raise ProspectError(f"cannot be read: {error.strerror}", where=str(path)) from error
-    if not all(isinstance(record, dict) and record.keys() == RECORD_FIELDS for record in records):
-        return None
-    first = clip.start_frame
-    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(records)))
-    return records if whole else None
-
-
-def score_records(out: Path, paths: list[str], similarity: Similarity) -> list[ClipScore]:
-    """Score the clips of the files `paths` by the records that an evaluation has left in `out`.
+def score_records(folder: Path, paths: list[str], similarity: Similarity) -> list[ClipScore]:
+    """Score the clips of the files `paths` by the records that an evaluation has left in a folder.
 
     Raises ProspectError at a clip without complete records.
     """
@@ -120,7 +106,7 @@ def score_records(out: Path, paths: list[str], similarity: Similarity) -> list[C
     for path in paths:
         file = ClipFile(path)
         for clip in map(file.clip, range(len(file))):
-            stored = records_file(out / "records", clip.id)
+            stored = records_file(folder, clip.id)
             records = read_records(stored, clip)
             if not records:
                 what = f"no complete records of clip {clip.id}"
@@ -131,27 +117,36 @@ def score_records(out: Path, paths: list[str], similarity: Similarity) -> list[C
     return scores
 
 
-def write_references(out: Path, paths: list[str], ids: set[str]) -> None:
-    """The clips that are evaluated, as they are in their files, so that `out` can be scored again by itself."""
-    raw = [
-        (clip_id(clip, i), clip) for path in paths for i, clip in enumerate(ClipFile(path)) if isinstance(clip, dict)
-    ]
-    lines = [json.dumps(clip | {"id": id}) + "\n" for id, clip in raw if id in ids]
-    write_text(out / REFERENCES, "".join(lines))
+def load_jobs(paths: Iterable[str], config: Config, tokenizer: Tokenizer, checkpoint: Path | None = None) -> list[Job]:
+    """Every clip of the files, ready to be streamed, all checked first as before a training (prospect/check.py).
 
-
-def load_jobs(paths: Iterable[str], config: Config) -> list[Job]:
-    """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
-
-    A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are told on stderr.
+    A bad clip, an id that occurs twice, or a clip that does not fit into the context (prospect/context.py) raises
+    ProspectError, or with `data.on_bad: skip` is left out. What was left out, and warnings, go to stderr, also
+    where the clips are not like those `checkpoint` was trained on.
     """
+    check_reserved(tokenizer, config)
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
+    jobs, chosen = [], []
+    for number, index in usable.clips:
+        job, _ = load_job(sources[number], index, config.model.vision_dim)
+        try:
+            check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
+        except ProspectError as error:
+            if config.data.on_bad == "stop":
+                raise
+            usable.skipped.append(str(error))
+            continue
+        jobs.append(job)
+        chosen.append((sources[number], index))
     tell(usable.warnings, usable.skipped)
-    if not usable.clips:
+    if not jobs:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    return [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
+    if checkpoint is not None:
+        features = features_of(chosen)
+        lines = unlike_training(checkpoint, [job.clip for job in jobs], config, features)
+        tell([f"warning: {line}" for line in lines], [])
+    return jobs
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -174,14 +169,25 @@ def footing(made: dict[str, Any], similarity: Similarity, command: str, results:
 
 
 def report(
-    scores: list[ClipScore], made: dict[str, Any], similarity: Similarity, command: str, out: Path | None
+    scores: list[ClipScore],
+    told: list[ClipScore],
+    made: dict[str, Any],
+    similarity: Similarity,
+    command: str,
+    out: Path | None,
 ) -> None:
-    """Print the tables, and write them and all numbers into `out`."""
+    """Print the tables, and write them and all numbers into `out`. told: scores of the model told when, or none."""
     results = by_dataset([(score.dataset, score) for score in scores], summarise)
-    text = table(results) + "\n\n" + footing(made, similarity, command, results)
+    found, text = {"command": command, "similarity": similarity.name, "results": results}, table(results)
+    if told:
+        numbers = by_dataset([(score.dataset, score) for score in told], summarise)
+        # Whether it was in time is no merit of one who was told the time.
+        found["told_when"] = {name: {k: v for k, v in of.items() if "_event_" not in k} for name, of in numbers.items()}
+        text += f"\n\nTold when to speak and update, by the reference:\n\n{table(found['told_when'])}"
+    text += "\n\n" + footing(made, similarity, command, results)
     print(text)
     if out is not None:
-        write_json(out / "metrics.json", {"command": command, "similarity": similarity.name, "results": results})
+        write_json(out / "metrics.json", found)
         write_text(out / "metrics.md", text + "\n")
 
 
@@ -237,7 +243,9 @@ def main() -> int:
     parser.add_argument("--streams", type=int, default=STREAMS, help=f"clips streamed at once; default: {STREAMS}")
     what = "DIR: a local sentence-transformers model"
     parser.add_argument("--similarity", default="lexical", metavar="lexical|DIR", help=what)
-    what = "choose on these clips how much evidence the heads need, and store it"
+    what = "reference: score beside it a second pass in which the reference decides when to speak and update"
+    parser.add_argument("--moments", choices=("own", "reference"), default="own", help=what)
+    what = "choose on these clips how much evidence the heads need, and store it in the checkpoint's state.json"
     parser.add_argument("--sweep", action="store_true", help=what)
     what = "choose evidence with which at most N false alarms come in an hour of these clips, in which nothing happens"
     parser.add_argument("--quiet", metavar="FILE", help=what)
@@ -250,25 +258,19 @@ def main() -> int:
         (arguments.overrides if "=" in word and not Path(word).exists() else arguments.data).append(word)
     check_arguments(arguments)
     if arguments.records is not None:
-        similarity = load_similarity(arguments.similarity)
-        scores = score_records(arguments.records, arguments.data or [arguments.records / REFERENCES], similarity)
-        made = arguments.records / "settings.json"
-        try:
-            report(scores, read_json(made), similarity, as_typed(arguments), None)
-        except KeyError as error:
-            what = f"does not tell {error.args[0]}, with which the records were made"
-            raise ProspectError(what, where=str(made), remedy="evaluate again") from error
+        print_again(arguments)
         return 0
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
     if arguments.sweep:
         vision_dim, seed = config.model.vision_dim, config.run.seed
-        as_streamed = dataclasses.replace(config.data, layout="stream", frames="all", long_clips="split")  # every frame
-        corpus = Corpus(arguments.data, as_streamed, tokenizer, vision_dim, rate=1.0, seed=seed)
-        sweep(arguments.checkpoint, corpus, load_jobs(arguments.data, config), model, tokenizer, config)
+        corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
+        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
+        sweep(arguments.checkpoint, corpus, jobs, model, tokenizer, config)
     elif arguments.quiet:
         most = MAX_FALSE_ALARMS if arguments.max_false_alarms is None else arguments.max_false_alarms
-        quiet, jobs = load_jobs([arguments.quiet], config), load_jobs(arguments.data, config)
+        quiet = load_jobs([arguments.quiet], config, tokenizer)
+        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
         evidence = choose_quiet(model, tokenizer, quiet, jobs, config, most)
         print(f"chosen: infer.evidence={evidence}")
         store(arguments.checkpoint, config, {"evidence": evidence})
@@ -294,9 +296,10 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         remedy = "--records OUT [--data FILE] [--similarity DIR]"
         raise ProspectError("--records only scores again what has been streamed", where=where, remedy=remedy)
     if arguments.quiet and arguments.sweep:
-        raise ProspectError(
-            "--quiet and --sweep choose the same number", where=where, remedy="first --sweep, then --quiet"
-        )
+        remedy = "first --sweep, then --quiet"
+        raise ProspectError("--quiet and --sweep choose the same number", where=where, remedy=remedy)
+    if chosen and arguments.moments != "own":
+        raise ProspectError(f"{chosen} chooses the model's own moments", where=where, remedy="leave --moments away")
     if arguments.max_false_alarms is not None and not arguments.quiet:
         raise ProspectError("--max-false-alarms needs hours of quiet", where=where, remedy="--quiet FILE")
 
@@ -305,25 +308,48 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     """Stream and score the clips, print the table, and with --out write everything down."""
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config)
-    records_dir, taken_over = None, 0
+    jobs = load_jobs(arguments.data, config, tokenizer, checkpoint)
     if out is not None:
-        records_dir = out / "records"
         same_settings(out, settings(checkpoint, config, arguments.data, jobs))
         write_references(out, arguments.data, {job.clip.id for job in jobs})
-        taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
-        if taken_over:
-            print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
-    started = time.perf_counter()
-    scoring = stream_and_score(
-        model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
-    )
-    scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
-    seconds = time.perf_counter() - started
+
+    def streamed(jobs: list[Job], folder: str) -> list[ClipScore]:
+        """The scores of all clips; their records go into a folder of `out`, and are taken over from there."""
+        records_dir, taken_over = None, 0
+        if out is not None:
+            records_dir = out / folder
+            records_dir.mkdir(exist_ok=True)
+            taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
+            if taken_over:
+                print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
+        started = time.perf_counter()
+        scoring = stream_and_score(
+            model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
+        )
+        scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
+        if not taken_over:
+            print(f"{sum(score.frames for score in scores)} frames in {time.perf_counter() - started:.1f} s")
+        return scores
+
+    scores, told = streamed(jobs, RECORDS), []
+    if arguments.moments == "reference":
+        told = streamed([dataclasses.replace(job, moments=reference_moments(job.clip)) for job in jobs], RECORDS_TOLD)
     made = flatten(to_dict(config)) | {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
-    report(scores, made, similarity, as_typed(arguments), out)
-    if not taken_over:
-        print(f"{sum(score.frames for score in scores)} frames in {seconds:.1f} s")
+    report(scores, told, made, similarity, as_typed(arguments), out)
+
+
+def print_again(arguments: argparse.Namespace) -> None:
+    """The tables of an evaluation, from the records that it has left under its --out."""
+    out, similarity = arguments.records, load_similarity(arguments.similarity)
+    paths = arguments.data or [str(out / REFERENCES)]
+    scores = score_records(out / RECORDS, paths, similarity)
+    told = score_records(out / RECORDS_TOLD, paths, similarity) if (out / RECORDS_TOLD).exists() else []
+    made = out / "settings.json"
+    try:
+        report(scores, told, read_json(made), similarity, as_typed(arguments), None)
+    except KeyError as error:
+        what = f"does not tell {error.args[0]}, with which the records were made"
+        raise ProspectError(what, where=str(made), remedy="evaluate again") from error
 
 
 def tell(warnings: list[str], skipped: list[str]) -> None:
@@ -338,6 +364,7 @@ def as_typed(arguments: argparse.Namespace) -> str:
     words += ["--records", str(arguments.records)] if arguments.records else []
     words += ["--data", *arguments.data] if arguments.data else []
     words += [] if arguments.strategy is None else ["--strategy", arguments.strategy]
+    words += [] if arguments.moments == "own" else ["--moments", arguments.moments]
     words += [] if arguments.streams == STREAMS else ["--streams", str(arguments.streams)]
     words += [] if arguments.similarity == "lexical" else ["--similarity", arguments.similarity]
     return shlex.join(words + arguments.overrides)
@@ -355,28 +382,6 @@ def settings(checkpoint: Path, config: Config, files: list[str], jobs: list[Job]
         found[f"time of {file.name}"] = file.stat().st_mtime_ns
     del found["infer.lookahead"]  # changes no record
     return found | {"checkpoint": str(checkpoint.resolve()), "step": state.step, "the clips' digest": data.hexdigest()}
-
-
-def same_settings(out: Path, wanted: dict[str, Any]) -> None:
-    """Begin the folder `out`, or make sure that the records it holds were made with these very settings.
-
-    Raises ProspectError naming what differs, and where nothing can be written there.
-    """
-    path, remedy = out / "settings.json", "name another --out, or remove this one"
-    try:
-        (out / "records").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ProspectError(f"cannot be used: {error.strerror}", where=str(out), remedy="name another --out") from error
-    try:
-        then = read_json(path) if any((out / "records").glob("*.jsonl")) else wanted
-    except ProspectError as error:
-        what = "does not tell by which settings its records were made"
-        raise ProspectError(what, where=str(path), remedy=remedy) from error
-    names = [name for name in sorted({*then, *wanted}) if then.get(name) != wanted.get(name)]
-    if names:
-        differ = "; ".join(f"{name} was {then.get(name)}, is {wanted.get(name)}" for name in names)
-        raise ProspectError(f"holds records made with other settings: {differ}", where=str(out), remedy=remedy)
-    write_json(path, wanted)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,18 @@ WRITING = ".writing"
 
 
 @contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Writing into `path`: what the operating system refuses (no room, no permission) is a ProspectError."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read what we print has left: no failure, see run_entry_point
+        raise
+    except OSError as error:
+        what, remedy = f"cannot be written: {error.strerror}", "check the directory and the free space"
+        raise ProspectError(what, where=str(path), remedy=remedy) from None
+
+
+@contextlib.contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write bytes into, which replaces `path` when the block ends.
 
@@ -24,7 +36,7 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
     behind. Raises ProspectError when the file cannot be written.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{WRITING}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(aside, "wb") as file:
@@ -35,9 +47,6 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             to_disk(path.parent)
         finally:
             aside.unlink(missing_ok=True)
-    except OSError as error:
-        remedy = "check the directory and the free space"
-        raise ProspectError(f"cannot be written: {error.strerror}", where=str(path), remedy=remedy) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -627,9 +627,12 @@ def by_dataset(
     clips      (name of the dataset, result of the clip)
     summarise  the results of one dataset's clips -> its numbers, e.g. `sum_dialogue`; a number that a dataset lacks
                (a text metric failed there) has no mean
+
+    A dataset that is itself called macro stands in the table as `macro (dataset)`.
     """
-    datasets = sorted({name for name, _ in clips})
-    table = {name: summarise([result for other, result in clips if other == name]) for name in datasets}
+    names = sorted({name for name, _ in clips})
+    found = {name: summarise([result for other, result in clips if other == name]) for name in names}
+    table = {"macro (dataset)" if name == "macro" else name: numbers for name, numbers in found.items()}
     first, *others = table.values() or [{}]
     rates = [key for key, value in first.items() if isinstance(value, float) and all(key in other for other in others)]
     macro = {

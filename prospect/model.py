@@ -28,6 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from prospect.config import LossConfig
+from prospect.errors import ProspectError
+
 IGNORE = -100  # the label of a position where nothing is learned
 
 
@@ -75,7 +78,8 @@ class ModelConfig:
     # ours
     vision_dim: int = 2048  # D: 2048 for SmolVLM2 embeddings, 1152 for SigLIP
     image_token_id: int = 0  # may lie beyond vocab_size: <image> is never looked up and never generated
-    dst: bool = True  # False: no task state, one head (ProAssist's architecture)
+    speaking_head: bool = True  # False: the LM decides when to speak (ProAssist's default)
+    dst: bool = True  # False: no task state and no head for it (ProAssist's architecture)
     dst_state_head: bool = False  # a third head: the state of the most recently started step
     lora: LoraConfig | None = None
     backbone: str = ""  # directory that the transformer's weights came from
@@ -148,11 +152,11 @@ class KVCache:
             self.lengths[stream] += num_tokens
         return Slots(neighbours, index, begin, end, mask, positions)
 
-    def clear(self, stream: int) -> None:
-        """Empty a stream for another clip. Zeros, for what is masked is still multiplied: a NaN would come through."""
-        self.lengths[stream] = 0
-        self.keys[:, stream].zero_()
-        self.values[:, stream].zero_()
+    def clear(self, stream: int, kept: int = 0) -> None:
+        """Empty a stream behind `kept` tokens. Zeros: what is masked is still multiplied, so NaN comes through."""
+        self.lengths[stream] = kept
+        self.keys[:, stream, :, kept:].zero_()
+        self.values[:, stream, :, kept:].zero_()
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Write k, v [B,K,T,E] into their slots and return all that those streams hold, [B,K,S,E]."""
@@ -316,7 +320,7 @@ class Prospect(nn.Module):
         self.lm_head = nn.Linear(H, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.speaking_decision_head = nn.Linear(H, 1)
+        self.speaking_decision_head = nn.Linear(H, 1) if config.speaking_head else None
         self.dst_update_head = nn.Linear(H, 1) if config.dst else None
         self.dst_state_head = nn.Linear(H, 3) if config.dst_state_head else None
 
@@ -330,10 +334,17 @@ class Prospect(nn.Module):
     def joint_embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings [B,T,H] in which the k-th <image> token, in reading order, is the k-th projected frame row.
 
-        image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `collate`
-        has checked by clip. Nothing here waits for the device: the mask is filled in order, without counting.
+        image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `make_sample` has
+        checked by clip. Raises ProspectError for any other number. Nothing here waits for a GPU: the mask is filled in
+        order, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
         """
         is_image = input_ids == self.config.image_token_id  # [B,T]
+        rows, images = 0 if image_embeds is None else len(image_embeds), is_image.sum()
+        if not is_image.is_cpu:
+            torch._assert_async(images == rows, "as many rows of image_embeds as <image> tokens are needed")
+        elif images != rows:
+            what = f"{int(images)} <image> tokens for {rows} rows of image_embeds"
+            raise ProspectError(what, where="joint_embed", remedy="one row for each <image>")
         embeds = self.model.embed_tokens(input_ids.masked_fill(is_image, 0))  # [B,T,H]
         if image_embeds is None:
             return embeds
@@ -346,24 +357,32 @@ class Prospect(nn.Module):
         image_embeds: Tensor | None = None,
         *,
         labels: dict[str, Tensor] | None = None,
-        bce: str = "mean",
+        loss: LossConfig | None = None,
         cache: KVCache | None = None,
         streams: list[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with labels (each [B,T]), sums by LOSS_CLASSES.
 
+        loss: how they are weighed, None for the defaults.
         cache: keys and values of what came before; the new tokens follow them, in all of its streams or in `streams`.
+        Raises ProspectError where rows and <image> tokens differ in number, or labels' attention_mask shows padding
+        that is not on the right.
         """
+        mask = None if labels is None else labels.get("attention_mask")  # [B,T], on the host as the labels are
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+            what = "a sequence has padding before a token, which would be seen"
+            raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
         embeds = self.joint_embed(input_ids, image_embeds)
         hidden = self.model(embeds, cache, streams)
         if labels is None:
             return hidden
-        return loss_sums(self, hidden, labels, bce)
+        return loss_sums(self, hidden, labels, loss or LossConfig())
 
     def decision_probabilities(self, hidden: Tensor, decision: str, end_id: int) -> dict[str, Tensor]:
         """How strongly each head wants to act at hidden [..., H]: "speaking" and, with task state, "dst", each [...].
 
-        decision `lm` is ProAssist's way to speak without a head: 1 - P(end token), the chance that the LM goes on.
+        decision `lm` is ProAssist's way to speak without a head: 1 - P(end token), the chance that the LM goes on. It
+        is the only one for a model without the speaking head.
         """
         if decision == "lm":
             speaking = 1 - self.lm_head(hidden.to(self.lm_head.weight.dtype)).float().softmax(-1)[..., end_id]
@@ -485,7 +504,6 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
 #     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
 #     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head
 LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
-FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # arXiv 1708.02002
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once
 
 
@@ -505,7 +523,7 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     return rows * T + columns, wanted[rows, columns]
 
 
-def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: str) -> dict[str, Tensor]:
+def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
     """Summed losses of one micro-batch by LOSS_CLASSES, fp32 scalars.
 
     hidden [B,T,H]; labels: `speaking_gen_labels`, `speaking_labels`, `dst_gen_labels`, `dst_update_labels` and, for a
@@ -532,33 +550,43 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], bce: s
                 losses.append(token_losses(model.lm_head, part, target))
         return [part.sum() for part in torch.cat(losses).split(counts)]
 
-    def decision(head: nn.Linear, key: str) -> tuple[Tensor, Tensor]:
+    def decision(head: nn.Linear | None, key: str) -> tuple[Tensor, Tensor]:
+        if head is None:
+            return nothing, nothing
         states, label = read(key, shift=False)
         logits, label = head(states).float().squeeze(-1), label.float()
-        loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
-        if bce == "focal":
-            p_true = torch.exp(-loss)  # the probability given to the right answer
-            weight = label * FOCAL_ALPHA + (1 - label) * (1 - FOCAL_ALPHA)
-            loss = weight * (1 - p_true) ** FOCAL_GAMMA * loss
-        return (loss * label).sum(), (loss * (1 - label)).sum()
+        losses = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
+        if loss.bce == "focal":
+            weight = label * loss.focal_alpha + (1 - label) * (1 - loss.focal_alpha)
+            losses = weight * focal(losses, loss.focal_gamma)
+        return (losses * label).sum(), (losses * (1 - label)).sum()
 
     nothing = hidden.new_zeros((), dtype=torch.float32)
     sums = dict.fromkeys(LOSS_CLASSES, nothing)
     sums["speaking_pos"], sums["speaking_neg"] = decision(model.speaking_decision_head, "speaking_labels")
-    if model.dst_update_head is None:
-        [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
-    else:
+    sums["dst_pos"], sums["dst_neg"] = decision(model.dst_update_head, "dst_update_labels")
+    if model.config.dst:
         sums["speaking_gen"], sums["dst_gen"] = generation(["speaking_gen_labels", "dst_gen_labels"])
-        sums["dst_pos"], sums["dst_neg"] = decision(model.dst_update_head, "dst_update_labels")
+    else:
+        [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
     if model.dst_state_head is not None:
         states, state = read("dst_state_labels", shift=False)
-        sums["dst_state"] = F.cross_entropy(model.dst_state_head(states).float(), state, reduction="sum")
+        losses = token_losses(model.dst_state_head, states, state)
+        sums["dst_state"] = (focal(losses, loss.focal_gamma) if loss.dst_state_focal else losses).sum()
     return sums
 
 
-def token_losses(lm_head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each of states [n,H] against its token id, [n], from fp32 logits."""
-    return F.cross_entropy(lm_head(states).float(), targets, reduction="none")
+def token_losses(head: nn.Linear, states: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each of states [n,H] against its token id (or its step's state), [n], from fp32 logits."""
+    return F.cross_entropy(head(states).float(), targets, reduction="none")
+
+
+def focal(losses: Tensor, gamma: float) -> Tensor:
+    """Focal loss (arXiv 1708.02002), (1 - p)^gamma (-log p), from -log p [n]; p: what the right answer was given.
+
+    At p = 1 the power's own gradient is infinite for gamma < 1; a floor far below every other loss keeps it finite.
+    """
+    return (-torch.expm1(-losses)).clamp(min=1e-12) ** gamma * losses
 
 
 def count_labels(labels: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -585,18 +613,18 @@ def added(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], bce: str) -> dict[str, Tensor]:
+def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
     """The losses, each a sum over its own count: of a whole optimizer step when `counts` are.
 
-    sums, counts: scalars by LOSS_CLASSES. A term without a label is exactly 0. `bce`: mean and focal divide by all
-    labels; balanced is the mean of the positives' mean and the negatives' mean.
+    sums, counts: scalars by LOSS_CLASSES. A term without a label is exactly 0. `loss.bce`: mean and focal divide by
+    all labels; balanced is the mean of the positives' mean and the negatives' mean.
     """
     device = sums["speaking_gen"].device
     s, n = sums, {name: counts[name].to(device, torch.float32) for name in LOSS_CLASSES}
 
     def binary(head: str) -> Tensor:
         pos, neg = f"{head}_pos", f"{head}_neg"
-        if bce == "balanced":
+        if loss.bce == "balanced":
             return 0.5 * (s[pos] / n[pos].clamp(min=1) + s[neg] / n[neg].clamp(min=1))
         return (s[pos] + s[neg]) / (n[pos] + n[neg]).clamp(min=1)
 

@@ -2,18 +2,20 @@
 
 import contextlib
 import json
+import shlex
 import sys
 from pathlib import Path
 
 from prospect.checkpoint import TrainState
-from prospect.errors import ProspectError
-from prospect.files import read_lines, write_text
+from prospect.errors import print_next
+from prospect.files import read_lines, write_text, writing
 
 VALIDATION_SHOWN = {
     "speaking_event_f1": "speaking F1",
     "dst_event_f1": "update F1",
     "joint_goal_accuracy": "joint goal",
     "replies_right_f1": "replies right",
+    "combined_score": "combined",
 }
 
 
@@ -41,20 +43,16 @@ class MetricsLog:
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, numbers: dict) -> None:
-        try:
+        with writing(self.file.name):
             self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
-        except OSError as error:
-            what, remedy = f"cannot be written: {error.strerror}", "make room and start again"
-            raise ProspectError(what, where=self.file.name, remedy=remedy) from error
 
 
-def report_end(run: Path, state: TrainState, first_step: int, max_steps: int) -> None:
-    """How a run ended, on the terminal. first_step: where it started or resumed."""
+def report_end(run: Path, state: TrainState, max_steps: int, clips: str) -> None:
+    """How a run ended, on the terminal. clips: a file to stream next."""
     if state.step < max_steps:
         print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
-    elif state.step == first_step:
-        advice = "raise train.max_steps, or choose another run.name"
-        print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
     else:
-        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} (step {state.best_step})")
+        best = f"(step {state.best_step}, by {state.best_by})"
+        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} {best}")
+        print_next(shlex.join(["python", "infer.py", "--clip", f"{clips}:0", "--checkpoint", str(run / "best")]))

@@ -200,7 +200,21 @@ def decision_numbers(scores: list[ClipScore]) -> dict[str, float]:
     if (states := sum(score.step_state for score in scores)).any():
         numbers["state_head_accuracy"] = ratio(np.trace(states), states.sum())
         numbers["state_head_macro_f1"] = macro_f1(states)
-    return numbers
+    return numbers | {"combined_score": combined_score(numbers)}
+
+
+def task_scores(numbers: dict[str, float]) -> dict[str, float]:
+    """How well each task is done, 0..1: `events`, when to write (the heads' mean event F1); `replies`, what to say (F1
+    of those right); `state`, what has been done (joint goal accuracy), where the model tracks it."""
+    f1 = [numbers[name] for name in ("speaking_event_f1", "dst_event_f1") if name in numbers]
+    scores = {"events": sum(f1) / len(f1), "replies": numbers["replies_right_f1"]}
+    return scores | ({"state": numbers["joint_goal_accuracy"]} if "joint_goal_accuracy" in numbers else {})
+
+
+def combined_score(numbers: dict[str, float]) -> float:
+    """The mean of `task_scores`. It compares models with the same tasks, not one with task state and one without."""
+    scores = task_scores(numbers)
+    return sum(scores.values()) / len(scores)
 
 
 def summarise(scores: list[ClipScore]) -> dict[str, Any]:
@@ -234,7 +248,7 @@ TABLE = (
     ("speaking_event_f1", "speaking event F1"), ("dst_event_f1", "update event F1"),
     ("replies_right_f1", "replies right (F1)"),
     ("joint_goal_accuracy", "joint goal accuracy"), ("step_state_accuracy", "step-state accuracy"),
-    ("state_head_accuracy", "state head accuracy"),
+    ("state_head_accuracy", "state head accuracy"), ("combined_score", "combined score"),
     ("transition_f1", "transition F1"), ("valid_update_ratio", "valid updates"),
     ("BLEU-4", "BLEU-4"), ("refreshes", "context refreshes"), ("clips", "clips"), ("frames", "frames"),
 )  # fmt: skip

@@ -76,6 +76,16 @@ def clip_prompt(clip: Clip, state: State, config: DataConfig, summary: str = "")
     return prompt_text(system, clip.goal, clip.steps, state, dst=config.dst, knowledge=knowledge, summary=summary)
 
 
+def prompt_parts(clip: Clip, config: DataConfig) -> dict[str, bool]:
+    """Which parts, named as messages name them, `clip_prompt` has for this clip."""
+    return {
+        "system text": any(turn.role == "system" for turn in clip.turns),
+        "goal": bool(clip.goal),
+        "list of steps": config.dst and bool(clip.steps),
+        "recipe": config.recipe and bool(clip.knowledge),
+    }
+
+
 def prompt_pieces(prompt: str, tokenizer: Tokenizer) -> list[Piece]:
     template = tokenizer.template
     bos = [Piece(template.bos, control=True)] if template.bos else []
@@ -444,10 +454,12 @@ class Sample:
     """One training sequence. input_ids [T], image_embeds [F*I, D], labels (LABEL_KEYS) [T] each, frames [F]."""
 
     clip_id: str
+    video_id: str
     input_ids: np.ndarray
     image_embeds: np.ndarray
     labels: dict[str, np.ndarray]
     frames: np.ndarray  # absolute numbers, one a frame shown
+    times: np.ndarray  # [F] of these frames, seconds of the video
     decision_positions: np.ndarray  # [F] where in input_ids each frame is decided
     formatted: Formatted = field(repr=False)
 
@@ -467,7 +479,8 @@ def make_sample(
     if int((ids == tokenizer.image_id).sum()) != len(rows):
         what = f"{int((ids == tokenizer.image_id).sum())} <image> tokens for {len(rows)} embedding rows"
         raise ProspectError(what, where=clip.where, remedy="one <image> a row")
-    return Sample(clip.id, ids, rows, labels, formatted.frames, decided, formatted)
+    frames = formatted.frames
+    return Sample(clip.id, clip.video_uid, ids, rows, labels, frames, clip.seconds(frames), decided, formatted)
 
 
 def label_tokens(
@@ -568,17 +581,23 @@ def _turns_layout(clip: Clip, config: DataConfig, turns: list[Turn], labels: dic
 def kept_frames(clip: Clip, config: DataConfig, seed: int) -> np.ndarray:
     """Absolute numbers of the frames that the stream layout shows, increasing.
 
-    all; turns: only the frames of turns; hybrid: hybrid frame sampling (frames of task-state changes, a window around
-    speech, every n-th frame, a random share of the rest, up to a cap per clip). A frame at which a text stands is
-    kept in every mode. The random share is drawn for (seed, clip), the same in every epoch, so that lengths stay.
+    all; turns: only the frames of turns; hybrid: hybrid frame sampling (key frames, which are those of updates and the
+    first and last of each step that has times; a window around speech; every n-th frame of a step, and of the clip; a
+    random share of the rest; up to a cap per clip). A frame at which a text stands is kept in every mode. The random
+    share is drawn for (seed, clip), the same in every epoch, so that lengths stay.
+
+    turns and hybrid save time in training and have no counterpart live, for what is kept depends on what is said later.
+    Events are more frequent among the frames kept, so probabilities learned there are too high for a stream. Validation
+    and the search for thresholds therefore see every frame, as streaming does (data.as_streamed).
     """
     first, F = clip.start_frame, clip.num_frames
     if config.frames == "all":
         return np.arange(first, clip.end_frame + 1)
-    rank = np.full(F, 5)  # lower is kept first when there are more than the cap
+    rank = np.full(F, 6)  # lower is kept first when there are more than the cap
 
-    def mark(begin: int, end: int, value: int) -> None:
-        part = rank[max(begin - first, 0) : end - first + 1]
+    def mark(begin: int, end: int, value: int, every: int = 1) -> None:
+        begin += max(0, -((begin - first) // every)) * every  # not before the clip's first frame
+        part = rank[begin - first : max(end - first + 1, 0) : every]
         np.minimum(part, value, out=part)
 
     turns = [turn for turn in clip.turns if turn.role != "system"]
@@ -591,12 +610,17 @@ def kept_frames(clip: Clip, config: DataConfig, seed: int) -> np.ndarray:
             mark(turn.start_frame - window, turn.end_frame + window, 2)
     if config.frames == "turns":
         return first + np.flatnonzero(rank <= 1)
-    mark_every = rank[:: config.hybrid.regular_interval]
-    np.minimum(mark_every, 3, out=mark_every)
-    rest = np.flatnonzero(rank == 5)
+    for step in clip.steps:
+        if step.start_ts is not None and step.end_ts is not None:
+            begin, end = int(step.start_ts * clip.fps), int(step.end_ts * clip.fps)
+            mark(begin, begin, 1)
+            mark(end, end, 1)
+            mark(begin, end, 3, every=config.hybrid.key_frame_interval)
+    mark(first, clip.end_frame, 4, every=config.hybrid.regular_interval)
+    rest = np.flatnonzero(rank == 6)
     draw = generator(seed, "hybrid", clip.id)
-    rank[draw.choice(rest, size=int(config.hybrid.random_share * len(rest) + 0.5), replace=False)] = 4
-    candidates = np.flatnonzero(rank < 5)
+    rank[draw.choice(rest, size=int(config.hybrid.random_share * len(rest) + 0.5), replace=False)] = 5
+    candidates = np.flatnonzero(rank < 6)
     texts = int((rank == 0).sum())
     cap = max(config.hybrid.max_frames_per_clip, texts)
     order = np.lexsort((draw.random(len(candidates)), rank[candidates]))  # by rank, at random within one

@@ -3,10 +3,10 @@
     python -m prospect.show config.yaml [--clip FILE[:ID or INDEX]] [--split train|val] [--all] [section.key=value ...]
     python -m prospect.show config.yaml --html PAGE.html [--versus section.key=value ...]     the same as a page
 
-Prints one clip's sequence as a table: position, token, the frame at each <image>, and the labels where something is
-learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one epoch of the
-corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all. The page
-shows every token; with --versus, it shows the clip under two configurations side by side.
+Prints one clip's sequence as a table: position, token, the frame at each <image> and its time, and the labels where
+something is learned, with assistant turns in green and updates in blue; then the label counts of the clip and of one
+epoch of the corpus, which are those that train.py logs. Long runs of frames with equal labels are folded unless --all.
+The page shows every token; with --versus, it shows the clip under two configurations side by side.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from dataclasses import astuple, dataclass
 from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
 from prospect.clip_files import parse_clip_name
 from prospect.config import Config, load_config
-from prospect.data import Corpus, collate, counts_line, label_counts
+from prospect.data import Corpus, collate, contents, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, added, count_labels
 from prospect.report.page import LOSS_NAMES
@@ -34,6 +34,7 @@ class TokenRow:
     position: str
     token: str
     frame: str
+    time: str
     reply_text: str
     speak_now: str
     update_text: str
@@ -49,11 +50,12 @@ class TokenRow:
         return BLUE if self.update_text or self.update_now == "1" else DIM
 
 
-TITLES = ("position", "token", "frame", *LOSS_NAMES.values())
+TITLES = ("position", "token", "frame", "time", *LOSS_NAMES.values())
 
 
 def token_rows(sample: Sample, tokenizer: Tokenizer) -> list[TokenRow]:
-    frame_at = {int(position): f"f{frame}" for position, frame in zip(sample.decision_positions, sample.frames)}
+    moments = zip(sample.decision_positions.tolist(), sample.frames, sample.times)
+    moment_at = {position: (f"f{frame}", f"{time:.1f}s") for position, frame, time in moments}
     rows = []
     for position, id in enumerate(sample.input_ids.tolist()):
         labels = []
@@ -64,7 +66,7 @@ def token_rows(sample: Sample, tokenizer: Tokenizer) -> list[TokenRow]:
             else:
                 labels.append(visible(tokenizer.decode([label])) if key.endswith("gen_labels") else str(label))
         token = visible(tokenizer.decode([id]))
-        rows.append(TokenRow(str(position), token, frame_at.get(position, ""), *labels))
+        rows.append(TokenRow(str(position), token, *moment_at.get(position, ("", "")), *labels))
     return rows
 
 
@@ -145,10 +147,11 @@ def main() -> int:
     corpus, which, tokenizer = open_corpus(config, arguments.clip, arguments.split)
     for index in chosen_sequences(corpus, which):
         sample = corpus[(0, index)]
+        batch = collate([sample], tokenizer.pad_id)
         size = f"{len(sample.input_ids)} tokens, {len(sample.frames)} frames"
-        print(f"\n{sample.clip_id}: {size}; text places and negatives as drawn for epoch 0")
+        print(f"\n{contents(batch)[0]}; {size}; text places and negatives as drawn for epoch 0")
         print_table(token_rows(sample, tokenizer), sys.stdout.isatty(), fold=not arguments.all)
-        print("labels of this sequence:   ", counts_line(count_labels(collate([sample], tokenizer.pad_id))))
+        print("labels of this sequence:   ", counts_line(count_labels(batch)))
     print("labels of one epoch:       ", counts_line(label_counts(corpus)))
     return 0
 

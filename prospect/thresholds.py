@@ -74,7 +74,7 @@ def teacher_forced(
     tensors = collate(samples, corpus.tokenizer.pad_id)
     with autocast or contextlib.nullcontext():
         hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
-        sums = loss_sums(model, hidden, tensors, config.loss.bce)
+        sums = loss_sums(model, hidden, tensors, config.loss)
     sequences = []
     for b, (index, sample) in enumerate(zip(batch, samples)):
         states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
@@ -93,7 +93,7 @@ def reference_labels(corpus: Corpus, index: int) -> dict[str, np.ndarray]:
     """The decision labels of a sequence's frames, by head, with every silent frame a negative."""
     entry = corpus.entries[index]
     clip, _ = corpus.load(entry.file, entry.clip)
-    layout = lay_out(clip, corpus.config, 1.0, corpus.seed, 0, entry.window)
+    layout = lay_out(clip, corpus.config, 1.0, corpus.seed, corpus.draw(0, entry), entry.window)
     shown = np.repeat(entry.window.shows(len(layout.units) - 1), np.diff(layout.units))  # [F of the clip] bool
     return {"speaking": layout.speaking[shown], "dst": layout.dst[shown]}
 

@@ -6,8 +6,7 @@ is one number for both heads, `infer.evidence`, and it is searched here. The sea
 and streaming is fast, and ends when less evidence has been worse twice in a row. (Two certain frames reach 0.75 with
 the default smoothing, so more evidence than that would never be found in a short event.)
 
-What is best is named by `infer.tuned_for`: `events`, the mean of the heads' event F1; `replies`, the F1 of replies
-right; `state`, joint goal accuracy; or `mean`, the mean of all that apply to the model.
+What is best is named by `infer.tuned_for`: one of score.task_scores, or `mean`, the combined score.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ from prospect.config import Config
 from prospect.data import Corpus
 from prospect.errors import ProspectError
 from prospect.model import Prospect
-from prospect.score import ClipScore, decision_numbers, score_clip
+from prospect.score import ClipScore, combined_score, decision_numbers, score_clip, task_scores
 from prospect.stream import Job, streamed_clips
 from prospect.text_metrics import load_similarity
 from prospect.thresholds import decision_report, teacher_forced, traces
@@ -100,14 +99,9 @@ def teacher_forced_odds(
 
 
 def target_value(numbers: dict[str, float], target: str) -> float:
-    """What a target says of streamed clips; task state counts where the model tracks it."""
-    f1 = [numbers[name] for name in ("speaking_event_f1", "dst_event_f1") if name in numbers]
-    values = {"events": sum(f1) / len(f1), "replies": numbers["replies_right_f1"]}
-    if "joint_goal_accuracy" in numbers:
-        values["state"] = numbers["joint_goal_accuracy"]
-    if target == "mean":
-        return sum(values.values()) / len(values)
-    return values.get(target, values["events"])
+    """What a target says of streamed clips; `state` of a model that tracks none is `events`."""
+    scores = task_scores(numbers)
+    return combined_score(numbers) if target == "mean" else scores.get(target, scores["events"])
 
 
 def best_tried(tried: list[Tried], target: str) -> Tried:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, torch_dtype
+from prospect.context import check_streamable
 from prospect.data import Corpus, ordered_batches
 from prospect.distributed import Ranks, StopRequest, any_rank, gather_objects, release, sum_named
 from prospect.errors import ProspectError
@@ -52,7 +53,7 @@ def validate(
     nothing = {name: torch.zeros((), dtype=torch.float64) for name in LOSS_CLASSES}
     sums = sum_named(added([nothing, *(part.sums for part in parts)]), ranks)
     counts = sum_named(added([nothing, *(part.counts for part in parts)]), ranks)
-    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss.bce)
+    terms = loss_terms({name: value.float() for name, value in sums.items()}, counts, config.loss)
     numbers = {f"loss_{name}": float(value) for name, value in terms.items()}
     numbers["loss"] = float(total_loss(terms, config.loss.weights()))
     sequences = gather_objects([sequence for part in parts for sequence in part.sequences], ranks)
@@ -68,6 +69,30 @@ def validate(
     return numbers, thresholds
 
 
+def clips_to_stream(corpus: Corpus, config: Config) -> tuple[list[tuple[int, int]], list[str]]:
+    """The validation clips, as (file, clip), on which evidence is chosen, and why others of the few are left out.
+
+    None where infer.evidence is set. Called before the first step too: with `data.on_bad: stop` a clip that does not
+    fit into the context of a stream raises ProspectError; with `skip` it is left out.
+    """
+    from prospect.tuning import some_of  # here, so that the trainer starts without the streaming engine
+
+    clips, left_out = [], []
+    if config.infer.evidence is not None:
+        return clips, left_out
+    for file, index in some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries})):
+        clip, embeddings = corpus.load(file, index)
+        try:
+            check_streamable(clip, embeddings.shape[1], corpus.tokenizer, config)
+        except ProspectError as error:
+            if config.data.on_bad == "stop":
+                raise
+            left_out.append(str(error))
+            continue
+        clips.append((file, index))
+    return clips, left_out
+
+
 def tune_on_stream(
     model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
 ) -> tuple[float, dict[str, float]] | None:
@@ -79,14 +104,16 @@ def tune_on_stream(
     if config.infer.evidence is not None or (ranks.world > 1 and config.train.parallel == "fsdp"):
         return None
     from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
-    from prospect.tuning import best_tried, some_of, try_evidence
+    from prospect.tuning import best_tried, try_evidence
 
-    clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
+    clips, left_out = clips_to_stream(corpus, config)
     jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
     tried = []
     was_training = model.training
     model.eval()
     try:
+        if not clips:
+            raise ProspectError(left_out[0])
         with autocast(config.train, ranks.device):
             gather = functools.partial(gather_objects, ranks=ranks)
             for one in try_evidence(model, corpus.tokenizer, jobs, config, thresholds, gather):
@@ -103,7 +130,22 @@ def tune_on_stream(
     return best.evidence, best.numbers
 
 
-def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float]) -> None:
+def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float], best_by: str) -> None:
+    """Keep what a validation found, and whether its checkpoint is the best. best_by: `train.best_by`."""
     state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
-    if state.best_loss is None or numbers["loss"] < state.best_loss:
-        state.best_loss, state.best_step = numbers["loss"], state.step
+    by, value = worth(numbers, best_by)
+    if state.best_value is None or by != state.best_by or value > state.best_value:  # another measure begins anew
+        state.best_by, state.best_value, state.best_step = by, value, state.step
+
+
+def worth(numbers: dict[str, float], best_by: str) -> tuple[str, float]:
+    """What the best checkpoint is chosen by, in words, and its value at one validation: larger is better.
+
+    Where no clips are streamed (see `tune_on_stream`), the heads' teacher-forced event F1 stands in for `combined`.
+    """
+    if best_by == "loss":
+        return "loss", -numbers["loss"]
+    if "streamed_combined_score" in numbers:
+        return "combined score of streamed clips", numbers["streamed_combined_score"]
+    f1 = [numbers[name] for name in ("speaking_event_f1", "dst_event_f1") if name in numbers]
+    return "teacher-forced event F1", sum(f1) / len(f1)

@@ -84,7 +84,8 @@ OLD_BUFFER = ".rotary_emb.inv_freq"
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "smolvlm": "SmolVLMForConditionalGeneration"}
 
 # ModelConfig's fields that are not the transformer's: our settings, and where its weights came from.
-NOT_SHAPE = ("vision_dim", "image_token_id", "dst", "dst_state_head", "lora", "backbone", "backbone_mark")
+SETTINGS = ("vision_dim", "image_token_id", "speaking_head", "dst", "dst_state_head")
+NOT_SHAPE = (*SETTINGS, "lora", "backbone", "backbone_mark")
 
 
 def read_config(directory: str | Path) -> ModelConfig:
@@ -202,6 +203,7 @@ def parse_settings(outer: Fields) -> dict[str, Any]:
     settings = {
         "vision_dim": ours.number("vision_dim", None, 1, 10**7),
         "image_token_id": ours.number("image_token_id", None, 0, 10**8),
+        "speaking_head": ours.flag("speaking_head", True),
         "dst": ours.flag("dst", True),
         "dst_state_head": ours.flag("dst_state_head", False),
         "backbone": str(ours.values.get("backbone", "")),
@@ -219,7 +221,7 @@ def parse_settings(outer: Fields) -> dict[str, Any]:
 
 def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict[str, Any]:
     """config.json of a checkpoint. The RoPE fields are in the old style, which every version of transformers reads."""
-    ours = {key: getattr(config, key) for key in ("vision_dim", "image_token_id", "dst", "dst_state_head")}
+    ours = {key: getattr(config, key) for key in SETTINGS}
     if config.lora:
         ours["lora"] = dataclasses.asdict(config.lora)
     shape = transformer_shape(config)
@@ -344,6 +346,7 @@ def load_model(
     *,
     vision_dim: int | None = None,
     image_token_id: int | None = None,
+    speaking_head: bool | None = None,
     dst: bool | None = None,
     dst_state_head: bool | None = None,
     dtype: torch.dtype = torch.float32,
@@ -356,7 +359,8 @@ def load_model(
     for what this Llama does not support, or when tensors are missing, unexpected, mis-shaped or of a strange type.
     """
     directory = Path(directory)
-    given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "dst": dst, "dst_state_head": dst_state_head}
+    given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "speaking_head": speaking_head}
+    given |= {"dst": dst, "dst_state_head": dst_state_head}
     values = read_json(directory / "config.json")
     is_checkpoint = "prospect" in values
     config = settled_config(values, given, directory)
@@ -507,7 +511,7 @@ def save_state(
 
 @torch.no_grad()
 def probe(model: Prospect) -> Tensor:
-    """A model's output for a fixed random sequence with frames in it: LM logits and decisions, [1,T,V+1 or V+2]."""
+    """A model's output for a fixed random sequence with frames in it: LM logits and decisions, [1,T,V+heads]."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, 64), generator=generator)  # [1,T]
     ids[ids == model.config.image_token_id] = 0 if model.config.image_token_id else 1

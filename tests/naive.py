@@ -4,13 +4,15 @@ At every frame the whole sequence so far (prompt, frames, texts) goes through th
 for every token that is written. Decisions, turns, updates and the refresh of a full context are written here from their
 descriptions, not from the engine's code. Only the prompt's wording, the turn templates and the tokenizer are shared.
 
-    Naive(model, tokenizer, config).stream(clip, embeddings) -> one dict a frame
+    Naive(model, tokenizer, config).stream(clip, embeddings) -> one dict a frame, and why it ended early, if it did
 """
 
+import functools
 import itertools
 import json
 import math
 import re
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,12 +21,31 @@ from prospect.clips import Clip
 from prospect.config import Config
 from prospect.model import Prospect
 from prospect.sequence import clip_prompt, prompt_pieces
-from prospect.tokenizer import Tokenizer
+from prospect.tokenizer import Piece, Tokenizer
 
 MOVES = {"start": ("not_started", "in_progress"), "complete": ("in_progress", "completed")}
 STATES = ("not_started", "in_progress", "completed")
 
+REQUEST = "Summarize what has been done so far."
+
 Token = tuple[int, torch.Tensor | None]  # an id, and the embedding row [D] of an <image>
+
+
+@dataclass
+class Seen:
+    """A frame in the context: the state before it, its tokens with what was said at it, and whether it was spoken."""
+
+    state: dict[str, str]
+    tokens: list[Token]
+    replied: bool = False
+
+
+def size(past: list[Seen]) -> int:
+    return sum(len(seen.tokens) for seen in past)
+
+
+class Refused(Exception):
+    """The next frame finds no place: "full" with the strategy none, else "do not fit"."""
 
 
 def logit(p: float) -> float:
@@ -45,6 +66,10 @@ class Naive:
     def __init__(self, model: Prospect, tokenizer: Tokenizer, config: Config):
         self.model, self.tokenizer, self.config = model, tokenizer, config
         self.margin = math.inf
+        texts = {id: tokenizer.decode([id]) for id in range(tokenizer.vocab_size) if id not in tokenizer.control_ids()}
+        self.ascii = {text: id for id, text in texts.items() if text.isascii() and text.isprintable()}
+        self.longest = max(map(len, self.ascii))
+        self.needed = functools.cache(lambda text: len(tokenizer.encode([Piece(text)])))  # tokens of a text
 
     # ---- the model ---------------------------------------------------------------------------------
 
@@ -98,10 +123,12 @@ class Naive:
             logits[forbidden + list(range(self.tokenizer.vocab_size, len(logits)))] = -torch.inf
             if legal is not None:
                 so_far, left = self.tokenizer.decode(written), limit - len(written) - 1
-                # Of the tests' tokenizer: a token is a byte. What follows it must fit as well.
                 rests = [whole.removeprefix(so_far) for whole in legal if whole.startswith(so_far)]
-                allowed = sorted({ord(rest[0]) for rest in rests if rest and len(rest) - 1 <= left})
-                allowed += [end] if "" in rests else []
+                allowed = [end] if "" in rests else []
+                for text in {rest[:n] for rest in rests for n in range(1, self.longest + 1)} & self.ascii.keys():
+                    behind = [rest.removeprefix(text) for rest in rests if rest.startswith(text)]
+                    if min(map(self.needed, behind)) <= left:  # some update ends in time
+                        allowed.append(self.ascii[text])
                 logits = torch.full_like(logits, -torch.inf).index_copy(0, torch.tensor(allowed), logits[allowed])
             if logits.isfinite().sum() > 1:
                 self.near(logits)
@@ -165,29 +192,43 @@ class Naive:
 
     # ---- a clip ------------------------------------------------------------------------------------
 
-    def stream(self, clip: Clip, embeddings: np.ndarray) -> list[dict]:
-        """Records of all frames; embeddings [F, I, D]."""
+    def stream(self, clip: Clip, embeddings: np.ndarray, told: bool = False) -> tuple[list[dict], str | None]:
+        """Records of the frames, embeddings [F, I, D], up to one that finds no place; and why it finds none.
+
+        told: something is written at the last frame of each of the clip's replies and updates, whatever the heads read.
+        """
+        records: list[dict] = []
+        try:
+            self.stream_into(records, clip, embeddings, told)
+        except Refused as refused:
+            return records, str(refused)
+        return records, None
+
+    def stream_into(self, records: list[dict], clip: Clip, embeddings: np.ndarray, told: bool) -> None:
         data, infer = self.config.data, self.config.infer
         state = dict(clip.initial_state) if data.dst else {}
-        prompt = self.tokens(prompt_pieces(clip_prompt(clip, clip.initial_state, data), self.tokenizer))
-        past: list[tuple[dict, list[Token]]] = []  # each frame in the context: the state before it, and its tokens
+        prompt, past = self.prompt(clip, clip.initial_state), list[Seen]()
+        if len(prompt) + 1 > data.max_seq_len - infer.reserved:
+            raise Refused("do not fit")
         speaking_score = dst_score = 0.0
-        records = []
         for number, rows in enumerate(torch.from_numpy(embeddings)):
             frame = clip.start_frame + number
             user = [turn.text for turn in clip.turns if turn.role == "user" and turn.end_frame == frame]
             new = [token for text in user for token in self.turn("user", text)]
             new += [(self.tokenizer.image_id, row) for row in rows]
 
-            # A full context slides.
-            before, event = len(prompt) + sum(len(tokens) for _, tokens in past), None
+            # A full context starts anew.
+            before, event = len(prompt) + size(past), None
             if before + len(new) > data.max_seq_len - infer.reserved:
-                prompt, past = self.slide(clip, state, past, len(new))
-                event = (before, len(prompt) + sum(len(tokens) for _, tokens in past))
-            past.append((state, new))
+                prompt, past, summary = self.refresh(clip, state, prompt, past, len(new))
+                after = len(prompt) + size(past)
+                if after + len(new) > data.max_seq_len - infer.reserved:
+                    raise Refused("do not fit")
+                event = dict(strategy=infer.strategy, tokens_before=before, tokens_after=after, summary=summary)
+            past.append(Seen(state, new))
 
             # The heads, read at the frame's last <image>. Scores are running means; behind a user, of this frame alone.
-            context = prompt + [token for _, tokens in past for token in tokens]
+            context = prompt + [token for seen in past for token in seen.tokens]
             speaking, dst, step_state = self.read(context)
             # A head's own threshold counts as even odds: the odds are divided by its odds first.
             weight = 1.0 if user else infer.smoothing
@@ -202,11 +243,15 @@ class Naive:
                 self.margin = min([self.margin, *(abs(distance - infer.coupling) for distance in distances.values())])
                 fired |= {head for head, distance in distances.items() if distance <= infer.coupling}
             self.margin = min([self.margin, *(abs(score - infer.evidence) for score in heads.values())])
+            if told:
+                due = {turn.role for turn in clip.turns if turn.role != "system" and turn.end_frame == frame}
+                fired = {head for head in heads if {"speaking": "assistant", "dst": "DST_UPDATE"}[head] in due}
             record = dict(
                 frame_idx=frame, time=frame / clip.fps, speaking_prob=speaking, dst_update_prob=dst,
                 speaking_score=speaking_score, dst_update_score=dst_score if "dst" in heads else None,
                 speaking_decision="speaking" in fired, dst_update_decision="dst" in fired, text=None, text_cut=None,
-                dst_update=None, dst_update_cut=None, invalid=None, step_state=step_state, user=user, event=event,
+                dst_update=None, dst_update_cut=None, invalid=None, step_state=step_state, told=told, user=user,
+                event=event,
             )  # fmt: skip
             if fired:
                 speaking_score = dst_score = 0.0
@@ -220,20 +265,72 @@ class Naive:
             if "speaking" in fired:
                 tokens, record["text"], record["text_cut"] = self.write(context, "assistant", state)
                 new, context = new + tokens, context + tokens
-            past[-1] = (past[-1][0], new)
+            past[-1].tokens, past[-1].replied = new, "speaking" in fired
             records.append(record | {"dst_state": state, "context_tokens": len(context)})
-        return records
 
-    def slide(self, clip: Clip, state: dict, past: list, needed: int) -> tuple[list[Token], list]:
+    # ---- a full context ------------------------------------------------------------------------------
+
+    def prompt(self, clip: Clip, state: dict, recipe: bool = False, summary: str = "") -> list[Token]:
+        data = replace(self.config.data, recipe=recipe or self.config.data.recipe)
+        return self.tokens(prompt_pieces(clip_prompt(clip, state, data, summary), self.tokenizer))
+
+    def refresh(
+        self, clip: Clip, state: dict, prompt: list[Token], past: list[Seen], needed: int
+    ) -> tuple[list[Token], list[Seen], str | None]:
+        """The new prompt, what is kept of the past, and the summary. needed: tokens of the frame that has no place."""
+        strategy, room = self.config.infer.strategy, self.config.data.max_seq_len - self.config.infer.reserved
+        if strategy == "none":
+            raise Refused("full")
+        if strategy == "slide":
+            return *self.slide(clip, state, past, needed), None
+        first_prompt = self.prompt(clip, clip.initial_state)
+        if strategy == "drop_all":
+            return first_prompt, [], None
+        if strategy == "drop_middle":
+            past = self.without_middle(past, room - len(prompt))
+            while past and len(first_prompt) + size(past) + needed > room:
+                past = past[1:]
+            return first_prompt, past, None
+        summary = self.summary(prompt, past)
+        now = state if strategy == "summarize_with_dst" else clip.initial_state
+        while summary and len(self.prompt(clip, now, recipe=True, summary=summary)) + needed > room:
+            summary = summary[: len(summary) // 2].rstrip()  # half of it, and again
+        return self.prompt(clip, now, recipe=True, summary=summary), [], summary
+
+    def slide(self, clip: Clip, state: dict, past: list[Seen], needed: int) -> tuple[list[Token], list[Seen]]:
         """The last `overlap` share of the past, less where the next frame would not fit, and its prompt."""
         data = self.config.data
-        share = data.overlap * sum(len(tokens) for _, tokens in past)
-        while past and sum(len(tokens) for _, tokens in past) > share:
+        share = data.overlap * size(past)
+        while past and size(past) > share:
             past = past[1:]
         while True:
-            told = past[0][0] if past else state
-            prompt = self.tokens(prompt_pieces(clip_prompt(clip, told, data), self.tokenizer))
-            kept = sum(len(tokens) for _, tokens in past)
-            if not past or len(prompt) + kept + needed <= data.max_seq_len - self.config.infer.reserved:
+            prompt = self.prompt(clip, past[0].state if past else state)
+            if not past or len(prompt) + size(past) + needed <= data.max_seq_len - self.config.infer.reserved:
                 return prompt, past
             past = past[1:]
+
+    def without_middle(self, past: list[Seen], room: int) -> list[Seen]:
+        """What was said up to the first reply, with its frames, if that takes a quarter of the room at most; and the
+        newest frames after it, in 512 tokens and in half of the room."""
+        replies = [number for number, seen in enumerate(past) if seen.replied]
+        exchange, tail = list[Seen](), past
+        if replies:
+            exchange, tail = past[: replies[0] + 1], past[replies[0] + 1 :]
+            exchange = [seen for seen in exchange if any(row is None for _, row in seen.tokens)]
+            if size(exchange) > room // 4:
+                exchange = []
+        while size(tail) > min(512, room // 2):
+            tail = tail[1:]
+        return exchange + tail
+
+    def summary(self, prompt: list[Token], past: list[Seen]) -> str:
+        """What the model answers when asked for a summary; in front of the last frame's texts where there is no room
+        behind them."""
+        context = prompt + [token for seen in past for token in seen.tokens]
+        request = self.turn("user", REQUEST)
+        around = len(self.tokens(self.tokenizer.template.header("assistant"))) + 1
+        around += len(self.tokens(self.tokenizer.template.suffix()))
+        if len(context) + len(request) + around + self.config.infer.max_reply_tokens > self.config.data.max_seq_len:
+            while context[-1][1] is None:
+                context = context[:-1]
+        return self.write(context + request, "assistant", {})[1]

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import raw_clip
+from conftest import raw_clip, read
+from tiny import tiny_config, write_tiny_corpus
 
 from prospect import check
+from prospect.build import load_corpus, load_tokenizer
+from prospect.clip_files import parse_clip
 from prospect.config import DataConfig
 from prospect.data import Corpus
 from prospect.errors import ProspectError
@@ -38,18 +41,26 @@ def good(id: str) -> dict:
 
 
 def run(monkeypatch, capsys, *arguments: object) -> tuple[int, list[str]]:
-    """Exit status and lines of `python -m prospect.check ...`; nothing may go to stderr."""
+    """Exit status and lines of `python -m prospect.check ...`, but for the two that name the next command after status
+    0; nothing may go to stderr."""
     monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
     status = check.main()
     printed = capsys.readouterr()
     assert printed.err == ""
-    return status, printed.out.splitlines()
+    lines = printed.out.splitlines()
+    if status == 0:
+        assert lines[-2] == "next:" and lines[-1].startswith("python train.py config.yaml ")
+        del lines[-2:]
+    assert "next:" not in lines
+    return status, lines
 
 
 @pytest.mark.parametrize("name", ["clips.json", "clips.jsonl"])
-def test_a_good_file_is_one_line(tmp_path, monkeypatch, capsys, name):
+def test_a_good_file_is_two_lines(tmp_path, monkeypatch, capsys, name):
     path = write_clips(tmp_path / name, [good("a"), good("b")])
-    assert run(monkeypatch, capsys, path) == (0, ["2 clips, 10 frames: 0 errors, 0 warnings; embeddings 4 wide"])
+    scale = f"{path}: mean norm 2, mean 1, deviation 0"  # vectors of four ones
+    total = "2 clips, 10 frames: 0 errors, 0 warnings; embeddings 4 wide"
+    assert run(monkeypatch, capsys, path) == (0, [scale, total])
 
 
 def corrupt(folder: Path) -> Path:
@@ -92,6 +103,7 @@ def test_every_problem_is_a_line_that_names_file_clip_turn_and_field(tmp_path, m
         "wrong row count                    1         0",
         "wrong width                        1         0",
         "turn clamped                       0         1",
+        f"{path}: mean norm 2, mean 1, deviation 0",
         "6 clips, 25 frames: 7 errors, 1 warnings; embeddings 2, 4 wide",
     ]
 
@@ -147,6 +159,114 @@ def test_processes_find_the_same_in_the_same_order(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(check, "WORTH_A_PROCESS", 1)
     assert run(monkeypatch, capsys, path, more, "--workers", 2) == alone
     assert alone[0] == 2 and alone[1][-1].startswith("47 clips, 230 frames: 8 errors")
+
+
+def test_the_next_command_trains_on_what_was_checked(tmp_path, monkeypatch, capsys):
+    update = [("DST_UPDATE", "S1->start", 5, 6)]
+    train, val = (
+        write_clips(tmp_path / f"{name}.json", [raw_clip(turns, 5, 9, id=name)], width=8)
+        for name, turns in (("one", update), ("two", []))
+    )
+
+    def command(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
+        assert check.main() == 0
+        return capsys.readouterr().out.split("next:\n")[1]
+
+    begin = "python train.py config.yaml run.name=one data.sample=null"
+    assert command(train, val) == f"{begin} data.train={train} data.val={val} model.vision_dim=8\n"
+    folder = tmp_path / "embeddings"
+    assert command(val, "--embeddings", folder) == (
+        f"{begin.replace('one', 'two')} data.train={val} data.val=VAL.json data.embeddings={folder} model.vision_dim=8"
+        " data.dst=false\n"  # there is no update in it
+    )
+
+
+# ---- steps' times against updates ----------------------------------------------------------------
+
+
+def timed(*times: tuple[float | None, float | None], turns: tuple = ()) -> dict:
+    steps = [{"id": f"S{n}", "name": "do", "start_ts": start, "end_ts": end} for n, (start, end) in enumerate(times, 1)]
+    return raw_clip(turns, 0, 99, dst=steps)
+
+
+START, COMPLETE = ("DST_UPDATE", "S1->start", 19, 21), ("DST_UPDATE", "S1->complete", 39, 41)  # 10 and 20 s
+
+
+@pytest.mark.parametrize(
+    "clip, said",
+    [
+        (timed((10.0, 20.0), turns=[START, COMPLETE]), None),
+        (timed((7.6, 22.4), turns=[START, COMPLETE]), None),  # within two seconds of 9.5 and 20.5 s
+        (timed((7.4, 20.0), turns=[START, COMPLETE]), "S1 has its start at 7.4 s, and the update at 10.5 s"),
+        (timed((110.0, 120.0), turns=[START, COMPLETE]), "start at 110 s, and the update at 10.5 s; and 1 more"),
+        (timed((10000.0, 20000.0), turns=[START, COMPLETE]), "start at 10000 s, and the update at 10.5 s; and 1 more"),
+        (timed((10.0, 20.0), turns=[START]), "S1 has its complete at 20 s, and no update"),
+        (timed((10.0, 49.0), turns=[START]), None),  # at the very end of the clip, 50 s, it may be missing
+        (timed((10.0, None), (None, None)), "its steps have times, but no DST_UPDATE turn moves them"),
+        (timed((110.0, 120.0)), None),  # the steps of another part of the video
+        (timed((None, None)), None),
+    ],
+)
+def test_times_and_updates_that_disagree_are_a_warning(tmp_path, clip, said):
+    found = check.step_time_problems(read(clip), tmp_path / "clips.json")
+    assert [problem.fatal for problem in found] == ([] if said is None else [False])
+    for problem in found:
+        assert said in problem.what
+        assert f"python -m prospect.convert states {tmp_path}/clips.json OUT.json" in problem.remedy
+
+
+# ---- the documentation ---------------------------------------------------------------------------
+
+
+def test_the_clips_of_the_documentation_are_valid_and_the_smallest_has_no_field_too_many():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    smallest, full = (json.loads(block.split("```")[0]) for block in page.split("```json\n")[1:])
+    for raw in (smallest, full):
+        assert parse_clip(raw, "docs/data.md", 0)[1] == []
+    for name in smallest:
+        left = {field: value for field, value in smallest.items() if field != name}
+        assert parse_clip(left, "docs/data.md", 0)[0] is None, name
+    assert check.step_time_problems(read(full), ROOT / "x.json") == []
+
+
+# ---- a researcher's first wrong turns ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (750, "750 rows, frames 0..49 are 50 (about 30 rows for a second of the clip, not 2: encode at the clip's fps"),
+        (25, "25 rows, frames 0..49 are 50 (about 1 rows for a second of the clip, not 2: encode at the clip's fps"),
+        (48, "48 rows, frames 0..49 are 50 (row r is frame start_frame_idx + r: encode the clip again)"),
+        (49, "one row fewer than frames; frame 49 is not there (nothing to do where the file's end_frame_idx is excl"),
+    ],
+)
+def test_features_for_another_fps_and_a_missing_frame(tmp_path, monkeypatch, capsys, rows, said):
+    path = write_clips(tmp_path / "clips.json", [raw_clip([], 0, 49, id="a")])
+    np.save(tmp_path / "embeddings" / "a_embeddings.npy", np.ones((rows, 4), np.float16))
+    status, lines = run(monkeypatch, capsys, path)
+    assert status == (0 if rows == 49 else 2) and said in lines[0] and sum("row" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"dst": [{"name": "do"}]}, "dst[0], id: is missing (an id like S1; python -m prospect.convert states IN OUT"),
+        (
+            {"conversation": [{"role": "user", "content": "Hi", "time": 3000}]},
+            "frames 5999..6001 lie outside the clip's 5..9 (times are seconds; divide milliseconds by 1000)",
+        ),
+        (
+            {"conversation": [{"role": "user", "content": "Hi", "time": 30}]},
+            "frames 59..61 lie outside the clip's 5..9 (frame numbers are absolute; fix or leave out the turn)",
+        ),
+    ],
+)
+def test_steps_without_ids_and_times_in_milliseconds(tmp_path, monkeypatch, capsys, fields, said):
+    path = write_clips(tmp_path / "clips.json", [good("a") | fields])
+    status, lines = run(monkeypatch, capsys, path)
+    assert status == 2 and said in lines[0] and lines[-1].startswith("1 clips, 0 frames: 1 errors, 0 warnings")
 
 
 # ---- before training -----------------------------------------------------------------------------
@@ -223,7 +343,33 @@ def test_a_large_jsonl_file_is_never_in_memory(tmp_path):
         ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        *_, total, peak = done.stdout.splitlines()
+        *_, total, _, _, peak = done.stdout.splitlines()
         assert total == f"{clips} clips, {5 * clips} frames: 0 errors, 0 warnings; embeddings 4 wide"
         peaks[name] = int(peak) / 1024  # MB
     assert peaks["large"] < peaks["small"] + 20, peaks
+
+
+# ---- task state without updates ------------------------------------------------------------------
+
+
+def test_task_state_is_not_learned_from_clips_without_updates(tmp_path):
+    write_tiny_corpus(tmp_path)
+    for name in ("train", "val"):
+        clips = json.loads((tmp_path / f"{name}.json").read_text())
+        for clip in clips:
+            clip["conversation"] = [turn for turn in clip["conversation"] if turn["role"] != "DST_UPDATE"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(clips))
+    config = tiny_config(tmp_path)
+    with pytest.raises(ProspectError) as raised:
+        load_tokenizer(config)
+    assert str(raised.value) == (
+        f"{tmp_path}/train.json: no clip has a DST_UPDATE turn: with data.dst=true a model would learn never to update"
+        " (make them from step times, python -m prospect.convert states IN OUT; step times from dialogues,"
+        " python -m prospect.convert steps IN OUT; or train without task state, data.dst=false)"
+    )
+    assert not (tmp_path / "runs").exists()
+    tokenizer = load_tokenizer(tiny_config(tmp_path, "data.dst=false"))
+    assert len(load_corpus(tiny_config(tmp_path, "data.dst=false"), tokenizer, "train"))
+    with pytest.raises(ProspectError, match="no clip has a DST_UPDATE turn"):  # a tokenizer is there already
+        load_corpus(config, tokenizer, "train")
+    assert len(load_corpus(config, tokenizer, "val"))  # to measure on such clips is no mistake

@@ -1,6 +1,8 @@
 """Checkpoint directories: whole or absent, and never gone on from with another model or other data."""
 
+import dataclasses
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ from tiny import train_here, write_tiny_corpus
 import train
 from prospect import checkpoint as ckpt
 from prospect.errors import ProspectError
+from prospect.load import load_for_inference
 from prospect.model import Prospect
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -34,13 +37,14 @@ def copy(trained, tmp_path) -> Path:
     return tmp_path
 
 
-def write(final: Path, text: str = "weights") -> None:
-    """A checkpoint of one file beside its state."""
+def write(final: Path, text: str = "weights", best: int | None = None) -> None:
+    """A checkpoint of one file beside its state, in which `best` is the best step."""
     directory = ckpt.begin_checkpoint(final)
     (directory / "model.safetensors").write_text(text)
     (directory / "deeper").mkdir()
     (directory / "deeper" / "shard").write_text(text)
-    (directory / "state.json").write_text("{}")
+    state = ckpt.TrainState(step=ckpt.step_of(final), best_step=best)
+    (directory / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
     ckpt.finish_checkpoint(final)
 
 
@@ -95,6 +99,28 @@ def test_a_step_saved_again_replaces_itself_and_survives_a_kill_in_between(tmp_p
     assert (final / "model.safetensors").read_text() == "new"
 
 
+def test_a_kill_before_the_links_leaves_none_that_leads_nowhere(tmp_path):
+    """Killed when step 4 had its name: `last` and `best` still lead to step 3, which the next save removes."""
+    write(tmp_path / "step-000003", best=3)
+    ckpt.replace_symlink(tmp_path / "best", "step-000003")
+    write(tmp_path / "step-000004", best=4)
+    ckpt.replace_symlink(tmp_path / "last", "step-000003")
+    (tmp_path / ".last.link").symlink_to("step-000004")
+    ckpt.clean_up_after_crash(tmp_path)
+    assert {name: os.readlink(tmp_path / name) for name in ("last", "best")} == dict.fromkeys(
+        ("last", "best"), "step-000004"
+    )
+    write(tmp_path / "step-000005", best=4)
+    ckpt.prune(tmp_path, keep=1, best_step=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "last", "step-000004", "step-000005"]
+    assert (tmp_path / "best").exists() and (tmp_path / "last").exists()
+
+    shutil.rmtree(tmp_path / "step-000004")  # by hand: then no link is made to it
+    os.unlink(tmp_path / "best")
+    ckpt.clean_up_after_crash(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-000005"]
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
         write(tmp_path / f"step-{step:06d}")
@@ -133,11 +159,12 @@ def test_never_does_not_overwrite_and_an_older_checkpoint_is_not_rewound_silentl
         (["model.hidden_size=64"], "model.hidden_size was 32, is 64"),
         (["data.batch_tokens=1024", "run.seed=1"], "run.seed was 0, is 1; data.batch_tokens was 512, is 1024"),
         (["data.dst=false"], "data.dst was True, is False"),
+        (["data.train={path: FOLDER/train.json, repeat: 2}"], "the repeats of data.train were [1], are [2]"),
     ],
 )
 def test_another_model_or_another_cut_of_the_data_is_refused(copy, overrides, message):
     with pytest.raises(ProspectError, match="cannot resume from this checkpoint") as caught:
-        train_here(copy, "train.max_steps=9", *overrides)
+        train_here(copy, "train.max_steps=9", *[text.replace("FOLDER", str(copy)) for text in overrides])
     assert message in str(caught.value)
 
 
@@ -164,8 +191,64 @@ def test_a_checkpoint_says_what_it_was_made_with(trained):
     state = ckpt.read_state(trained / "runs/tiny/last")
     assert state.made_with["torch"] == torch.__version__ and "python" in state.made_with
     assert all(len(digest) == 64 for digest in state.data.values()) and len(state.data) == 4
+    assert state.prompts == {"system text": 0, "goal": 1, "list of steps": 1, "recipe": 0}
     assert (state.step, state.world, state.micro_batches, state.evaluated_step) == (4, 1, 1, 4)
     assert ckpt.read_config(trained / "runs/tiny/last").train.max_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"thresholds": {"speaking": math.nan}}, "thresholds: speaking is nan, must be between 0 and 1"),
+        ({"thresholds": {"speaking": 0.5, "evidence": 7}}, "thresholds: evidence is 7, must be between 0 and 1"),
+        ({"thresholds": {"dst": -0.1}}, "thresholds: dst is -0.1, must be between 0 and 1"),
+        ({"thresholds": None}, "thresholds is None"),
+        ({"position": "gone"}, "position is 'gone'"),
+    ],
+)
+def test_a_state_that_cannot_be_true_is_refused_by_name(copy, change, said):
+    path = copy / "runs/tiny/step-000004/state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (ckpt.read_state, load_for_inference):
+        with pytest.raises(ProspectError) as caught:
+            read(path.parent)
+        assert str(caught.value).startswith(f"{path}: cannot be read: {said}")
+
+
+def test_a_state_that_lacks_a_field_is_refused_by_name(copy):
+    path = copy / "runs/tiny/step-000004/state.json"
+    values = json.loads(path.read_text())
+    for lacking, said in (
+        ({}, "step is missing"),
+        (values | {"epoch": None}, "epoch is None"),
+        ([], "must be a mapping"),
+    ):
+        path.write_text(json.dumps(lacking))
+        with pytest.raises(ProspectError, match=said):
+            ckpt.read_state(path.parent)
+    for name in values:
+        path.write_text(json.dumps({key: value for key, value in values.items() if key != name}))
+        if name in ckpt.NEWER:
+            ckpt.read_state(path.parent)
+            continue
+        with pytest.raises(ProspectError, match=f"{name} is missing"):
+            ckpt.read_state(path.parent)
+
+
+def test_thresholds_that_validation_must_have_left_are_missed(copy, capsys):
+    """With none, both heads would fire at one half, which is right only before the first validation."""
+    path = copy / "runs/tiny/step-000004/state.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"thresholds": {"speaking": 0.3}}))
+    with pytest.raises(ProspectError, match="lacks what its validation found for infer.dst_threshold"):
+        load_for_inference(path.parent)
+    infer = load_for_inference(path.parent, ["infer.dst_threshold=0.4"])[0].infer
+    assert (infer.speaking_threshold, infer.dst_threshold, infer.evidence) == (0.3, 0.4, 0.5)
+    assert capsys.readouterr().err == ""
+    infer = load_for_inference(copy / "runs/tiny/step-000001")[0].infer
+    assert (infer.speaking_threshold, infer.dst_threshold) == (0.5, 0.5)
+    said = "no validation before this checkpoint: infer.speaking_threshold and infer.dst_threshold is one half"
+    assert said in capsys.readouterr().err
 
 
 def test_a_checkpoint_cut_short_on_the_disk_is_an_error_that_names_the_file(copy):
@@ -176,10 +259,12 @@ def test_a_checkpoint_cut_short_on_the_disk_is_an_error_that_names_the_file(copy
 
 
 def test_a_finished_run_has_nothing_to_do_and_a_longer_one_goes_on(copy, capsys):
-    before = (copy / "runs/tiny/metrics.jsonl").read_text()
-    assert train_here(copy, "train.max_steps=4") == 0
-    assert "nothing to do: step 4 of 4 is done" in capsys.readouterr().out
-    assert (copy / "runs/tiny/metrics.jsonl").read_text() == before
+    """Nothing at all is written then: settings under which no step was taken are not those of the run."""
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (copy / "runs").rglob("*")}
+    for overrides in (["train.max_steps=4"], ["train.max_steps=3", "train.learning_rate=0.5", "infer.evidence=0.9"]):
+        assert train_here(copy, *overrides) == 0
+        assert "nothing to do: step 4 of" in capsys.readouterr().out
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (copy / "runs").rglob("*")} == before
     assert train_here(copy, "train.max_steps=6") == 0
     assert ckpt.read_state(copy / "runs/tiny/last").step == 6
 

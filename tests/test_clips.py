@@ -66,6 +66,36 @@ def test_the_id(fields, expected):
     assert read(raw | fields).id == expected
 
 
+def test_a_turn_in_other_names():
+    """`from`, `value` and `timestamp` are `role`, `content` and `time`, alone or beside them, if they agree."""
+    raw = raw_clip([], 190, 410)
+    raw["conversation"] = [
+        {"from": "user", "value": "Hi", "timestamp": 97.2},
+        {"from": "DST_UPDATE", "value": update("S1 start"), "time": 106.8},
+        {"role": "assistant", "from": "assistant", "content": "Go.", "value": "Go.", "time": 112.7, "timestamp": 112.7},
+        {"from": None, "role": "user", "content": "Now?", "value": None, "time": 120, "timestamp": None},
+    ]
+    given = json.dumps(raw)
+    assert [(turn.role, turn.text, turn.start_frame, turn.end_frame) for turn in read(raw).turns] == [
+        ("user", "Hi", 193, 195),  # int(96.7 * 2), int(97.7 * 2)
+        ("DST_UPDATE", "", 212, 214),
+        ("assistant", "Go.", 224, 226),
+        ("user", "Now?", 239, 241),
+    ]
+    assert json.dumps(raw) == given  # the caller's object is not written to
+
+
+@pytest.mark.parametrize("ours, other", [("role", "from"), ("content", "value"), ("time", "timestamp")])
+def test_a_field_with_two_values(ours, other):
+    turn = {"role": "user", "content": "Hi", "time": 97.2}
+    values = {"role": "assistant", "content": "Ho", "time": 97.3}
+    raw = raw_clip([], 190, 410)
+    raw["conversation"] = [turn | {other: values[ours]}]
+    clip, [problem] = parse_clip(raw, "clips.json", 0)
+    assert clip is None and (problem.kind, problem.field) == ("two values", f"turn 0, {ours}")
+    assert repr(turn[ours]) in problem.what and repr(values[ours]) in problem.what and f"`{other}`" in problem.what
+
+
 @pytest.mark.parametrize(
     "time, fps, frames",
     [

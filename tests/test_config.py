@@ -1,15 +1,18 @@
 """The configuration: every field commented in config.yaml, overrides, and what is refused."""
 
 import ast
+import dataclasses
 import io
+import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 import yaml
 
+import train
 from prospect.build import model_shape
-from prospect.config import Config, load_config, to_dict
+from prospect.config import Config, HybridConfig, Repeated, apply_overrides, load_config, make_config, to_dict
 from prospect.errors import ProspectError
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +93,28 @@ def test_the_shipped_configurations_load():
         load_config(path)
 
 
+def test_a_dry_run_of_the_plans_configuration(monkeypatch, capsys):
+    """Without its weights, from the backbone's published shape: it fits four cards of 24 GB, and not one."""
+    arguments = ["train.py", str(ROOT / "configs" / "smolvlm2-2.2b-full.yaml"), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert train.main() == 0
+    parameters, memory, printed = capsys.readouterr().out.split("\n", 2)
+    block = 4 * 2048**2 + 3 * 2048 * 8192 + 2 * 2048  # SmolVLM2-2.2B has 24, and an LM head apart from its embeddings
+    ours = 2 * 2048**2 + 2 * 2048 + 5 * 2049  # the projector and three heads
+    trained = 24 * block + 2 * 49280 * 2048 + 2048 + ours
+    assert f"; {trained / 1e6:,.1f} M are trained" in parameters
+    weights, activations = 18 * trained / 1e9, 8192 * (24 * 4 * 2048 + 30 * 2048 + 8 * 8192) / 1e9
+    assert f" {weights:.1f} trained parameters with AdamW, {activations:.1f} activations of 8,192 tokens" in memory
+    logits = 8192 / 3 * 49280 * 10 / 1e9  # of a third of the tokens, with their gradient
+    assert weights > 24 and weights / 4 + activations + logits < 0.6 * 24
+    settings = yaml.safe_load(printed)
+    wanted = {"learning_rate": 1e-5, "num_epochs": 10, "warmup_steps": 1000, "gradient_accumulation_steps": 8}
+    wanted |= {"weight_decay": 0.01, "schedule": "cosine", "precision": "fp16", "parallel": "fsdp", "max_steps": None}
+    assert {name: settings["train"][name] for name in wanted} == wanted
+    data = settings["data"]
+    assert (data["max_seq_len"], data["batch_tokens"], settings["loss"]["bce"]) == (4096, 2 * 4096, "focal")
+
+
 def test_overrides(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {train: a.json}\n")
     overrides = [
@@ -106,7 +131,27 @@ def test_overrides(tmp_path):
     assert config.data.dst is False and config.train.max_steps is None
 
 
+def test_a_mixture_of_files(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {train: [a.json, {path: b.jsonl, repeat: 6}]}")
+    config = load_config(tmp_path / "c.yaml")
+    assert config.data.train == ["a.json", Repeated("b.jsonl", 6)]
+    assert config.data.train_files() == [Repeated("a.json", 1), Repeated("b.jsonl", 6)]
+    stored = yaml.safe_load(yaml.safe_dump(to_dict(config)))  # as a checkpoint keeps it
+    assert make_config(stored, "stored") == config
+    config = load_config(tmp_path / "c.yaml", ["data.train=[c.json, {path: d.json, repeat: 2}]"])
+    assert config.data.train == ["c.json", Repeated("d.json", 2)]
+    assert load_config(tmp_path / "c.yaml", ["data.train=c.json"]).data.train == ["c.json"]
+    assert load_config(tmp_path / "c.yaml", ["data.train={path: c.json, repeat: 2}"]).data.train[0].repeat == 2
+
+
 @pytest.mark.parametrize(("text", "told"), [
+    *((f"data: {{train: [b.json, {entry}]}}", "data.train must be clip files, each FILE or {path: FILE, repeat: N}")
+      for entry in ("{path: a.json, repeat: 0}", "{path: a.json, repeat: 1.5}", "{path: a.json, repeat: true}",
+                    "{path: a.json}", "{repeat: 2}", "{path: a.json, repeat: 2, weight: 1}", "{path: 3, repeat: 2}",
+                    "3", "[a.json]", "null")),
+    ("data: {train: null}", "data.train must be clip files"),
+    ("data: {train: [a.json, b.json, {path: a.json, repeat: 2}]}", "data.train names a.json twice"),
+    ("data: {val: [{path: a.json, repeat: 2}]}", "data.val must be text"),
     ("trian: {}", "unknown key trian (did you mean train?)"),
     ("train: {learnin_rate: 1}", "train.learning_rate?"),
     ("train: {compile: 'False'}", "train.compile must be bool"),
@@ -120,12 +165,40 @@ def test_overrides(tmp_path):
     ("[1, 2]", "must hold sections"),
     ("a: [", "is not YAML"),
     ("train: {tune: lora}", "needs a pretrained model.backbone"),
+    ("train: {beta1: 1.0}", "train.beta1 must lie between 0 and 0.999999, not 1.0"),
+    ("model: {intermediate_size: 0}", "model.intermediate_size must lie between"),
+    ("model: {rope_theta: 0}", "model.rope_theta must lie between"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, text, told):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ProspectError) as caught:
         load_config(tmp_path / "c.yaml")
     assert told in str(caught.value)
+
+
+NUMBERS = {
+    f"{prefix}{field.name}": int if "int" in str(field.type) else float
+    for prefix, section in [
+        *((f"{name}.", section) for name, section in vars(Config()).items()),
+        ("data.hybrid.", HybridConfig()),
+    ]
+    for field in dataclasses.fields(section)
+    if field.type in (int, float, int | None, float | None)
+}
+
+
+def test_no_number_is_without_bounds():
+    """No number of the configuration may be negative, endless or none at all."""
+    accepted = []
+    for key in NUMBERS:
+        for text in ("-1", "1e30", ".nan", ".inf", "-.inf", "1" + "0" * 24):
+            try:
+                make_config(apply_overrides({}, [f"{key}={text}"]), "here")
+                accepted.append(f"{key}={text}")
+            except ProspectError as error:
+                assert error.what.startswith(f"{key} must ")
+    assert accepted == []
+    assert len(NUMBERS) > 50 and {NUMBERS["train.beta1"], NUMBERS["train.max_steps"]} == {int, float}
 
 
 def test_without_task_state_there_is_no_state_head(plain):

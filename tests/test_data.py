@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +35,10 @@ from conftest import (
 )
 
 from prospect import sequence
+from prospect.build import load_corpus
 from prospect.clip_files import ClipFile
-from prospect.config import DataConfig, HybridConfig
-from prospect.data import Corpus, collate, epoch_batches, ordered_batches, padding_share
+from prospect.config import Config, DataConfig, HybridConfig, ModelSection
+from prospect.data import Corpus, collate, contents, epoch_batches, ordered_batches, padding_share
 from prospect.errors import ProspectError
 from prospect.sequence import (
     LABEL_KEYS,
@@ -620,6 +622,22 @@ def test_hybrid_frames():
     assert kept.tolist() != kept_frames(clip, config, 1).tolist()
 
 
+def test_the_key_frames_of_hybrid_sampling():
+    """At 2 fps: a step of frames 110..145, one that began before the clip, at 90, and ends at 104, one beyond the clip,
+    and two with one time alone."""
+    times = [(55.0, 72.5), (45.0, 52.4), (100.0, 200.0), (60.0, None), (None, 60.0)]
+    clip = read(raw_clip([], 100, 190, steps=5))
+    clip = replace(clip, steps=tuple(replace(step, start_ts=a, end_ts=b) for step, (a, b) in zip(clip.steps, times)))
+    hybrid = HybridConfig(key_frame_interval=12, regular_interval=1000, random_share=0.0)
+    config = DataConfig(frames="hybrid", hybrid=hybrid)
+    # 100 is the clip's own first; 102 is 90 + 12; 104 an end; 110, 145 the ends of the first step, 122, 134 inside it.
+    assert kept_frames(clip, config, 0).tolist() == [100, 102, 104, 110, 122, 134, 145]
+    hybrid.max_frames_per_clip = 5  # ends before what lies inside, that before the regular ones
+    assert {104, 110, 145} < set(kept_frames(clip, config, 0).tolist()) < {102, 104, 110, 122, 134, 145}
+    hybrid.max_frames_per_clip, hybrid.key_frame_interval = 200, 1000
+    assert kept_frames(clip, config, 0).tolist() == [100, 104, 110, 145]
+
+
 def test_hybrid_frames_at_the_edges_of_the_clip(plain):
     turns = [("assistant", "A", 10, 10), ("assistant", "B", 30, 30)]
     config = dict(frames="hybrid", hybrid=HybridConfig(regular_interval=1000, random_share=0.0))
@@ -1136,6 +1154,20 @@ def test_collate(plain):
     assert flipped["image_embeds"][:, 0].tolist() == [10, 11, 12, 13, 700, 701]
 
 
+def test_a_batch_knows_the_frame_and_the_time_of_every_image_token(plain):
+    """Two vectors a frame, 2 frames per second: frame 11 is shown at 5.5 s."""
+    long = sample_of(read(raw_clip([], 10, 12, id="long", video_uid="kitchen")), plain, per_frame=2)
+    short = sample_of(read(raw_clip([], 700, 701, id="short", fps=4)), plain)
+    batch = collate([short, long], PAD)
+    assert batch["video_ids"] == ["short", "kitchen"]  # a clip that names no video is one of its own
+    assert [frames.tolist() for frames in batch["frame_indices"]] == [[700, 701], [10, 10, 11, 11, 12, 12]]
+    assert [times.tolist() for times in batch["timestamps"]] == [[175.0, 175.25], [5.0, 5.0, 5.5, 5.5, 6.0, 6.0]]
+    assert batch["image_embeds"][:, 0].tolist() == np.concatenate(batch["frame_indices"]).tolist()
+    assert contents(batch) == [
+        "short: frames 700..701 of video short, 175.0 to 175.2 s", "long: frames 10..12 of video kitchen, 5.0 to 6.0 s",
+    ]  # fmt: skip
+
+
 def test_padding_with_the_end_token_keeps_the_end_learned(plain):
     """Where pad is eos, the last learned token of a reply is still its end token: padding is known by its position."""
     reply = sample_of(read(raw_clip([("assistant", "Hi", 10, 10)], 10, 10)), plain)
@@ -1185,15 +1217,26 @@ def write_corpus(folder: Path, clips: list[dict], name: str = "clips.json", rows
     return str(path)
 
 
-def corpus_of(paths, tokenizer, *, rate: float = 0.5, seed: int = 0, **config) -> Corpus:
+def corpus_of(paths, tokenizer, *, rate: float = 0.5, seed: int = 0, repeats=None, **config) -> Corpus:
     config = DataConfig(**{"max_seq_len": 400, **config})
-    return Corpus(paths, config, tokenizer, 2, rate=rate, seed=seed)
+    return Corpus(paths, config, tokenizer, 2, rate=rate, seed=seed, repeats=repeats)
 
 
 CLIPS = [
     raw_clip([("assistant", "Hello", 20, 22)], 20, 420, id="long"),
     raw_clip([("assistant", "Hi", 5, 6)], 5, 9, id="short"),
 ]
+
+
+def test_a_corpus_knows_the_parts_of_its_prompts(plain, tmp_path):
+    """Of three clips, the first in two windows: two have a goal, one a recipe, one a system turn, two have steps."""
+    clips = [CLIPS[0] | {"inferred_goal": "Tea", "inferred_knowledge": "Boil."}, CLIPS[1] | {"inferred_goal": "Tea"}]
+    clips.append(raw_clip([("system", "Be brief.", 0, 1), ("assistant", "Hi", 5, 6)], 5, 9, id="third", steps=0))
+    paths = [write_corpus(tmp_path, clips)]
+    shares = {"system text": 1 / 3, "goal": 2 / 3, "list of steps": 2 / 3}
+    assert corpus_of(paths, plain, recipe=True).prompts == shares | {"recipe": 1 / 3}
+    assert corpus_of(paths, plain).prompts == shares | {"recipe": 0}
+    assert corpus_of(paths, plain, dst=False).prompts["list of steps"] == 0
 
 
 def test_a_corpus_is_its_clips_in_windows(plain, tmp_path):
@@ -1224,6 +1267,47 @@ def test_a_corpus_draws_its_texts_anew_in_each_epoch(plain, tmp_path):
                 assert learned(sample, key) == learned(before, key)
     assert len({tuple(samples[0].input_ids.tolist()) for samples in epochs}) > 3
     assert corpus[7, 0].input_ids.tolist() == epochs[7][0].input_ids.tolist()
+
+
+def test_a_repeated_file_is_learned_from_as_in_so_many_epochs(plain, tmp_path):
+    once = raw_clip([("assistant", "Hello", 20, 30)], 20, 90, id="once")
+    files = [write_corpus(tmp_path, [once], "once.json"), write_corpus(tmp_path, CLIPS)]
+    mixed = corpus_of(files, plain, repeats=[1, 3])
+    alone = [corpus_of([file], plain) for file in files]
+    tokens = [alone[0].lengths().sum(), 3 * alone[1].lengths().sum()]
+    assert mixed.shares().tolist() == pytest.approx([n / sum(tokens) for n in tokens])
+    ids = [mixed[0, i].clip_id for i in range(len(mixed))]
+    assert Counter(ids) == {"once": 1, "long": 6, "short": 3}  # the long one has two windows
+    for epoch in (0, 1, 5):
+        of_long = [at for at, name in enumerate(ids) if name == "long"]
+        found = [mixed[epoch, at] for at in of_long]
+        expected = [alone[1][3 * epoch + n, window] for n in range(3) for window in range(2)]
+        for sample, other in zip(found, expected, strict=True):
+            assert sample.input_ids.tolist() == other.input_ids.tolist()
+            assert all((sample.labels[key] == other.labels[key]).all() for key in LABEL_KEYS)
+        first_windows = [tuple(sample.labels["speaking_labels"].tolist()) for sample in found[::2]]
+        assert len(set(first_windows)) == 3  # negatives of their own
+        sample, other = mixed[epoch, ids.index("once")], alone[0][epoch, 0]
+        assert all((sample.labels[key] == other.labels[key]).all() for key in LABEL_KEYS)
+    batches = epoch_batches(mixed.lengths(), 1000, 0, 0)
+    assert sorted(index for batch in batches for index in batch) == list(range(10))
+
+
+def test_validation_sees_every_frame_whatever_is_trained_on(plain, tmp_path):
+    """So the thresholds found there, in the probabilities of its frames, are those of a stream."""
+    clip = raw_clip([("assistant", "Hello", 20, 22), ("DST_UPDATE", "S1->start", 200, 201)], 20, 420, id="long")
+    file, frames, whole = write_corpus(tmp_path, [clip]), [], None
+    hybrid = HybridConfig(random_share=0.1)
+    for changed in ({}, {"layout": "turns"}, {"frames": "turns"}, {"frames": "hybrid"}, {"long_clips": "truncate"}):
+        data = DataConfig(train=[file], val=[file], max_seq_len=330, hybrid=hybrid, **changed)
+        config = Config(model=ModelSection(vision_dim=2), data=data)
+        of_train, of_val = (load_corpus(config, plain, split) for split in ("train", "val"))
+        frames.append(len({int(frame) for i in range(len(of_train)) for frame in of_train[0, i].frames}))
+        samples = [of_val[0, i] for i in range(len(of_val))]
+        assert {int(frame) for sample in samples for frame in sample.frames} == set(range(20, 421))
+        whole = whole or [sample.input_ids.tolist() for sample in samples]
+        assert [sample.input_ids.tolist() for sample in samples] == whole
+    assert frames[:3] == [401, 5, 5] and 5 < frames[3] < 200 and 5 < frames[4] < 330
 
 
 def test_lines_and_list_make_the_same_samples(plain, tmp_path):

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import raw_clip, read
 
 from prospect import decisions
 from prospect.config import InferConfig
-from prospect.decisions import Decision, Evidence, decide, nearly
+from prospect.decisions import Decision, Evidence, Moments, decide, nearly, reference_moments
 
 NEVER = 1.0  # a threshold that no score here reaches
 
@@ -122,6 +123,33 @@ def test_nothing_legal_to_update_and_no_task_state():
     # Where nothing is legal for a while, the update's evidence waits as it was: .4, then .4 / 2 + .9 / 2.
     found = decided(settings(speaking=NEVER), [0.0] * 3, [0.8, None, 0.9])
     assert [decision.dst_score for decision in found] == [0.4, None, pytest.approx(0.65)] and updated(found) == [2]
+
+
+def test_who_is_told_when_decides_nothing():
+    """At the second frame the head would have spoken. Scores start again behind the frames at which is written."""
+    infer, evidence = settings(smoothing=0.5, evidence=0.6, coupling=2.0), Evidence()
+    told = [(False, False), (False, False), (True, True), (False, False), (False, True), (True, False)]
+    found = [decide(infer, evidence, 0.8, 0.4, False, when) for when in told]
+    assert [(one.speak, one.update) for one in found] == told
+    assert scores(found) == pytest.approx([0.4, 0.6, 0.7, 0.4, 0.6, 0.4])
+    assert [one.dst_score for one in found] == pytest.approx([0.2, 0.3, 0.35, 0.2, 0.3, 0.2])
+    nothing_legal = decide(infer, Evidence(), 0.8, None, False, (True, True))
+    assert (nothing_legal.speak, nothing_legal.update) == (True, False)
+
+
+def test_the_reference_s_moments():
+    turns = [
+        ("user", "Hi", 12, 13), ("assistant", "Go", 12, 14), ("assistant", "on", 14, 14), ("assistant", "x", 19, 25),
+        ("DST_UPDATE", "S1->start", 13, 13), ("DST_UPDATE", "S1->complete", 19, 25), ("system", "S", 0, 1),
+    ]  # fmt: skip
+    moments = reference_moments(read(raw_clip(turns, 10, 30)))
+    assert moments == Moments(frozenset({14, 25}), frozenset({13, 25}))
+    assert [moments.at(frame) for frame in (12, 13, 14, 25)] == [
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    ]
 
 
 def test_a_changed_future_changes_nothing():

@@ -3,6 +3,7 @@
 Two ranks are two processes that talk through gloo, as `torchrun` would start them.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -196,7 +197,7 @@ def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     Under DDP each rank also streams a share of the clips; under FSDP none does, and no evidence is chosen.
     """
     write_tiny_corpus(tmp_path)
-    streamable = ["infer.max_reply_tokens=8", "infer.max_update_tokens=20"]
+    streamable = ["infer.evidence=null"]
     metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2", *streamable)
     ways = [f"train.parallel={parallel}", "data.batch_tokens=512", *streamable]
     assert run_training(tmp_path, "run.name=two", *ways, world=2) == [0, 0]
@@ -479,6 +480,82 @@ def with_small_files(folder: Path) -> int:
 
     train.ckpt.begin_checkpoint = begin
     return train_here(folder)
+
+
+@pytest.mark.parametrize("blocked", ["tokenizer", "config.yaml"])
+def test_a_disk_that_is_full_before_the_first_step_is_one_line(tmp_path, blocked):
+    """The limit on file sizes is between those of config.yaml and tokenizer.json, or below both."""
+    write_tiny_corpus(tmp_path)
+    if blocked == "config.yaml":  # the tokenizer is there already
+        load_tokenizer(tiny_config(tmp_path))
+    limit = 5000 if blocked == "tokenizer" else 1000
+    assert finish(launch(with_a_limit, tmp_path, limit, world=2, log=tmp_path / "log")) == [2, 2]
+    printed = (tmp_path / "log").read_text()
+    errors = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and f"runs/tiny/{blocked}" in errors[0] and "cannot be written: File too large" in errors[0]
+    assert "Traceback" not in printed
+    assert run_training(tmp_path, "train.max_steps=1", world=2) == [0, 0]  # there is room again
+
+
+def with_a_limit(folder: Path, size: int) -> int:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    return train_here(folder, "train.max_steps=1")
+
+
+@pytest.mark.parametrize("out", ["file/runs", "/proc/runs", "loop"])
+def test_a_run_that_can_be_written_nowhere_is_one_line(tmp_path, out):
+    write_tiny_corpus(tmp_path, clips=3)
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "loop").symlink_to("loop")
+    assert finish(launch(train_here, tmp_path, f"run.out={tmp_path / out}", log=tmp_path / "log")) == [2]
+    [error] = (tmp_path / "log").read_text().splitlines()
+    assert error.startswith(f"error: {tmp_path / out}")
+
+
+# ---- a rank that is gone -------------------------------------------------------------------------
+
+
+def dies(folder: Path, way: str, *overrides: str) -> int:
+    """Train, until rank 1 is gone: at the beginning of step 3, or while both write down where they are."""
+    schedule = train.learning_rate
+
+    def rate(step, *rest):
+        if step == 3 and os.environ["RANK"] == "1":
+            (folder / "gone").write_text(str(time.time()))
+            if way == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if way == "exits":
+                os._exit(3)
+            with train.together(RANK_ONE) if way == "raises together" else contextlib.nullcontext():
+                raise ArithmeticError("no number")
+        if step == 3 and way == "raises together":
+            with train.together(RANK_ZERO):
+                pass
+        return schedule(step, *rest)
+
+    train.learning_rate = rate
+    try:
+        return train_here(folder, *overrides)
+    finally:
+        (folder / f"left{os.environ['RANK']}").write_text(str(time.time()))
+
+
+RANK_ZERO, RANK_ONE = (train.Ranks(rank, 2, torch.device("cpu")) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("parallel", SLOW_FSDP)
+@pytest.mark.parametrize("way", ["killed", "exits", "raises", "raises together"])
+def test_no_rank_outlives_another(tmp_path, way, parallel):
+    """However a rank is gone, the other, which waits for its gradients, ends at once."""
+    write_tiny_corpus(tmp_path, clips=3)
+    processes = launch(dies, tmp_path, way, f"train.parallel={parallel}", world=2, log=tmp_path / "log")
+    statuses = finish(processes, 40)
+    assert statuses[1] == {"killed": -signal.SIGKILL, "exits": 3}.get(way, 1) and statuses[0] in (1, 2)
+    left = float((tmp_path / "left0").read_text()) - float((tmp_path / "gone").read_text())
+    assert left < 5
+    if way == "raises together":
+        printed = (tmp_path / "log").read_text()
+        assert statuses[0] == 2 and printed.count("Traceback") == 1 and "ArithmeticError: no number" in printed
 
 
 @pytest.mark.parametrize("parallel", SLOW_FSDP)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from prospect.embeddings import find_embeddings
 from prospect.errors import ProspectError
 from prospect.vision import encode
 from prospect.vision.encode import ahead, deal
@@ -33,7 +34,7 @@ Image = pytest.importorskip("PIL.Image")
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures" / "vision"
-SIGLIP, SMOLVLM = FIXTURES / "siglip", FIXTURES / "smolvlm"
+SIGLIP, CLIP, SMOLVLM = FIXTURES / "siglip", FIXTURES / "clip", FIXTURES / "smolvlm"
 WIDTH, HEIGHT = 64, 16  # 8 x 2 blocks: the 16 bits of the picture's number
 CYCLE = 1024  # the long videos begin to count anew after so many pictures, 17 seconds and more
 TICKS = 60_000  # time base of the test videos: 24, 25, 29.97 (2002 ticks) and 60 pictures a second are whole numbers
@@ -311,6 +312,7 @@ def test_arrow_files_of_proassist(tmp_path):
     rows = [as_base64(n) for n in (5, 6, 7, 8, 9)]
     assert numbers(write_arrow(tmp_path / "stream.arrow", rows)) == [5, 6, 7, 8, 9]
     assert numbers(write_arrow(tmp_path / "file.arrow", rows, as_file=True)) == [5, 6, 7, 8, 9]
+    assert numbers(write_arrow(tmp_path / "bytes.arrow", [jpeg(5), jpeg(6)])) == [5, 6]
     assert numbers(tmp_path / "stream.arrow", "1", source_fps=Fraction(2)) == [5, 7, 9]
     assert count_frames(tmp_path / "stream.arrow", Fraction(1), Fraction(2)) == 3
 
@@ -377,6 +379,7 @@ def test_rows_are_the_frames_in_every_format(tmp_path):
 
 @pytest.mark.parametrize("vision, options, shape", [
     (SIGLIP, ["--tokens", 5], (6, 5, 32)), (SIGLIP, ["--tokens", 10], (6, 10, 32)), (SMOLVLM, [], (6, 20)),
+    (CLIP, ["--tokens", 26], (6, 26, 24)), (CLIP, ["--pool", "projected"], (6, 20)),
     (SMOLVLM, ["--pool", "all"], (6, 4, 20)), (SMOLVLM, ["--pool", "top-left-tile"], (6, 20)),
 ])  # fmt: skip
 def test_shapes_of_the_poolings(tmp_path, vision, options, shape):
@@ -495,6 +498,35 @@ def test_one_file_for_each_clip(tmp_path):
     (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, clips)))
     with pytest.raises(ProspectError, match="two clips have this id"):
         run(video, "--vision", SIGLIP, "--out", tmp_path / "out3", "--clips", tmp_path / "clips.jsonl")
+
+
+def test_clips_that_name_their_file_share_it(tmp_path, capsys):
+    """Converted dialogues of one video over the same frames name one file: it is written once, and found."""
+    video = write_video(tmp_path / "kitchen.mp4", even(Fraction(25), 6))
+    other = write_video(tmp_path / "unused.mp4", even(Fraction(25), 2))
+    named = {"video_uid": "kitchen", "start_frame_idx": 2, "end_frame_idx": 5, "embeddings": "sub/kitchen_2_5.npy"}
+    clips = [named | {"id": "one"}, named | {"id": "two"}]
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    command = [video, other, "--vision", SIGLIP, "--clips", tmp_path / "clips.json", "--format", "pkl", "--out"]
+    assert run(*command, tmp_path / "out") == 0
+    printed = capsys.readouterr()
+    assert "unused.mp4 (1 sources)" in printed.err
+    assert printed.out.endswith(f"next:\npython -m prospect.check {tmp_path}/clips.json --embeddings {tmp_path}/out\n")
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["kitchen_2_5.json", "kitchen_2_5.npy"]
+    for clip in clips:
+        assert len(np.load(find_embeddings(clip["id"], tmp_path / "out", clip["embeddings"]))) == 4
+
+    wrong = {
+        "frames of its own": ([clips[0], clips[1] | {"end_frame_idx": 6}], "have different frames"),
+        "outside": ([named | {"embeddings": "../a.npy"}], "cannot be written as '../a.npy'"),
+        "no known ending": ([named | {"embeddings": "a.arrow"}], "cannot be written as 'a.arrow'"),
+        "not text": ([named | {"embeddings": 5}], "or its `embeddings`, cannot be written"),
+        "of no video": ([named | {"video_uid": "x"}], "no clip of"),
+    }
+    for clips, said in wrong.values():
+        (tmp_path / "clips.json").write_text(json.dumps(clips))
+        with pytest.raises(ProspectError, match=said):
+            run(*command, tmp_path / "out2")
 
 
 def test_two_sources_of_one_name(tmp_path):

@@ -4,6 +4,7 @@ Small clips are streamed through a random model. What it says is nonsense, but i
 that every part of the scoring has something to count.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -30,9 +31,9 @@ from prospect.clip_files import ClipFile
 from prospect.config import load_config
 from prospect.data import Corpus
 from prospect.errors import run_entry_point
-from prospect.evaluate import records_file
 from prospect.load import load_for_inference
 from prospect.metrics import Counts, HeadTrace
+from prospect.records import read_records, records_file
 from prospect.sample import write_sample
 from prospect.score import says_the_same, score_clip, score_step_state, score_task_state, summarise, timely_replies
 from prospect.stream import FrameRecord
@@ -323,6 +324,8 @@ def test_each_dataset_has_its_window(dataset, matched):
     numbers = summarise([score_clip(clip, records, LEXICAL, True)])
     assert (numbers["num_matched"], numbers["num_redundant"]) == (matched, 1 - matched)
     assert numbers["transition_f1"] == matched and numbers["time_error_mean"] == 5 * matched
+    # No event within a second of its turn, no reply in time; 10 of 31 frames tell the step begun too early.
+    assert numbers["combined_score"] == pytest.approx((0 + 0 + 21 / 31) / 3)
 
 
 def test_the_order_of_the_clips_changes_no_digit():
@@ -410,7 +413,7 @@ def test_records_are_scored_again_without_model_or_embeddings(clips, checkpoint,
     for words in ([], ["--data", moved]):
         assert call_without_checkpoint("--records", out, *words) == 0
         again = capsys.readouterr().out
-        assert again.split("command:")[0] == shown.split("command:")[0] and "| PAUC | " in again
+        assert again.split("command:")[0] == shown.split("command:")[0].split("\n", 1)[1] and "| PAUC | " in again
         command = " ".join(["python -m prospect.evaluate --records", *map(str, [out, *words])])
         assert f"command: `{command}`" in again and f"; evidence {0.5:.4f};" in again
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == written
@@ -464,7 +467,7 @@ def test_a_text_with_a_line_separator_comes_back_from_its_file(clips, tmp_path):
     records = records_from(clip, {clip.start_frame: "one\u2028two\x85three"})
     path = records_file(tmp_path, clip.id)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    assert evaluate.read_records(path, clip) == records
+    assert read_records(path, clip) == records
 
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -512,6 +515,26 @@ def test_other_settings_in_the_same_folder_are_refused(clips, checkpoint, tmp_pa
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_full_disk_is_one_line_and_what_is_there_is_used_later(clips, checkpoint, tmp_path, capsys, monkeypatch):
+    real, calls = os.fsync, []
+
+    def fills_up(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 6:  # a file takes two: itself, and its folder. Settings and two clips' records find room.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", fills_up)
+    assert call(checkpoint, "--data", clips, "--out", out) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert line.startswith(f"error: {out}/records/") and "cannot be written: No space left on device (" in line
+    assert len(list((out / "records").iterdir())) == 2 and not (out / "metrics.json").exists()
+    monkeypatch.setattr(os, "fsync", real)
+    assert call(checkpoint, "--data", clips, "--out", out) == 0
+    assert "2 of " in capsys.readouterr().out and (out / "metrics.json").exists()
+
+
 def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
     words = ["--data", clips, "infer.reserved=100", "data.max_seq_len=260"]  # as files to argparse; not to us
     assert call(checkpoint, *words, "--strategy", "drop_all", "--out", tmp_path, "--streams", 2) == 0
@@ -537,6 +560,7 @@ def test_a_strategy_by_its_name(clips, checkpoint, tmp_path, capsys):
     (["--data", "infer.lookahead=1"], "--data names no clip file"),
     (["--data", "CLIPS", "--similarity", "nowhere"], "not a sentence-transformers model directory"),
     (["--data", "CLIPS", "--sweep", "--out", "x"], "--sweep writes no records"),
+    (["--data", "CLIPS", "--sweep", "--moments", "reference"], "--sweep chooses the model's own moments"),
     (["--data", "CLIPS", "--quiet", "CLIPS", "--sweep"], "--quiet and --sweep choose the same number"),
     (["--data", "CLIPS", "--quiet", "CLIPS"], "is not quiet: a user turn"),
     (["--data", "CLIPS", "--max-false-alarms", "3"], "--max-false-alarms needs hours of quiet"),
@@ -575,6 +599,56 @@ def test_a_bad_clip_is_skipped_where_that_is_asked_for(clips, checkpoint, tmp_pa
     assert "skipped: " in shown.err and "clip2" in shown.err and "| clips | 3 | 3 |  |" in shown.out
 
 
+# ---- told when -----------------------------------------------------------------------------------
+
+
+def test_who_is_told_when_writes_at_the_reference_s_frames_and_nowhere_else(checkpoint, tmp_path, capsys):
+    turns = [
+        ("user", "Hi", 10, 11), ("assistant", "Go.", 10, 14), ("DST_UPDATE", "S1->start", 11, 13),
+        ("assistant", "Well", 20, 22), ("assistant", "done.", 21, 22), ("DST_UPDATE", "S1->complete", 20, 22),
+        ("user", "What now?", 24, 25), ("assistant", "Rest.", 29, 29),
+    ]  # fmt: skip
+    file = write_clips(tmp_path, "clips.json", [raw_clip(turns, 10, 29, dataset="tiny")])
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert call(checkpoint, "--data", file, "--out", out) == 0
+    own = json.loads((out / "metrics.json").read_text())
+    shutil.copytree(out, again)
+    found = []
+    for folder, lookahead in ((out, 1), (again, 64)):
+        capsys.readouterr()
+        words = ("--out", folder, f"infer.lookahead={lookahead}")
+        assert call(checkpoint, "--data", file, "--moments", "reference", *words) == 0
+        found.append(json.loads((folder / "metrics.json").read_text()))
+        records = records_of(folder / "records-reference" / "clip.jsonl")
+        assert [r["frame_idx"] for r in records if r["speaking_decision"]] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update_decision"]] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["text"] is not None] == [14, 22, 29]
+        assert [r["frame_idx"] for r in records if r["dst_update"] is not None] == [13, 22]
+        assert [r["frame_idx"] for r in records if r["user"]] == [11, 25]
+        assert all(r["told"] for r in records)
+        assert not any(r["told"] for r in records_of(folder / "records" / "clip.jsonl"))
+    assert found[0]["told_when"] == found[1]["told_when"] and "told_when" not in own
+    assert found[0]["results"] == own["results"]
+    assert "dst_event_f1" in own["results"]["tiny"] and "dst_event_f1" not in found[0]["told_when"]["tiny"]
+    of_own, of_told = capsys.readouterr().out.split("Told when to speak and update, by the reference:")
+    assert "update event F1" in of_own and "update event F1" not in of_told
+    assert "--moments reference" in of_told and "joint goal accuracy" in of_told
+
+
+def test_what_is_said_when_told_is_scored_beside_the_model_s_own_timing(clips, checkpoint, tmp_path, streamed):
+    """An oracle that is told when says the reference's words; what the model does by itself is not changed by it."""
+    (tmp_path / "records-reference").mkdir()
+    for raw in json.loads(clips.read_text()):
+        lines = [json.dumps(record | {"told": True}) + "\n" for record in reference_records(raw)]
+        records_file(tmp_path / "records-reference", raw["id"]).write_text("".join(lines))
+    assert call(checkpoint, "--data", clips, "--moments", "reference", "--out", tmp_path) == 0
+    assert len(streamed) == 7  # the own timing alone
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    for name in ("tiny", "wtag", "macro"):
+        told, own = found["told_when"][name], found["results"][name]
+        assert told["f1"] == told["joint_goal_accuracy"] == told["replies_right_f1"] == 1.0 and own["f1"] < 0.5
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -587,6 +661,8 @@ def test_a_column_for_each_dataset_and_their_plain_mean(clips, checkpoint, tmp_p
         assert mean == pytest.approx((results["tiny"][name] + results["wtag"][name]) / 2), name
     assert {"f1", "joint_goal_accuracy", "dst_event_f1"} <= results["macro"].keys()
     assert "| clips | 3 | 4 |  |" in shown
+    scores = [results[name]["combined_score"] for name in ("tiny", "wtag", "macro")]
+    assert "| combined score | {:.3f} | {:.3f} | {:.3f} |".format(*scores) in shown
     decided = f"thresholds: speaking {SPEAKING:.4f}, updates {DST:.4f}; evidence 0.5000"
     assert f"step 3; {decided}; strategy: slide; decision: heads;" in shown
     assert "; similarity: lexical  \n" in shown
@@ -710,11 +786,27 @@ def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
     assert "5 clips streamed; the choice is for mean" in shown
 
 
+def trained_without_goals(checkpoint: Path) -> str:
+    """What is told of the seven clips, which have one, when the checkpoint says so."""
+    state = read_state(checkpoint)
+    state.prompts = {"goal": 0.0, "list of steps": 1.0}
+    (checkpoint / "state.json").write_text(json.dumps(asdict(state)))
+    return "warning: prompts are not as in training: a goal in clip0 and 6 more (no training clip had one)\n"
+
+
+def test_prompts_unlike_training_are_noted_once(clips, tmp_path, capsys):
+    told = trained_without_goals(make_checkpoint(tmp_path / "step"))
+    assert call(tmp_path / "step", "--data", clips) == 0
+    assert capsys.readouterr().err.count(told) == 1
+
+
 def test_a_sweep_under_the_other_decision_stores_nothing(clips, tmp_path, capsys):
     checkpoint = make_checkpoint(tmp_path, speaking=0.111, dst=0.222)
+    told = trained_without_goals(checkpoint)
     assert call(checkpoint, "--data", clips, "--sweep", "infer.decision=lm") == 0
     assert read_state(checkpoint).thresholds == {"speaking": 0.111, "dst": 0.222}
-    shown = capsys.readouterr().out
+    shown, err = capsys.readouterr()
+    assert err.count(told) == 1
     assert "not stored" in shown and "use infer.decision=lm" in shown and "chosen: infer.speaking_threshold=0." in shown
     # Nor are the stored ones, found for the heads, used for the LM's probability.
     assert load_for_inference(checkpoint, [])[0].infer.speaking_threshold == 0.111

@@ -107,6 +107,17 @@ def test_every_setting_in_prose_exists():
                 value = value[name]
 
 
+def test_every_test_that_the_promises_name_exists():
+    """docs/reliability.md, and whatever else names a test as tests/FILE.py::NAME; each promise names one."""
+    for path in PROSE:
+        for file, name in re.findall(r"\btests/([a-z]\w+\.py)::(\w+)", path.read_text()):
+            source = ROOT / "tests" / file
+            assert source.is_file() and f"\ndef {name}(" in source.read_text(), f"{path.name}: {file}::{name}"
+    rows = [line for line in (ROOT / "docs/reliability.md").read_text().splitlines() if line.startswith("| ")]
+    promises = [row for row in rows if not row.startswith("| promise |")]
+    assert len(promises) > 50 and [row for row in promises if not re.search(r"`tests/\w+\.py::\w+`", row)] == []
+
+
 def test_every_picture_in_docs_is_shown():
     prose = "".join(path.read_text() for path in PROSE)
     pictures = [path.name for path in (ROOT / "docs").iterdir() if path.suffix in (".png", ".svg", ".jpg", ".gif")]

@@ -1,13 +1,17 @@
 """infer.py: clips and their names, the record file, live lines, interruption, and what the user can get wrong."""
 
+import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +23,12 @@ from tiny import VISION_DIM, tiny_config, write_tiny_corpus
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.config import DataConfig
-from prospect.errors import ProspectError
+from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference, store_wide_weights_by_column
 from prospect.model import Prospect
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.vision import video
 from prospect.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -97,6 +102,35 @@ def test_one_record_a_frame_with_the_thresholds_of_the_checkpoint(corpus, checkp
     )
     said = [(record["frame_idx"], record["user"]) for record in found if record["user"]]
     assert said == [(clip["start_frame_idx"] + 1, ["I want to build it."])]
+
+
+def test_prompts_of_a_shape_that_training_never_had_are_noted_once(corpus, checkpoint, tmp_path, capsys, monkeypatch):
+    """The tiny clips have a goal and steps; one of them gets a recipe."""
+    clips = json.loads((corpus / "val.json").read_text())
+    clips[1]["inferred_knowledge"] = "Take the block."
+    (tmp_path / "clips.json").write_text(json.dumps(clips))
+    shutil.copytree(checkpoint, tmp_path / "step")
+
+    def told(prompts: dict[str, float], *options: str) -> str:
+        write_state(tmp_path / "step", TrainState(step=1, prompts=prompts), load_for_inference(checkpoint)[0])
+        words = ["--clip", f"{tmp_path}/clips.json", f"data.embeddings={corpus}/embeddings", *options]
+        monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint", str(tmp_path / "step"), *words])
+        monkeypatch.setattr(infer, "stream_jobs", lambda *_: [])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+        assert infer.main() == 0
+        return capsys.readouterr().err
+
+    as_trained = {"system text": 0.0, "goal": 1.0, "list of steps": 1.0, "recipe": 0.0}
+    assert told(as_trained) == told({}) == told({"goal": 0.5, "another version's": 1.0}) == ""
+    start = "warning: prompts are not as in training: "
+    every, none = "(every training clip had one)", "(no training clip had one)"
+    assert told(as_trained, "data.recipe=true") == f"{start}a recipe in val1 {none}\n"
+    assert told(as_trained | {"recipe": 1.0}, "data.recipe=true") == f"{start}no recipe in val0 and 1 more {every}\n"
+    other = {"system text": 1.0, "goal": 0.0, "list of steps": 0.5, "recipe": 0.0}
+    both = f"a goal in val0 and 2 more {none}; no system text in val0 and 2 more {every}\n"
+    assert told(other) == start + both
+    (tmp_path / "clips.json").write_text(json.dumps(clips[:1]))
+    assert told(as_trained | {"goal": 0.0}, "--stdin") == f"{start}a goal in val0 {none}\n"
 
 
 def test_weights_stored_by_column_are_the_same_weights(checkpoint):
@@ -198,6 +232,18 @@ def test_transcript_cannot_steer_the_terminal(capsys):
     assert capsys.readouterr().out == "  0:01.0  assistant  a [2Jb c\n"
 
 
+def test_the_example_of_a_task_is_one(tmp_path, monkeypatch):
+    """The one steps.yaml that the project shows: in the documentation of prospect/vision/video.py."""
+    example = textwrap.dedent(video.__doc__.split("start.\n\n")[1].split("\n\nVideos need")[0])
+    path = tmp_path / "steps.yaml"
+    path.write_text(example, encoding="utf-8")
+    monkeypatch.setattr(video, "count_frames", lambda *_: 100)
+    clip, said = video.read_task(path, tmp_path / "kitchen.mp4", Fraction(2))
+    assert clip.goal == "Making a Pot of Coffee" and said == {25: ["What should I do next?"]}
+    assert [(step.id, step.name) for step in clip.steps] == [("S1", "boil the water"), ("S2", "grind the beans")]
+    assert clip.initial_state == {"S1": "not_started", "S2": "completed"}
+
+
 # ---- live ----------------------------------------------------------------------------------------
 
 
@@ -256,6 +302,22 @@ def test_ctrl_c_leaves_whole_lines(corpus, checkpoint, tmp_path):
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_line(corpus, checkpoint, capsys, monkeypatch):
+    """/dev/full refuses every byte; a program that prints there has standard output as its only name."""
+    wanted = ["--clip", f"{corpus / 'val.json'}:0", "--out", "/dev/full"]
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--checkpoint", str(checkpoint), *wanted])
+    with pytest.raises(SystemExit) as ended:
+        run_entry_point(infer.main)
+    [line] = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("error: /dev/full: cannot be written: No space left on device (")
+
+    program = "from prospect.errors import run_entry_point; run_entry_point(lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: No space left on device (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_wrong_input_is_one_line_and_status_2(corpus, checkpoint, tmp_path):

@@ -665,6 +665,16 @@ def test_the_table_is_one_row_a_dataset_and_their_plain_mean():
     assert by_dataset([], sum_dialogue) == {"macro": {}}
 
 
+def test_a_dataset_called_macro_keeps_its_column():
+    good, bad = dialogue([20], [20], [[1.0]]), dialogue([20], [50], [[0.0]])
+    table = by_dataset([("macro", good), ("wtag", bad)], sum_dialogue)
+    assert {name: numbers["f1"] for name, numbers in table.items()} == {
+        "macro (dataset)": 1.0,
+        "wtag": 0.0,
+        "macro": 0.5,
+    }
+
+
 # ---- texts ---------------------------------------------------------------------------------------
 
 

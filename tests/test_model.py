@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prospect import model as model_file
+from prospect.config import LossConfig
 from prospect.model import (
     IGNORE,
     LOSS_CLASSES,
@@ -293,7 +294,7 @@ def nll(*probabilities: float) -> float:
 
 def test_every_loss_class_by_hand():
     hidden, labels = hand_case()
-    sums = loss_sums(hand_model(dst_state_head=True), hidden, labels, "mean")
+    sums = loss_sums(hand_model(dst_state_head=True), hidden, labels, LossConfig())
     expected = [nll(3 / 5, 5 / 8), nll(3 / 4, 1 / 4), nll(1 / 2), nll(1 / 3), nll(1 / 2), nll(3 / 4, 1 / 3), nll(1 / 4)]
     assert values(sums) == pytest.approx(dict(zip(LOSS_CLASSES, expected, strict=True)), rel=1e-5)
     assert all(value.dtype == torch.float32 for value in sums.values())
@@ -302,8 +303,8 @@ def test_every_loss_class_by_hand():
 
 def test_mean_and_balanced_by_hand():
     hidden, labels = hand_case()
-    sums, counts = loss_sums(hand_model(dst_state_head=True), hidden, labels, "mean"), count_labels(labels)
-    mean = {name: float(value) for name, value in loss_terms(sums, counts, "mean").items()}
+    sums, counts = loss_sums(hand_model(dst_state_head=True), hidden, labels, LossConfig()), count_labels(labels)
+    mean = {name: float(value) for name, value in loss_terms(sums, counts, LossConfig()).items()}
     assert mean == pytest.approx({
         "speaking_gen": nll(3 / 5, 5 / 8) / 2,
         "speaking_binary": nll(3 / 4, 1 / 4, 1 / 2) / 3,
@@ -311,7 +312,7 @@ def test_mean_and_balanced_by_hand():
         "dst_binary": nll(1 / 2, 3 / 4, 1 / 3) / 3,
         "dst_state": nll(1 / 4),
     }, rel=1e-5)  # fmt: skip
-    balanced = loss_terms(sums, counts, "balanced")
+    balanced = loss_terms(sums, counts, LossConfig(bce="balanced"))
     assert float(balanced["speaking_binary"]) == pytest.approx((nll(3 / 4, 1 / 4) / 2 + nll(1 / 2)) / 2, rel=1e-5)
     assert float(balanced["dst_binary"]) == pytest.approx((nll(1 / 2) + nll(3 / 4, 1 / 3) / 2) / 2, rel=1e-5)
 
@@ -319,18 +320,45 @@ def test_mean_and_balanced_by_hand():
 def test_focal_by_hand():
     """alpha (1 - p)^2 (-log p): 0.25 for positives, 0.75 for negatives; p is what the right answer was given."""
     hidden, labels = hand_case()
-    sums = values(loss_sums(hand_model(), hidden, labels, "focal"))
+    sums = values(loss_sums(hand_model(), hidden, labels, LossConfig(bce="focal")))
     positives = 0.25 * (0.25**2 * nll(3 / 4) + 0.75**2 * nll(1 / 4))
     assert sums["speaking_pos"] == pytest.approx(positives, rel=1e-5)
     assert sums["speaking_neg"] == pytest.approx(0.75 * 0.5**2 * nll(1 / 2), rel=1e-5)
     assert sums["speaking_gen"] == pytest.approx(nll(3 / 5, 5 / 8), rel=1e-5)  # generation is no decision
 
 
+def test_focal_parameters_by_hand():
+    """alpha 0.9, gamma 1: 0.9 for positives, 0.1 for negatives, times 1 - p. The state head has gamma alone."""
+    hidden, labels = hand_case()
+    loss = LossConfig(bce="focal", focal_alpha=0.9, focal_gamma=1.0, dst_state_focal=True)
+    sums = values(loss_sums(hand_model(dst_state_head=True), hidden, labels, loss))
+    assert sums["speaking_pos"] == pytest.approx(0.9 * (0.25 * nll(3 / 4) + 0.75 * nll(1 / 4)), rel=1e-5)
+    assert sums["speaking_neg"] == pytest.approx(0.1 * 0.5 * nll(1 / 2), rel=1e-5)
+    assert sums["dst_pos"] == pytest.approx(0.9 * 0.5 * nll(1 / 2), rel=1e-5)
+    assert sums["dst_neg"] == pytest.approx(0.1 * (0.25 * nll(3 / 4) + 2 / 3 * nll(1 / 3)), rel=1e-5)
+    assert sums["dst_state"] == pytest.approx(0.75 * nll(1 / 4), rel=1e-5)
+    loss = LossConfig(bce="focal", dst_state_focal=True)  # gamma 2
+    assert values(loss_sums(hand_model(dst_state_head=True), hidden, labels, loss))["dst_state"] == pytest.approx(
+        0.75**2 * nll(1 / 4), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_focal_of_certain_answers_has_a_finite_gradient(gamma):
+    """At p = 1 the derivative of (1 - p)^0.5 is infinite; that of the loss is not."""
+    losses = torch.tensor([0.0, 1e-30, 1.0], requires_grad=True)
+    model_file.focal(losses, gamma).sum().backward()
+    assert losses.grad.isfinite().all()
+    p = math.exp(-1)  # by the product rule: gamma (1 - p)^(gamma - 1) p * 1 + (1 - p)^gamma
+    assert float(losses.grad[2]) == pytest.approx(gamma * (1 - p) ** (gamma - 1) * p + (1 - p) ** gamma, rel=1e-5)
+
+
 @pytest.mark.parametrize("bce", ["mean", "balanced", "focal"])
 def test_without_labels_every_term_is_zero_and_every_parameter_has_a_gradient(bce):
     model = make_model(dst_state_head=True)
     labels, ids = no_labels(2, 5), torch.tensor([[5, IMAGE, 6, 7, 8], [9, 10, 11, 12, 13]])
-    terms = loss_terms(model(ids, torch.randn(1, VISION), labels=labels, bce=bce), count_labels(labels), bce)
+    loss = LossConfig(bce=bce, dst_state_focal=bce == "focal")
+    terms = loss_terms(model(ids, torch.randn(1, VISION), labels=labels, loss=loss), count_labels(labels), loss)
     assert [float(term.detach()) for term in terms.values()] == [0.0] * 5
     sum(terms.values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -346,6 +374,25 @@ def test_model_without_task_state():
     assert [sums[name] for name in ("dst_gen", "dst_pos", "dst_neg", "dst_state")] == [0.0] * 4
 
 
+@pytest.mark.parametrize("dst", [True, False])
+def test_model_without_speaking_head(dst):
+    """The LM's own answer is all there is to decide by; the other losses are those of a model that has the head."""
+    model = make_model(speaking_head=False, dst=dst)
+    assert model.speaking_decision_head is None
+    labels, ids = no_labels(1, 4), torch.tensor([[5, IMAGE, 6, 7]])
+    labels["speaking_labels"][0, 1], labels["dst_update_labels"][0, 1], labels["speaking_gen_labels"][0, 2] = 1, 1, 6
+    rows = torch.randn(1, VISION)
+    sums = values(model(ids, rows, labels=labels))
+    assert (sums["speaking_pos"], sums["speaking_neg"]) == (0.0, 0.0) and sums["speaking_gen"] > 0
+    assert (sums["dst_pos"] > 0) == dst
+    with torch.no_grad():
+        hidden = model(ids, rows)
+        found = model.decision_probabilities(hidden, "lm", END)
+        expected = 1 - model.lm_head(hidden).softmax(-1)[..., END]
+    assert found.keys() == ({"speaking", "dst"} if dst else {"speaking"})
+    torch.testing.assert_close(found["speaking"], expected)
+
+
 def test_lm_head_sees_only_labelled_positions():
     model = make_model()
     hidden, labels = torch.randn(2, 50, 24), no_labels(2, 50)
@@ -354,7 +401,7 @@ def test_lm_head_sees_only_labelled_positions():
     labels["dst_gen_labels"][1, 20:22] = 6
     rows: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // 24))
-    loss_sums(model, hidden, labels, "mean")
+    loss_sums(model, hidden, labels, LossConfig())
     assert rows == [3 + 2]  # replies and updates in one call
 
 
@@ -371,7 +418,7 @@ def test_chunked_generation_loss_equals_unchunked(monkeypatch):
         monkeypatch.setattr(model_file, "LM_CHUNK", chunk)
         model.zero_grad()
         hidden.grad = None
-        sums = loss_sums(model, hidden, labels, "mean")
+        sums = loss_sums(model, hidden, labels, LossConfig())
         (sums["speaking_gen"] + 2 * sums["dst_gen"]).backward()
         both = torch.stack((sums["speaking_gen"], sums["dst_gen"])).detach()
         found.append((both, hidden.grad, model.lm_head.weight.grad.clone()))
@@ -390,7 +437,7 @@ def test_losses_come_from_fp32_logits():
     model = hand_model().to(torch.bfloat16)
     labels = no_labels(1, 1001)
     labels["speaking_gen_labels"][0, 1:] = 2
-    sums = loss_sums(model, torch.zeros(1, 1001, 2, dtype=torch.bfloat16), labels, "mean")
+    sums = loss_sums(model, torch.zeros(1, 1001, 2, dtype=torch.bfloat16), labels, LossConfig())
     assert sums["speaking_gen"].dtype == torch.float32 and float(sums["speaking_gen"]) == pytest.approx(
         1000 * math.log(3), rel=1e-4
     )

@@ -371,6 +371,9 @@ def test_curves_of_a_log_written_by_hand(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "lo')
     run = read_run(tmp_path)
     assert (run.steps, run.skipped, run.evaluated, run.best_step) == ([1, 3], [3], [2, 4, 6], 4)
+    lines[-1]["best_step"] = 6  # chosen by something else than the loss
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_run(tmp_path).best_step == 6
     assert run.curves == {
         "loss": [4.0, None],
         "speaking_gen": [3.0, 2.0],

@@ -43,8 +43,10 @@ def test_the_table_of_a_clip_written_by_hand(folder, monkeypatch, capsys):
     config = write_tiny_config(folder, "data.neg_frame_sampling_rate=1.0")
     printed = run_show(monkeypatch, capsys, config, "--clip", folder / "hand.json:hand", "--all")
     lines = [line.split() for line in printed.splitlines() if "<image>" in line]
-    # position, token, frame, then speaking, dst_update and dst_state where they are labelled
-    assert [line[2:] for line in lines] == [["f7", "0", "0", "0"], ["f8", "0", "0", "0"], ["f9", "1", "0", "0"]]
+    # position, token, frame, time at 2 fps, then speaking, dst_update and dst_state where they are labelled
+    expected = [["f7", "3.5s", "0", "0", "0"], ["f8", "4.0s", "0", "0", "0"], ["f9", "4.5s", "1", "0", "0"]]
+    assert [line[2:] for line in lines] == expected
+    assert printed.startswith("\nhand: frames 7..9 of video hand, 3.5 to 4.5 s; ")
     answered = next(i for i, line in enumerate(printed.splitlines()) if " f9 " in line)
     assert (
         printed.splitlines()[answered + 1].split()[1] == printed.splitlines()[answered + 1].split()[2]
@@ -85,7 +87,7 @@ def test_counts_are_those_that_training_logs(folder, monkeypatch, capsys):
 
 def test_a_row_takes_the_colour_of_what_is_learned():
     def colour(*labels: str) -> str:
-        return show.TokenRow("0", "x", "", *labels).colour()
+        return show.TokenRow("0", "x", "", "", *labels).colour()
 
     assert colour("x", "", "", "", "") == show.GREEN and colour("", "1", "", "1", "0") == show.GREEN
     assert colour("", "", "x", "", "") == show.BLUE and colour("", "0", "", "1", "0") == show.BLUE

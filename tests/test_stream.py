@@ -7,15 +7,12 @@ cache: it sees every forward's ids and embedding rows and the rollbacks between 
 import copy
 import json
 import re
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import raw_clip, read
-from naive import Naive
 
 from prospect.clips import Clip
 from prospect.config import Config
@@ -345,94 +342,6 @@ def test_streams_fed_live_side_by_side_equal_streams_alone(plain):
     first, second = plain_records({"a": alone}), plain_records({"a": sum(together, [])})
     assert first[0] == second[0]
     np.testing.assert_allclose(first[1], second[1], atol=1e-4)
-
-
-# ---- a naive engine ------------------------------------------------------------------------------
-
-# By name: settings of InferConfig; `state`, whether there is a state head; `per`, the <image> tokens of a frame.
-NAIVE = {
-    "as it is by default": dict(smoothing=0.5, coupling=2.0, state=True, per=1),
-    "plain thresholds": dict(smoothing=1.0, coupling=0.0, state=True, per=2),
-    "long evidence": dict(smoothing=0.3, coupling=0.5, state=False, per=1),
-    "always both": dict(smoothing=0.5, coupling=100.0, constrain_dst=True, state=True, per=3),
-    "legal updates only": dict(smoothing=0.5, coupling=2.0, constrain_dst=True, state=False, per=2),
-    "the LM decides": dict(smoothing=0.3, coupling=2.0, decision="lm", state=True, per=1),
-    "without task state": dict(smoothing=0.5, coupling=2.0, dst=False, state=False, per=1),
-}
-
-
-def naive_case(tokenizer_dir: Path, rule: dict, seed: int) -> tuple[Prospect, Tokenizer, list[Job], Config]:
-    """A random model, three random clips, and thresholds that fire now and then, in contexts that overflow."""
-    rule, draw = dict(rule), np.random.default_rng(900 + seed)
-    tokenizer = Tokenizer(tokenizer_dir, ("plain", "chatml", "llama3")[seed % 3])
-    state, per_frame, dst = rule.pop("state"), rule.pop("per"), rule.pop("dst", True)
-    model = random_model(tokenizer, seed, dst=dst, dst_state_head=state)
-    model.lm_head.weight.data[tokenizer.end_id] *= 1.6
-    jobs = []
-    for number in range(3):
-        frames = int(draw.integers(1, 40))
-        jobs.append(Job(random_clip(draw, f"clip{number}", frames), rows_of(draw, frames, per_frame)))
-    data = dict(dst=dst, dst_format=("arrow", "json")[seed // 2 % 2], overlap=(0.25, 0.5, 0.0)[seed % 3])
-    config = stream_config(**rule, max_reply_tokens=(8, 24)[seed % 2], data=dict(max_seq_len=350, **data))
-    if config.infer.constrain_dst:
-        config.infer.max_update_tokens = 60
-    return model, tokenizer, jobs, firing(model, tokenizer, jobs, config, 0.1)
-
-
-def compare_with_naive(tokenizer_dir: Path, rule: dict, seed: int, ways: list[tuple[int, int]]) -> list[dict]:
-    """Stream with both engines and compare all that they record; the naive records, [] where rounding decides."""
-    model, tokenizer, jobs, config = naive_case(tokenizer_dir, rule, seed)
-    naive = Naive(model, tokenizer, config)
-    expected = {job.clip.id: naive.stream(job.clip, job.embeddings) for job in jobs}
-    if naive.margin < 1e-5:
-        return []
-    for lookahead, streams in ways:
-        found = run(model, tokenizer, jobs, config, lookahead, streams)
-        for name, records in expected.items():
-            assert len(found[name]) == len(records)
-            for ours, theirs in zip(found[name], records):
-                ours, theirs, at = ours.to_dict(), dict(theirs), (name, theirs["frame_idx"], lookahead, streams)
-                assert ours.pop("clip_id") == name
-                invalid, event = ours.pop("invalid_update"), ours.pop("context_event")
-                if ours["dst_update"] is not None:
-                    assert (invalid is not None) == theirs["invalid"], at
-                sizes = (event["tokens_before"], event["tokens_after"]) if event else None
-                assert sizes == theirs.pop("event"), at
-                assert theirs.pop("invalid") in (None, invalid is not None)
-                numbers = [[record.pop(field) or 0.0 for field in ROUNDED] for record in (ours, theirs)]
-                np.testing.assert_allclose(*numbers, atol=1e-4)
-                assert ours == theirs, at
-    return [record for records in expected.values() for record in records]
-
-
-@pytest.mark.parametrize("seed, name", [
-    pytest.param(seed, name, marks=[] if seed in (0, 1, 4, 5) else pytest.mark.slow) for seed, name in enumerate(NAIVE)
-])  # fmt: skip
-def test_streaming_equals_a_naive_engine(tokenizer_dir, seed, name):
-    records = compare_with_naive(tokenizer_dir, NAIVE[name], seed, [(1, 1), (2, 3), (7, 1), (32, 3)])
-    assert sum(record["speaking_decision"] for record in records) >= 3
-
-
-@pytest.mark.slow
-def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir):
-    ways = [(lookahead, streams) for lookahead in (1, 2, 7, 32) for streams in (1, 3)]
-    names = ("speaking_decision", "dst_update_decision", "event", "user", "text_cut", "invalid")
-    counts = dict.fromkeys(names, 0)
-    undecided = applied = 0
-    for seed in range(140):
-        rule = list(NAIVE.values())[seed % len(NAIVE)] | {"smoothing": (1.0, 0.5, 0.3)[seed // 7 % 3]}
-        rule |= {"coupling": (0.0, 2.0, 100.0)[seed // 21 % 3], "per": 1 + seed % 3}
-        try:
-            records = compare_with_naive(tokenizer_dir, rule, seed, ways[seed % 4 :: 4])
-        except ProspectError as error:  # much is said at one frame
-            assert "do not fit" in str(error)
-            records = []
-        undecided += not records
-        applied += sum(record["invalid"] is False for record in records)
-        for what in counts:
-            counts[what] += sum(bool(record[what]) for record in records)
-    print(counts, "applied", applied, "not compared", undecided)
-    assert undecided < 40 and applied > 50 and all(count > 50 for count in counts.values())
 
 
 # ---- a refreshed context -------------------------------------------------------------------------
@@ -780,6 +689,85 @@ def test_refused_input_leaves_the_stream_as_it_was(plain):
     assert session.feed(np.ones(VISION)) == other.feed(np.ones(VISION))
 
 
+def longest_accepted(session: StreamSession) -> str:
+    """Say the longest text that `say` takes. A token is a byte, so one letter more is one token more."""
+    accepted, refused = 0, session.limit
+    while refused - accepted > 1:
+        letters = (accepted + refused) // 2
+        try:
+            session.say("x" * letters)
+            accepted = letters
+            session.pending.clear()
+        except ProspectError as error:
+            assert "the context has room for" in str(error)
+            refused = letters
+    session.say("x" * accepted)
+    return "x" * accepted
+
+
+@pytest.mark.parametrize("per_frame", [1, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_say_accepts_finds_its_place_whenever_it_is_said(plain, strategy, per_frame):
+    """The longest texts, at every fill of the context, beside replies, and with a recipe that begins at a refresh."""
+    model, draw = random_model(plain, 0), np.random.default_rng(0)
+    clip = read(raw_clip([], 0, 999, inferred_knowledge="Take one and then two. " * 4))
+    config = stream_config(strategy=strategy, speaking_threshold=0.45, data=dict(max_seq_len=500, overlap=0.9))
+    session, refreshes, replies = StreamSession(model, plain, clip, config), 0, 0
+    for frame in range(40):
+        said = [longest_accepted(session)] if frame % 7 == 3 else []
+        record = session.feed(rows_of(draw, 1, per_frame)[0])
+        assert record.user == said and session.num_tokens <= 500
+        refreshes += record.context_event is not None
+        replies += record.text is not None
+    assert refreshes > 2 and replies > 2
+
+
+def test_with_the_strategy_none_say_knows_how_full_the_context_is(plain):
+    clip = read(raw_clip([], 0, 999))
+    session = StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy="none"))
+    for _ in range(100):
+        session.feed(np.zeros(VISION))
+    said = longest_accepted(session)
+    assert session.feed(np.zeros(VISION)).user == [said] and session.num_tokens == session.limit
+    with pytest.raises(ProspectError, match="the context has room for 0"):
+        session.say("x")
+
+
+def test_a_text_that_finds_no_place_is_refused_once_and_forgotten(plain):
+    """Said when no frame had been seen, with room for one token of a frame; then frames of five come."""
+    session = StreamSession(random_model(plain, 0), plain, read(raw_clip([], 0, 999)), stream_config())
+    longest_accepted(session)
+    frame = np.zeros((5, VISION), np.float32)
+    with pytest.raises(ProspectError, match="the context has room for"):
+        session.feed(frame)
+    record = session.feed(frame)
+    assert record.frame_idx == 0 and record.user == []
+    assert session.feed(frame).frame_idx == 1
+
+
+def test_a_recipe_that_leaves_no_room_is_refused_at_once(plain):
+    """It comes into the prompt at the first refresh: no frame would find a place from then on."""
+    clip = read(raw_clip([], 0, 999, inferred_knowledge="x" * 400))
+    for strategy in STRATEGIES:
+        if not strategy.startswith("summarize"):
+            StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy=strategy))
+            continue
+        with pytest.raises(ProspectError, match="of the prompt and 1 of a frame do not fit into 470"):
+            StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy=strategy))
+
+
+def test_a_frame_that_is_refused_leaves_no_trace(plain):
+    """A finite embedding whose answer is not: what follows is as if it had not come, the user's text included."""
+    clip, rows = read(raw_clip([], 0, 30)), rows_of(np.random.default_rng(0), 20)[:, 0]
+    session, other = (StreamSession(random_model(plain, 0), plain, clip, stream_config()) for _ in range(2))
+    for number, row in enumerate(rows):
+        if number == 10:
+            session.say("Hello"), other.say("Hello")
+            with pytest.raises(ProspectError, match="not finite"):
+                session.feed(np.full(VISION, 3e38, np.float32))
+        assert session.feed(row) == other.feed(row)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(reserved=39), "infer.reserved"),
     (dict(strategy="summarize_and_drop", reserved=50, max_reply_tokens=4, max_update_tokens=4), "infer.reserved"),
@@ -793,43 +781,13 @@ def test_settings_that_cannot_work_are_refused_at_once(plain, change, message):
         StreamSession(random_model(plain, 0), plain, read(raw_clip([], 0, 30)), stream_config(**change))
 
 
-# ---- two hours of stream -------------------------------------------------------------------------
+# ---- an answer that is not finite ----------------------------------------------------------------
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
-@pytest.mark.slow
-def test_two_hours_of_stream_are_flat_in_memory_and_time(plain):
-    """14,400 frames at 2 a second, speaking and updating now and then: nothing grows after the first refresh."""
-    model = random_model(plain, 0, hidden_size=64, intermediate_size=172, head_dim=16)
-    draw = np.random.default_rng(0)
-    config = stream_config(reserved=130, data=dict(max_seq_len=1024))
-    clip = read(raw_clip([], 0, 14_399))
-    pool = rows_of(draw, 997)[:, 0]
-    config = firing(model, plain, [Job(clip, pool[:, None])], config, 0.01)
-    session = StreamSession(model, plain, clip, config)
-    memory, seconds, refreshes = [], [], 0
-    for i in range(14_400):
-        started = time.perf_counter()
-        refreshes += session.feed(pool[i % 997]).context_event is not None
-        seconds.append(time.perf_counter() - started)
-        if refreshes and i % 100 == 0:
-            memory.append(resident())
-    quarters = [float(np.median(part)) * 1e3 for part in np.array_split(seconds, 4)]
-    first, last, most = (bytes / 2**20 for bytes in (memory[0], memory[-1], max(memory)))
-    print(f"{refreshes} refreshes; {first:.1f} -> {last:.1f} MiB, at most {most:.1f}")
-    print("ms a frame by quarter:", ", ".join(f"{ms:.2f}" for ms in quarters))
-    assert refreshes > 10
-    assert max(memory) <= 1.02 * memory[0]
-    assert max(quarters[1:]) <= 1.5 * min(quarters[1:])  # medians; the machine may be busy
-
-
-def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain):
+@pytest.mark.parametrize("dtype, value, near", [(torch.float32, 3e38, 1e-5), (torch.float16, 7e4, 5e-3)])
+def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain, dtype, value, near):
     """Embeddings that overflow inside the model: one error that names the frame; the stream's place is clean again."""
-    draw, model = np.random.default_rng(0), random_model(plain, 0)
+    draw, model = np.random.default_rng(0), random_model(plain, 0).to(dtype)
     clip, config = random_clip(draw, "clip", 20), stream_config()
     rows = rows_of(draw, 20)
     alone = [record.to_dict() for record in run(model, plain, [Job(clip, rows)], config)["clip"]]
@@ -838,7 +796,7 @@ def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain)
     for row in rows[:15]:
         spoiled.feed(row)
     with pytest.raises(ProspectError, match="not finite") as caught:
-        spoiled.feed(np.full_like(rows[15], 3e38))
+        spoiled.feed(np.full_like(rows[15], value))
     assert caught.value.where.endswith(f"frame {clip.start_frame + 15}")
     session = StreamSession(model, plain, clip, config, cache=cache, stream=0)
     other = StreamSession(model, plain, replace(clip, end_frame=clip.end_frame + 20), config, cache=cache, stream=1)
@@ -849,4 +807,4 @@ def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain)
         frame = Frame(row, Job(clip, rows).said.get(number, []))
         found.append(advance([session, other], [[frame], [frame]])[0][0].to_dict())
     assert [record["speaking_prob"] for record in found] == pytest.approx(
-        [record["speaking_prob"] for record in alone], abs=1e-5)  # fmt: skip
+        [record["speaking_prob"] for record in alone], abs=near)  # fmt: skip

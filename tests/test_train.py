@@ -6,26 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from tiny import train_here, write_tiny_config, write_tiny_corpus
+from safetensors import safe_open
+from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect import tuning
 from prospect.build import load_corpus
-from prospect.checkpoint import read_state
+from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
 from prospect.data import DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
 from prospect.load import load_for_inference, load_job
-from prospect.sequence import LABEL_KEYS
+from prospect.sequence import LABEL_KEYS, clip_prompt, prompt_pieces
+from prospect.stream import StreamSession
 from prospect.tuning import EVIDENCE, best_tried, try_evidence
+from prospect.validation import note_validation
 
 SCRIPT = Path(train.__file__)
-STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
+STREAMED = "infer.evidence=null"  # found on streamed validation clips
 
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -188,8 +193,8 @@ def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, m
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=counting, **options))
     torch._dynamo.reset()
-    eager = losses(corpus, "eager", "train.max_steps=9", *STREAMABLE)
-    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", *STREAMABLE)
+    eager = losses(corpus, "eager", "train.max_steps=9", STREAMED)
+    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", STREAMED)
     for a, b in zip(eager, compiled, strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
@@ -233,6 +238,57 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_or_is_skipped_wit
     assert len({line["skipped"] for line in lines[2:]}) > 1  # the data goes on
 
 
+def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
+    """Values that are finite as stored, and overflow in the projector."""
+    write_tiny_corpus(tmp_path)
+    [brief] = [clip for clip in json.loads((tmp_path / "train.json").read_text()) if clip["id"] == "brief"]
+    first, last = brief["start_frame_idx"], brief["end_frame_idx"]
+    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 1e38, np.float32))
+    with pytest.raises(ProspectError, match=r"the loss of step \d is not finite") as caught:
+        train_here(tmp_path, "data.batch_tokens=512", "train.max_steps=9", "train.eval_every=99")
+    assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
+
+
+def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path, monkeypatch):
+    """Trained, validated, stopped, resumed, streamed: everywhere the probability of speaking is 1 - P(end token)."""
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))
+    lm = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", STREAMED)
+    whole = losses(corpus, "headless", *lm, "train.eval_every=99")
+    unstreamed = ("infer.evidence=0.5", "train.eval_every=99")
+    assert losses(corpus, "halved", *lm, *unstreamed, "train.max_steps=3")[-1]["step"] == 3
+    halved = losses(corpus, "halved", *lm, *unstreamed)
+    assert [line["loss"] for line in halved if "lr" in line][3:] == [line["loss"] for line in whole if "lr" in line][3:]
+    assert {line["speaking_binary"] for line in whole if "lr" in line} == {0.0}
+    assert any(line["counts"]["speaking_pos"] for line in whole if "lr" in line)  # the labels are there all the same
+    evaluation = whole[-1]["evaluation"]
+    assert {"speaking_event_f1", "dst_event_f1", "streamed_speaking_event_f1"} <= evaluation.keys()
+
+    checkpoint = corpus / "runs/headless/last"
+    with safe_open(checkpoint / "prospect.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith("speaking_decision_head")]
+    config, tokenizer, model = load_for_inference(checkpoint)
+    assert config.infer.speaking_threshold == evaluation["speaking_even_odds"]
+    job, _ = load_job(load_corpus(config, tokenizer, "val").sources[0], 0, config.model.vision_dim)
+    session = StreamSession(model, tokenizer, job.clip, config)
+    probability = session.feed(np.array(job.embeddings[0])).speaking_prob
+    ids = tokenizer.encode(prompt_pieces(clip_prompt(job.clip, job.clip.initial_state, config.data), tokenizer))
+    with torch.no_grad():
+        last = model(torch.tensor([[*ids, tokenizer.image_id]]), torch.from_numpy(np.array(job.embeddings[0])))[0, -1]
+        assert probability == pytest.approx(1 - float(model.lm_head(last).softmax(-1)[tokenizer.end_id]), abs=1e-5)
+
+    for override, told in (
+        ("infer.decision=heads", "it needs infer.decision=lm"),
+        ("data.silence_lm=false", "it needs data.silence_lm=true"),
+        ("train.tune=heads", "it needs train.tune=lora or full"),
+    ):
+        with pytest.raises(ProspectError, match=told):
+            tiny_config(tmp_path, *lm, override)
+    with pytest.raises(ProspectError, match="it needs infer.decision=lm"):
+        load_for_inference(checkpoint, ["infer.decision=heads"])
+    with pytest.raises(ProspectError, match="the model has no speaking head"):
+        StreamSession(model, tokenizer, job.clip, replace(config, infer=replace(config.infer, decision="heads")))
+
+
 def test_a_run_as_long_as_its_epochs(corpus):
     """Two epochs of nine micro-batches."""
     assert (
@@ -244,7 +300,7 @@ def test_a_run_as_long_as_its_epochs(corpus):
 
 
 def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys):
-    lines = [line["evaluation"] for line in losses(corpus, "streamed", *STREAMABLE) if "evaluation" in line]
+    lines = [line["evaluation"] for line in losses(corpus, "streamed", STREAMED) if "evaluation" in line]
     shown = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
     assert len(lines) == len(shown) == 2
     names = {"speaking_event_f1": "speaking F1", "dst_event_f1": "update F1", "joint_goal_accuracy": "joint goal",
@@ -272,13 +328,13 @@ def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys
 
 def test_streaming_leaves_training_as_it_was(corpus):
     """The same losses with and without it: it draws nothing, and changes no weight and no mode."""
-    streamed = [line["loss"] for line in losses(corpus, "with", *STREAMABLE, "train.eval_every=1") if "loss" in line]
+    streamed = [line["loss"] for line in losses(corpus, "with", STREAMED, "train.eval_every=1") if "loss" in line]
     without = [line["loss"] for line in losses(corpus, "without", "train.eval_every=99") if "loss" in line]
     assert streamed == without
 
 
 def test_with_evidence_set_nothing_is_streamed(corpus):
-    lines = [line for line in losses(corpus, "set", *STREAMABLE, "infer.evidence=0.6") if "evaluation" in line]
+    lines = [line for line in losses(corpus, "set", "infer.evidence=0.6") if "evaluation" in line]
     assert lines and not any(name.startswith("streamed_") for line in lines for name in line["evaluation"])
     assert read_state(corpus / "runs/set/last").thresholds.keys() == {"speaking", "dst"}
     assert load_for_inference(corpus / "runs/set/last")[0].infer.evidence == 0.6
@@ -286,15 +342,52 @@ def test_with_evidence_set_nothing_is_streamed(corpus):
 
 def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
     """One line says so, and why; the run goes on."""
-    lines = [line["evaluation"] for line in losses(corpus, "forced", "infer.reserved=20") if "evaluation" in line]
+    settings = (STREAMED, "data.on_bad=skip", "infer.reserved=490")
+    lines = [line["evaluation"] for line in losses(corpus, "forced", *settings) if "evaluation" in line]
     shown = capsys.readouterr().out.splitlines()
     told = [line for line in shown if "infer.evidence is not chosen" in line]
-    assert len(told) == len(lines) == 2 and all("infer.reserved 20 cannot hold" in line for line in told)
+    assert len(told) == len(lines) == 2 and all(
+        "of the prompt and 1 of a frame do not fit into 22" in line for line in told
+    )
+    assert sum(line.startswith("not streamed in validation: ") and "clip val" in line for line in shown) == 3
     assert not any(name.startswith("streamed_") for name in lines[-1])
     odds = {head: lines[-1][f"{head}_even_odds"] for head in ("speaking", "dst")}
     assert read_state(corpus / "runs/forced/last").thresholds == odds
     [*_, last] = [line for line in shown if "validation loss" in line]
     assert f"speaking F1 {lines[-1]['speaking_event_f1']:.3f}" in last and "joint goal" not in last
+
+
+def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
+    """Written by hand: the second validation has the better score, the third the lower loss; then streaming ends."""
+    validations = [(2.0, 0.50), (2.5, 0.75), (1.5, 0.70), (1.0, None), (0.9, None)]
+    chosen = {"loss": [1, 1, 3, 4, 5], "combined": [1, 2, 2, 4, 4]}
+    for best_by, steps in chosen.items():
+        state = TrainState()
+        for step, (loss, score) in enumerate(validations, start=1):
+            state.step = step
+            numbers = {"loss": loss, "speaking_event_f1": 0.9, "dst_event_f1": 0.4}  # teacher-forced, always the same
+            note_validation(state, numbers | ({"streamed_combined_score": score} if score else {}), {}, best_by)
+            assert state.best_step == steps[step - 1], (best_by, step)
+        assert (state.best_by, state.best_value) == {
+            "loss": ("loss", -0.9), "combined": ("teacher-forced event F1", 0.65)}[best_by]  # fmt: skip
+
+
+def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))  # streamed once at each validation
+    lines = losses(corpus, "combined", STREAMED, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
+    scores = {line["step"]: line["evaluation"]["streamed_combined_score"] for line in lines if "evaluation" in line}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert len(scores) == 3 and [line["best_step"] for line in lines if "best_step" in line][-1] == best
+    checkpoint = corpus / "runs/combined/best"
+    state = read_state(checkpoint)
+    assert (state.step, state.best_step, state.best_value) == (best, best, scores[best])
+    assert f"(step {best}, by combined score of streamed clips)" in capsys.readouterr().out
+
+    stored = json.loads((checkpoint / "state.json").read_text())  # as it was before there was a choice
+    del stored["best_by"], stored["best_value"]
+    for best_loss, value in ((1.25, -1.25), (None, None)):
+        (tmp_path / "state.json").write_text(json.dumps(stored | {"best_loss": best_loss}))
+        assert (read_state(tmp_path).best_by, read_state(tmp_path).best_value) == ("loss", value)
 
 
 # ---- the script itself ---------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,11 +22,13 @@ from tiny import tiny_config
 import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.errors import ProspectError
+from prospect.features import Features, difference, made_by, scale_of
+from prospect.files import write_json
 from prospect.stream import StreamSession
 from prospect.tokenizer import Tokenizer, train_tokenizer
-from prospect.vision import video
+from prospect.vision import encode, video
 from prospect.vision.tower import load_vision_encoder
-from prospect.vision.video import Pace, load_encoder, read_task, unheard, watch
+from prospect.vision.video import Pace, load_encoder, read_task, tower_features, unheard, watch
 from prospect.weights import save_model
 
 Image = pytest.importorskip("PIL.Image")
@@ -64,7 +68,9 @@ def checkpoint(tmp_path_factory) -> Path:
     save_model(model, directory, eos_token_id=tokenizer.end_id)
     tokenizer.save(directory)
     shape = ["model.vision_dim=32", "infer.max_reply_tokens=8", "infer.max_update_tokens=8", "infer.device=cpu"]
-    write_state(directory, TrainState(step=1, thresholds={"speaking": 0.5, "dst": 0.59}), tiny_config(folder, *shape))
+    prompts = {"goal": 1.0, "list of steps": 1.0, "recipe": 0.0}  # of the clips it was trained on
+    state = TrainState(step=1, thresholds={"speaking": 0.5, "dst": 0.59}, prompts=prompts)
+    write_state(directory, state, tiny_config(folder, *shape))
     return directory
 
 
@@ -204,7 +210,7 @@ def test_both_paces_on_a_clock_of_our_own(kitchen, checkpoint, monkeypatch, live
     records = list(watch(session, encoder, kitchen, {}, Fraction(2), live, report))
     assert [record.frame_idx for record in records] == list(range(FRAMES))
     assert found == sizes
-    assert (report.worst_lag, report.worst_frame) == (pytest.approx(worst[0]), worst[1])
+    assert (max(report.lags), report.worst_frame) == (pytest.approx(worst[0]), worst[1])
     assert report.seconds == pytest.approx(seconds) and report.frames == FRAMES
 
 
@@ -221,11 +227,34 @@ def test_the_report_of_the_drawing_at_the_top():
     report = Pace(Fraction(2))
     for frame, seconds in enumerate([0.1, 0.6, 1.3, 1.6, 2.1]):
         report.note(frame, 1, seconds)
-    line = "5 frames, 2.5 s of video, in 2.1 s (1.19 times real time); worst lag 0.30 s, at 1.0 s of the video"
+    line = "5 frames, 2.5 s of video, in 2.1 s (1.19 times real time)"
+    line += (
+        "; lag p50 0.10 s, p95 0.26 s, p99 0.29 s, worst 0.30 s at 1.0 s of the video"  # 0.1 + 0.8 * 0.2, 0.96 * 0.2
+    )
     assert str(report) == line
     early = Pace(Fraction(2))
     early.note(2, 8, 0.5)  # a frame that is answered before its moment has no lag
-    assert (early.frames, early.worst_lag) == (8, 0.0)
+    assert (early.frames, early.lags) == (8, [0.0] * 8)
+
+
+def test_frames_that_waited_too_long_are_left_out_and_counted(kitchen, checkpoint, monkeypatch):
+    """Frame 2, shown at 1.0 s, is done at 2.75. By then 3 (1.5 s) and 4 (2.0) have waited more than 0.5 s; not 5."""
+    clock, encode_batch, taken = FakeClock(), video.encode_batch, []
+
+    def encode_slowly(encoder, pictures, precision):
+        taken.append(len(pictures))
+        clock.now += 1.75 if len(taken) == 3 else 0.125
+        return encode_batch(encoder, pictures, precision)
+
+    monkeypatch.setattr(video, "time", clock)
+    monkeypatch.setattr(video, "encode_batch", encode_slowly)
+    session, report = session_of(checkpoint, read_task(None, kitchen, Fraction(2))[0]), Pace(Fraction(2))
+    encoder, said = load_encoder(SIGLIP, None, None, session), {3: ["Wait."], 4: ["Now?"], 5: ["Hello?"]}
+    records = list(watch(session, encoder, kitchen, said, Fraction(2), True, report, 0.5))
+    assert [record.frame_idx for record in records] == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
+    assert [record.user for record in records if record.user] == [["Wait.", "Now?", "Hello?"]]
+    assert (report.frames, report.left_out, max(report.lags)) == (10, 2, 1.75)
+    assert str(report).startswith("10 frames, 6.0 s of video, in 5.6 s") and str(report).endswith("; 2 frames left out")
 
 
 def test_another_width_and_vectors_that_are_not_finite(kitchen, checkpoint, monkeypatch):
@@ -284,7 +313,42 @@ def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, cap
     options = ["--vision", SIGLIP, "--tokens", 5, "--fps", "24", "--pace", "live"]
     shown, told = call(capsys, checkpoint, "--video", kitchen, *options)
     assert shown.startswith("kitchen:   (frames 0..11, 24 per second)\n")
-    assert "12 frames, 0.5 s of video" in shown and told == ""
+    assert "12 frames, 0.5 s of video" in shown
+    had = "(every training clip had one)"
+    assert (
+        told
+        == f"warning: prompts are not as in training: no goal in kitchen {had}; no list of steps in kitchen {had}\n"
+    )
+
+
+def test_a_tower_unlike_the_one_of_training_is_one_line(kitchen, checkpoint, tmp_path, capsys):
+    """By what encode writes beside the embeddings that training reads; else by how large its first vectors are."""
+    assert encode.main([str(kitchen), "--vision", str(SIGLIP), "--out", str(tmp_path / "rows")]) == 0
+    path = tmp_path / "rows" / f"{kitchen.name}_embeddings.npy"
+    made, scale = made_by(path), scale_of([np.load(path)])
+    assert made.keys() >= {"model", "weights_sha256", "pool"}
+    large = {name: 3 * value for name, value in scale.items()}
+    other = made | {"weights_sha256": "of another"}
+    for trained, tokens, told in [
+        (Features(made, scale), 1, ""),
+        (Features(made, large), 1, ""),  # this very tower: how much light a video has does not matter
+        (Features(made, scale), 5, "vectors_per_frame 5, not 1"),
+        (Features(other, scale), 1, f"weights_sha256 {made['weights_sha256'][:40]}, not of another"),
+        (Features({}, scale), 1, ""),
+        (Features({}, large), 1, "norm "),
+        (Features({}, {}), 1, ""),
+    ]:
+        encoder = load_vision_encoder(SIGLIP, None, tokens)
+        found = difference(tower_features(encoder, SIGLIP, kitchen, Fraction(2), trained), trained)
+        assert found.startswith(told) and bool(found) == bool(told), trained
+
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "step-000001"))
+    state = TrainState(step=1, thresholds={"speaking": 0.5, "dst": 0.59}, features=other, scale=scale)
+    write_json(copy / "state.json", asdict(state))
+    silent = ["infer.speaking_threshold=1", "infer.dst_threshold=1", "infer.coupling=0"]
+    capsys.readouterr()
+    _, errors = call(capsys, copy, "--video", kitchen, "--vision", SIGLIP, *silent)
+    assert errors.count("\n") == 1 and "warning: the embeddings are not like those" in errors
 
 
 @pytest.mark.parametrize("arguments, message", [

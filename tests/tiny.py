@@ -89,7 +89,7 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
         "train": {
             "max_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "save_every": 3, "device": "cpu",
         },
-        "infer": {"reserved": 64},
+        "infer": {"reserved": 64, "max_reply_tokens": 8, "max_update_tokens": 20, "evidence": 0.5},
     }  # fmt: skip
     return make_config(apply_overrides(values, list(overrides)), "tiny")
 
@@ -104,7 +104,7 @@ def write_tiny_config(folder: Path, *overrides: str) -> Path:
 
 # A forkserver that has imported everything: a new process is then ready in a moment, and no state of ours is in it.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["train"])
+PROCESSES.set_forkserver_preload(["train", "torch._dynamo"])  # which the first optimizer of a process imports
 
 
 def launch(target: Callable, *args: Any, world: int = 1, log: Path | None = None, **environment: str) -> list[Any]:
@@ -115,7 +115,7 @@ def launch(target: Callable, *args: Any, world: int = 1, log: Path | None = None
         port = found.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), **environment}
     processes = [
-        PROCESSES.Process(target=_as_rank, args=(shared | {"RANK": str(rank)}, log, target, args))
+        PROCESSES.Process(target=as_rank, args=(shared | {"RANK": str(rank)}, log, target, args))
         for rank in range(world)
     ]
     for process in processes:
@@ -151,7 +151,7 @@ def train_here(folder: Path, *overrides: str) -> int:
         train.stop_ranks(ranks)
 
 
-def _as_rank(environment: dict[str, str], log: Path | None, target: Callable, args: tuple) -> None:
+def as_rank(environment: dict[str, str], log: Path | None, target: Callable, args: tuple) -> None:
     import torch
 
     from prospect.errors import run_entry_point

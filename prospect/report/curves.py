@@ -38,7 +38,7 @@ class Run:
     skipped: list[int]  # steps that were not taken, because loss or gradient were not finite
     evaluated: list[int]
     evaluation: dict[str, list[float | None]]
-    best_step: int | None  # the evaluation with the lowest loss, as train.py chooses its best checkpoint
+    best_step: int | None  # of the best checkpoint
 
 
 def read_run(directory: str | Path) -> Run:
@@ -48,7 +48,7 @@ def read_run(directory: str | Path) -> Run:
         written = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="give a run's directory") from error
-    trained, evaluations, skipped = [], [], []
+    trained, evaluations, skipped, best_step = [], [], [], None
     for at, line in enumerate(written[:-1], start=1):  # what follows the last line break is still being written
         try:
             numbers = json.loads(line)
@@ -58,6 +58,7 @@ def read_run(directory: str | Path) -> Run:
             raise ProspectError("is not a line of metrics", where=where, remedy="remove the line") from error
         if "evaluation" in numbers:
             evaluations.append((step, numbers["evaluation"]))
+            best_step = numbers.get("best_step")
         elif "skipped" in numbers:
             skipped.append(step)
         else:
@@ -68,7 +69,9 @@ def read_run(directory: str | Path) -> Run:
     names = [name for name in TRAINING_TITLES if any(number(line.get(name)) not in (None, 0) for line in trained)]
     learned = [name for name in names if name in COUNTS_OF]
     measured = evaluation_names(evaluations)
-    losses = [(step, numbers["loss"]) for step, numbers in evaluations if number(numbers.get("loss")) is not None]
+    losses = [(numbers["loss"], step) for step, numbers in evaluations if number(numbers.get("loss")) is not None]
+    if best_step is None and losses:  # a log that does not name it: the lowest loss
+        _, best_step = min(losses)
     return Run(
         name=str(directory),
         steps=[mean(line["step"] for line in stretch) for stretch in stretches],
@@ -77,7 +80,7 @@ def read_run(directory: str | Path) -> Run:
         skipped=skipped,
         evaluated=[step for step, _ in evaluations],
         evaluation={name: [number(numbers.get(name)) for _, numbers in evaluations] for name in measured},
-        best_step=min(losses, key=lambda pair: (pair[1], pair[0]))[0] if losses else None,
+        best_step=best_step,
     )
 
 

@@ -1,3 +1,3 @@
-"""Pictures to frame embeddings, an optional extra (requirements-vision.txt): tower, frames, encode, video."""
+"""Pictures to frame embeddings, an optional extra (requirements-vision.txt)."""
 
 from prospect.vision.tower import load_vision_encoder as load_vision_encoder

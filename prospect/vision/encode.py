@@ -9,7 +9,7 @@
                    embeddings/kitchen_embeddings.json   what made it: model, revision, fps, pooling
 
 Row k is frame k of the source. With `--clips FILE` the rows of each clip, start_frame_idx .. end_frame_idx, are written
-to their own files, {clip id}_embeddings.*, which is where training looks for them.
+to their own files, where training looks for them (prospect/vision/cuts.py).
 
 A run that was stopped is resumed by the same command: finished sources are skipped, and a half-finished one resumes
 where it stopped (its rows so far are kept in a hidden file, whose name depends on everything that shapes them). A
@@ -37,11 +37,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from prospect.clip_files import ClipFile, clip_id
 from prospect.config import DTYPES, torch_dtype
-from prospect.embeddings import write_embeddings
-from prospect.errors import ProspectError, run_entry_point
-from prospect.files import WRITING, read_json, write_json
+from prospect.errors import ProspectError, print_next, run_entry_point
+from prospect.files import WRITING
+from prospect.vision.cuts import Cut, is_done, plan_cuts, write_cut
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import POOLS, VisionEncoder, checkpoint_revision, load_vision_encoder, weights_sha256
 
@@ -57,7 +56,7 @@ class Settings:
     weights_sha256: str  # of the vision tensors
     fps: str  # frames per second, as a fraction: "2", "30000/1001"
     source_fps: str  # of sources without a clock
-    pool: str  # "pooled" (SigLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
+    pool: str  # "pooled" (SigLIP, CLIP), "projected" (CLIP), "mean", "all" or "top-left-tile" (SmolVLM2)
     vectors_per_frame: int  # I
     width: int  # D
     precision: str  # of the arithmetic; the rows are float16
@@ -157,91 +156,6 @@ def ahead(items: Iterator, size: int) -> Iterator:
         thread.join()
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def write_rows(rows: np.ndarray, path: Path, facts: dict) -> None:
-    """`rows` as .npy, .pkl or .safetensors, by the ending of `path`, and `facts` as .json beside it.
-
-    Each file is written aside and renamed. The JSON is first, so that no embeddings exist without it.
-    """
-    write_json(path.with_suffix(".json"), facts)
-    write_embeddings(rows, path)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Rows `first` .. `last` (inclusive; None: to the end) of a source, and the file that they go to."""
-
-    path: Path
-    first: int
-    last: int | None
-
-
-def is_done(cut: Cut, source: Path, settings: Settings) -> bool:
-    """Whether the file was written from this source with these settings. ProspectError when it was made differently."""
-    if not cut.path.exists():
-        return False
-    wanted = asdict(settings) | {"source": source.name, "first_frame": cut.first}
-    try:
-        facts = read_json(cut.path.with_suffix(".json"))
-        other = [name for name, value in wanted.items() if facts.get(name) != value]
-        if cut.last is not None and facts.get("rows") not in (cut.last - cut.first + 1, cut.last - cut.first):
-            other.append("rows")
-    except ProspectError:
-        other = ["how it was made is not known"]
-    if other:
-        what = f"is there already, made with other settings ({', '.join(other)})"
-        raise ProspectError(what, where=str(cut.path), remedy="give another --out, or remove the file")
-    return True
-
-
-def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -> dict[Path, list[Cut]]:
-    """The files to be written for each source: one, or with a clip file one for each clip of the video.
-
-    ProspectError when two sources would write the same file, a clip lacks its frames, or a source has no clip.
-    """
-    by_name: dict[str, Path] = {}
-    for source in sources:
-        name = source.resolve().name if source.is_dir() else source.stem
-        if by_name.setdefault(name, source) != source:
-            what = f"{by_name[name]} and {source} would be written to the same file"
-            raise ProspectError(what, where=str(out), remedy="run them with two --out")
-    if clips is None:
-        return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
-
-    cuts: dict[Path, dict[Path, Cut]] = {source: {} for source in sources}
-    for index, clip in enumerate(ClipFile(clips)):
-        source = next((by_name[name] for name in source_names(clip) if name in by_name), None)
-        if source is None:
-            continue  # a clip of a video that is not encoded now
-        name, first, last = clip_id(clip, index), clip.get("start_frame_idx"), clip.get("end_frame_idx")
-        where = f"{clips}: clip {name}"
-        if type(first) is not int or type(last) is not int or not 0 <= first <= last or set(name) & set("/\\:\0"):
-            what = f"frames {first!r} to {last!r}, or its id, cannot be written"
-            raise ProspectError(what, where=where, remedy="run python -m prospect.check")
-        cut = Cut(out / f"{name}_embeddings.{ending}", first, last)
-        if cuts[source].setdefault(cut.path, cut) != cut:
-            what = "two clips have this id and different frames"
-            raise ProspectError(what, where=where, remedy="give each clip an `id`")
-    without = [str(source) for source, of_source in cuts.items() if not of_source]
-    if without:
-        what = f"no clip of {', '.join(without[:5])}"
-        raise ProspectError(what, where=str(clips), remedy="check the clips' video_uid")
-    return {source: list(of_source.values()) for source, of_source in cuts.items()}
-
-
-def source_names(clip: object) -> list[str]:
-    """The names that a clip's video may have: its `frames_file`'s, its uid, or the uid without its first word.
-
-    The last is for Assembly101, where one recording holds two videos, assembly_NAME and disassembly_NAME.
-    """
-    if not isinstance(clip, dict):
-        return []
-    uid = str(clip.get("video_uid"))
-    return [Path(str(clip.get("frames_file", ""))).stem, uid, uid.partition("_")[2]]
-
-
 # ---- the run -------------------------------------------------------------------------------------
 
 
@@ -271,15 +185,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m prospect.encode", description="Videos into frame embeddings.")
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="INPUT", help="video, directory of pictures, or .arrow file")
-    add("--vision", type=Path, required=True, help="directory of a SigLIP or SmolVLM2 checkpoint")
+    add("--vision", type=Path, required=True, help="directory of a SigLIP, CLIP or SmolVLM2 checkpoint")
     add("--out", type=Path, required=True, help="directory for the embeddings, created if missing")
     add("--fps", type=parse_fps, default=Fraction(2), help="frames per second (default 2)")
     add("--source-fps", type=parse_fps, help="pictures per second in directories and Arrow files (default: --fps)")
     add("--clips", type=Path, help="clip file (JSON or JSONL): write one file for each clip")
-    add("--tokens", type=int, help="SigLIP: 1 (pooled, the default), 5 (and 2x2 means) or 10 (and 3x3 means)")
+    tokens_help = "SigLIP, CLIP: 1 (pooled, the default), 5 (and 2x2 means), 10 (and 3x3 means) or 26 (and 5x5 means)"
+    add("--tokens", type=int, help=tokens_help)
     pool_help = (
         "SmolVLM2: mean of the whole picture (default), all of its vectors, or top-left-tile, which reproduces files "
-        "that hold only the first vector of the first tile"
+        "that hold only the first vector of the first tile; CLIP: pooled (default), or projected as it is for texts"
     )
     add("--pool", choices=every_pool, help=pool_help)
     add("--format", choices=["npy", "pkl", "safetensors"], default="npy", dest="ending", help="default npy")
@@ -332,21 +247,30 @@ def main(argv: list[str] | None = None) -> int:
     failures += unreadable
     if rank == 0:
         print(f"embeddings of {len(cuts) - len(failures)} of {len(cuts)} sources are in {out}")
+        if arguments.clips and not failures:
+            print_next(f"python -m prospect.check {arguments.clips} --embeddings {out}")
     return 2 if failures else 0
 
 
 def settings_of(arguments: argparse.Namespace, encoder: VisionEncoder, device: torch.device) -> Settings:
     return Settings(
-        model=arguments.vision.resolve().name,
-        revision=checkpoint_revision(arguments.vision),
-        weights_sha256=weights_sha256(encoder),
+        **settings_of_tower(encoder, arguments.vision),
         fps=str(arguments.fps),
         source_fps=str(arguments.source_fps or arguments.fps),
-        pool=encoder.pool,
-        vectors_per_frame=encoder.vectors_per_frame,
-        width=encoder.config.output_size,
         precision=arguments.precision or ("fp16" if device.type == "cuda" else "fp32"),
     )
+
+
+def settings_of_tower(encoder: VisionEncoder, directory: Path) -> dict[str, str | int | None]:
+    """What the tower has to do with the rows: Settings without the frame rates and the precision."""
+    return {
+        "model": directory.resolve().name,
+        "revision": checkpoint_revision(directory),
+        "weights_sha256": weights_sha256(encoder),
+        "pool": encoder.pool,
+        "vectors_per_frame": encoder.vectors_per_frame,
+        "width": encoder.width,
+    }
 
 
 def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[list[Path], list[int], list[str]]:
@@ -357,7 +281,7 @@ def sources_to_encode(cuts: dict[Path, list[Cut]], settings: Settings) -> tuple[
     """
     missing, lengths, unreadable = [], [], []
     for source, of_source in cuts.items():
-        done = [is_done(cut, source, settings) for cut in of_source]  # all are checked: any may refuse the run
+        done = [is_done(cut, source, asdict(settings)) for cut in of_source]  # all are checked: any may refuse the run
         if all(done):
             continue
         try:
@@ -403,18 +327,7 @@ def encode_and_write(
     part = out / f".{source.name}.{hashlib.sha256(identity.encode()).hexdigest()[:16]}{WRITING}"
     rows = encode_source(encoder, source, settings, part, batch_size, bar)
     for cut in cuts:
-        # A clip that ends one frame after the source was written with its end exclusive; training accepts such clips.
-        last = len(rows) - 1 if cut.last in (None, len(rows)) else cut.last
-        if last >= len(rows) or cut.first > last:
-            what = f"{cut.path.name} needs frames {cut.first} to {last}, the source has {len(rows)}"
-            raise ProspectError(what, where=str(source), remedy="check the clip's end_frame_idx and --fps")
-        facts = asdict(settings) | {
-            "source": source.name,
-            "first_frame": cut.first,
-            "rows": last - cut.first + 1,
-            "dtype": "float16",
-        }
-        write_rows(rows[cut.first : last + 1], cut.path, facts)
+        write_cut(rows, cut, source, asdict(settings))
     part.unlink()
 
 

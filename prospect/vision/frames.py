@@ -16,7 +16,7 @@ the file says, and frames end with it; the first picture is frame 0 in any case.
     video             the timestamps of its pictures; a rotation that the file asks for (phones) is applied
     picture directory the last number in each file name, at `source_fps` numbers per second; the smallest is time 0, and
                       the picture before a gap stands in for the missing ones
-    Arrow file        ProAssist's: column `frame`, base64 of a JPEG, row n shown at n / source_fps
+    Arrow file        ProAssist's: column `frame`, a JPEG in base64 or as it is, row n shown at n / source_fps
 
 Videos need PyAV, pictures Pillow, Arrow files pyarrow (requirements-vision.txt); nothing else here does.
 """
@@ -77,7 +77,7 @@ def count_frames(source: Path, fps: Fraction, source_fps: Fraction | None = None
     if source.is_dir():
         return sum(1 for _ in sample(_directory(source, source_fps or fps, warn=False), fps))
     if source.suffix == ARROW_ENDING:
-        rows = sum(len(column) for column in _arrow_columns(source))
+        rows = sum(len(batch) for batch in arrow_batches(source, ["frame"], NOT_FRAMES))
         return math.ceil(rows / (source_fps or fps) * fps)
     with _open_video(source) as (container, stream):
         return math.ceil(_declared_seconds(container, stream) * fps)
@@ -238,17 +238,24 @@ def decode_picture(data: bytes, where: str) -> Tensor:
 # ---- ProAssist's Arrow files ---------------------------------------------------------------------
 
 
+NOT_FRAMES = "give ProAssist's frames; its features become embeddings by python -m prospect.convert features"
+
+
 def _arrow(path: Path, source_fps: Fraction) -> Iterator[Shown]:
     n = None
-    for n, text in enumerate(text for column in _arrow_columns(path) for text in column):
+    values = (value for batch in arrow_batches(path, ["frame"], NOT_FRAMES) for value in batch.column("frame"))
+    for n, value in enumerate(values):
         start, end = Fraction(n) / source_fps, Fraction(n + 1) / source_fps
-        yield Shown(start, end, lambda n=n, text=text: _decode_row(text, f"{path}: row {n}"))
+        yield Shown(start, end, lambda n=n, value=value: _decode_row(value, f"{path}: row {n}"))
     if n is None:
         raise ProspectError("holds no rows", where=str(path), remedy="copy it again")
 
 
-def _arrow_columns(path: Path) -> Iterator[Sequence]:
-    """The column `frame`, piece by piece as it was written; the file is memory-mapped, pieces are read when used."""
+def arrow_batches(path: Path, columns: Sequence[str], remedy: str) -> Iterator:
+    """The file's record batches, which have these columns; it is memory-mapped, so that pieces are read when used.
+
+    Raises ProspectError when the file cannot be read, or lacks a column: then with this remedy.
+    """
     pyarrow = _optional("pyarrow", "Arrow files")
     try:
         with pyarrow.memory_map(str(path)) as file:
@@ -256,23 +263,23 @@ def _arrow_columns(path: Path) -> Iterator[Sequence]:
             is_file_format = file.read(6) == b"ARROW1"
             file.seek(0)
             reader = pyarrow.ipc.open_file(file) if is_file_format else pyarrow.ipc.open_stream(file)
-            if "frame" not in reader.schema.names:
-                what = f"has columns {', '.join(reader.schema.names)[:200]}, none named 'frame'"
-                raise ProspectError(what, where=str(path), remedy="give ProAssist's frames, not its features")
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file_format else reader
-            for batch in batches:
-                yield batch.column("frame")
+            if missing := [name for name in columns if name not in reader.schema.names]:
+                what = f"has columns {', '.join(reader.schema.names)[:200]}, none named {missing[0]!r}"
+                raise ProspectError(what, where=str(path), remedy=remedy)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file_format else reader
     except (OSError, pyarrow.ArrowException) as error:
         what = f"cannot be read as an Arrow file: {error}"
         raise ProspectError(what, where=str(path), remedy="copy it again") from None
 
 
 def _decode_row(value: object, where: str) -> Tensor:
-    content = value.as_py()
-    try:
-        data = base64.b64decode(content, validate=True)
-    except (TypeError, ValueError, binascii.Error):
-        raise ProspectError("column `frame` is not base64 text", where=where, remedy="copy the file again") from None
+    data = value.as_py()
+    if not isinstance(data, bytes):
+        try:
+            data = base64.b64decode(data, validate=True)
+        except (TypeError, ValueError, binascii.Error):
+            what = "column `frame` is not base64 text"
+            raise ProspectError(what, where=where, remedy="copy the file again") from None
     return decode_picture(data, where)
 
 

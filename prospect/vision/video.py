@@ -9,8 +9,10 @@
 Two paces. *Fast* takes pictures as they are decoded, as many at once as the engine looks ahead. *Live* plays the
 video: picture k is not looked at before k / fps seconds have passed, and all pictures whose time has come are taken at
 once. So a machine that keeps up works picture by picture, and one that has fallen behind catches up with larger
-batches. No picture is ever left out, since the model was trained on all of them; only the answer comes late. The
-*lag* of a frame is the time from its moment in the video to the record about it:
+batches. By default no picture is left out, since the model was trained on all of them; only the answer comes late. With
+--max-lag, pictures that have waited longer than that are left out, unseen and counted: the answer is then never about
+something long past, and what the user said meanwhile is heard at the next picture that is taken. The *lag* of a frame
+is the time from its moment in the video to the record about it:
 
     live, 2 fps    shown at     0.0        0.5        1.0        1.5        2.0 s
                    frame        0          1          2          3          4
@@ -24,16 +26,17 @@ The task is described in a YAML file, since a video holds only pictures. Times a
       - {id: S1, name: boil the water}
       - {id: S2, name: grind the beans, state: completed}    # when the video starts; default not_started
     say:                                                     # optional, as are system (the prompt's first lines) and
-      - {time: 12.5, text: What should I do next?}           # knowledge (the recipe, for models trained with it)
+      - {time: 12.5, text: "What should I do next?"}         # knowledge (the recipe, for models trained with it)
 
 Videos need PyAV, pictures Pillow (requirements-vision.txt).
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -46,14 +49,17 @@ from prospect.clip_files import parse_clip
 from prospect.clips import Clip, unpaired_surrogate
 from prospect.dst import STATES
 from prospect.errors import ProspectError
+from prospect.features import Features, comparable, scale_of
 from prospect.stream import Frame, FrameRecord, StreamSession, advance
-from prospect.vision.encode import ahead, encode_batch
+from prospect.vision.encode import ahead, encode_batch, settings_of_tower
 from prospect.vision.frames import count_frames, frames_at
 from prospect.vision.tower import VisionEncoder, load_vision_encoder
 
 TASK_KEYS = {"goal", "steps", "knowledge", "system", "say"}
 STEP_KEYS = {"id", "name", "state"}
 SAY_KEYS = {"time", "text"}
+
+FIRST_LOOK = 8  # pictures by which vectors of unknown make are judged
 
 UserTexts = dict[int, list[str]]  # by frame: what the user says right before it
 
@@ -155,11 +161,26 @@ def _text(values: dict[str, Any], key: str, where: str, required: bool = False) 
 def load_encoder(directory: Path, pool: str | None, tokens: int | None, session: StreamSession) -> VisionEncoder:
     """The vision tower, on the model's device. Raises ProspectError when its vectors are not as wide as the model's."""
     encoder = load_vision_encoder(directory, pool, tokens)
-    width, wanted = encoder.config.output_size, session.model.config.vision_dim
+    width, wanted = encoder.width, session.model.config.vision_dim
     if width != wanted:
         what = f"gives vectors of {width} numbers, the model was trained on {wanted}"
         raise ProspectError(what, where=str(directory), remedy="give the --vision that made the training embeddings")
     return encoder.to(session.cache.keys.device)
+
+
+def tower_features(encoder: VisionEncoder, directory: Path, video: Path, fps: Fraction, trained: Features) -> Features:
+    """What the tower gives, to be compared with the features that the model was trained on.
+
+    Where it is not known what made those, the first pictures are encoded to find how large this tower's vectors are.
+    """
+    if trained.made:
+        return Features(comparable(settings_of_tower(encoder, directory)), {})
+    if not trained.scale:  # an older checkpoint
+        return trained
+    device = next(encoder.parameters()).device
+    pictures = [picture for _, picture in itertools.islice(frames_at(video, fps), FIRST_LOOK)]
+    rows = encode_batch(encoder, pictures, "fp16" if device.type == "cuda" else "fp32")
+    return Features({}, scale_of([rows]))
 
 
 @dataclass
@@ -168,42 +189,61 @@ class Pace:
 
     fps: Fraction
     frames: int = 0
+    left_out: int = 0  # frames that had waited longer than max_lag
     seconds: float = 0.0  # until the last record
-    worst_lag: float = 0.0  # seconds from a frame's moment in the video to its record
+    lags: list[float] = field(default_factory=list)  # seconds from a frame's moment in the video to its record
     worst_frame: int = 0
 
     def note(self, frame: int, count: int, seconds: float) -> None:
         """The records of `count` frames from `frame` on are complete after `seconds`; the first of them lags most."""
         self.frames, self.seconds = self.frames + count, seconds
-        lag = seconds - float(frame / self.fps)
-        if lag > self.worst_lag:
-            self.worst_lag, self.worst_frame = lag, frame
+        if seconds - float(frame / self.fps) > max(self.lags, default=0.0):
+            self.worst_frame = frame
+        self.lags += [max(0.0, seconds - float((frame + i) / self.fps)) for i in range(count)]
 
     def __str__(self) -> str:
-        video = float(self.frames / self.fps)
+        video = float((self.frames + self.left_out) / self.fps)
         line = f"{self.frames} frames, {video:.1f} s of video, in {self.seconds:.1f} s"
         if self.seconds > 0:
             line += f" ({video / self.seconds:.2f} times real time)"
-        return f"{line}; worst lag {self.worst_lag:.2f} s, at {float(self.worst_frame / self.fps):.1f} s of the video"
+        if self.lags:
+            p50, p95, p99, worst = np.percentile(self.lags, (50, 95, 99, 100))
+            line += f"; lag p50 {p50:.2f} s, p95 {p95:.2f} s, p99 {p99:.2f} s"
+            line += f", worst {worst:.2f} s at {float(self.worst_frame / self.fps):.1f} s of the video"
+        return line + (f"; {self.left_out} frames left out" if self.left_out else "")
 
 
 def watch(
-    session: StreamSession, encoder: VisionEncoder, video: Path, said: UserTexts, fps: Fraction, live: bool, pace: Pace
+    session: StreamSession,
+    encoder: VisionEncoder,
+    video: Path,
+    said: UserTexts,
+    fps: Fraction,
+    live: bool,
+    pace: Pace,
+    max_lag: float = math.inf,
 ) -> Iterator[FrameRecord]:
     """Stream a video, a directory of pictures or an Arrow file, one record per frame; `pace` is kept up to date.
 
-    Raises ProspectError where the source cannot be decoded further, or a frame cannot be streamed.
+    max_lag: live, pictures that have waited for more seconds than this are left out. Raises ProspectError where the
+    source cannot be decoded further, or a frame cannot be streamed.
     """
     most = session.config.infer.lookahead  # pictures taken at once
     device = session.cache.keys.device
     precision = "fp16" if device.type == "cuda" else "fp32"  # as in prospect.encode: rows are those of training
     with contextlib.closing(ahead(frames_at(video, fps), size=most)) as decoded:
         upcoming = next(decoded, None)  # (k, picture), not yet taken
+        unheard_yet: list[str] = []  # said at pictures that were left out
         begin = time.perf_counter()  # picture k is shown k / fps seconds after this
         while upcoming is not None:
             k, picture = upcoming
             if live:
                 time.sleep(max(0.0, begin + float(k / fps) - time.perf_counter()))
+                if time.perf_counter() - begin - float(k / fps) > max_lag:
+                    unheard_yet += said.get(k, [])
+                    pace.left_out += 1
+                    upcoming = next(decoded, None)
+                    continue
             pictures, upcoming = [picture], next(decoded, None)
             while upcoming is not None and len(pictures) < most:
                 if live and upcoming[0] / fps > time.perf_counter() - begin:
@@ -217,6 +257,8 @@ def watch(
                 what = f"frame {bad} gives a vector that is not finite in float16"
                 raise ProspectError(what, where=str(video), remedy="download the vision checkpoint again")
             frames = [Frame(torch.from_numpy(row), said.get(k + i, [])) for i, row in enumerate(rows)]
+            frames[0].user, unheard_yet = unheard_yet + frames[0].user, []
+            session.frame_idx = k
             while frames:  # the engine stops after each frame at which something is said
                 first = session.frame_idx
                 [records] = advance([session], [frames])

@@ -1,7 +1,7 @@
-"""Other people's dialogues as our clips, and back.
+"""ProAssist's prepared dialogues as our clips, and back.
 
-    python -m prospect.convert proassist IN.jsonl OUT.json            ProAssist's prepared dialogues -> clips
-    python -m prospect.convert proassist IN.json OUT.jsonl --reverse  such clips -> ProAssist's prepared dialogues
+    python -m prospect.convert proassist IN.jsonl OUT.json            prepared dialogues -> clips
+    python -m prospect.convert proassist IN.json OUT.jsonl --reverse  such clips -> prepared dialogues
 
 ProAssist (arXiv 2506.05904) publishes 30,135 dialogues as JSONL. A conversation there is literally the order in which
 the model sees things: ranges of frames, [start, end) with the end excluded, with texts between them. Our clips have no
@@ -29,16 +29,13 @@ add:
     unanswered         user turns after the last frame: no frame is left to answer them, so they are kept apart
 """
 
-import argparse
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from prospect.clip_files import ClipFile
-from prospect.errors import ProspectError, run_entry_point
-from prospect.files import write_whole
+from prospect.errors import ProspectError
 
 ADDED_TO_CLIP = ("id", "embeddings", "inferred_goal", "inferred_knowledge", "dst", "unanswered")
 ADDED_TO_TURN = ("start_frame", "end_frame")
@@ -169,36 +166,3 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise ProspectError(f"must be a JSON object, not {type(value).__name__}", where=where)
         yield where, value
-
-
-def write_objects(objects: Iterator[dict[str, Any]], path: Path) -> int:
-    """Write JSONL where `path` ends with .jsonl, else a JSON list; returns how many.
-
-    One object is in memory at a time. A refused dialogue leaves nothing behind.
-    """
-    before, between, after = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
-    count = 0
-    with write_whole(path) as file:
-        file.write(before.encode())
-        for item in objects:
-            file.write(((between if count else "") + json.dumps(item, ensure_ascii=False)).encode())
-            count += 1
-        file.write(after.encode())
-    return count
-
-
-def main() -> None:
-    description = "Other people's dialogues as clips, and back."
-    parser = argparse.ArgumentParser(prog="python -m prospect.convert", description=description)
-    parser.add_argument("source", choices=["proassist"])
-    parser.add_argument("input", type=Path)
-    parser.add_argument("output", type=Path, help="a JSON list, or JSONL if it ends with .jsonl")
-    parser.add_argument("--reverse", action="store_true", help="from converted clips back to prepared dialogues")
-    arguments = parser.parse_args()
-    objects = prepared_of(arguments.input) if arguments.reverse else clips_of(arguments.input)
-    count = write_objects(objects, arguments.output)
-    print(f"{count} {'dialogues' if arguments.reverse else 'clips'} -> {arguments.output}")
-
-
-if __name__ == "__main__":
-    run_entry_point(main)

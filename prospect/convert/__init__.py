@@ -1,0 +1,1 @@
+"""Other people's data as clips and embeddings; `python -m prospect.convert`."""

@@ -1,0 +1,61 @@
+"""Clips that training and validation share: validation would take for understanding what was learned by heart.
+
+A validation clip leaks when a training clip has its id, or is of the same video (`video_uid`: another stretch of it
+shows the same person, place and task), or has the same embeddings: a file of the same name and content.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prospect.errors import ProspectError
+
+NAMED = 5  # leaks in an error's line
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What tells where a clip comes from. where: "file, clip ID", for messages."""
+
+    where: str
+    id: str
+    video_uid: str
+    embeddings: Path
+
+
+def leaks(train: Sequence[Origin], val: Sequence[Origin]) -> list[str]:
+    """A line for every validation clip that leaks: a training clip, and what both share."""
+    ids, videos = {clip.id: clip for clip in train}, {clip.video_uid: clip for clip in train}
+    names = {clip.embeddings.name for clip in train} & {clip.embeddings.name for clip in val if clip.id not in ids}
+    contents = {digest(clip.embeddings): clip for clip in train if clip.embeddings.name in names}
+    found = []
+    for clip in val:
+        if other := ids.get(clip.id):
+            shared = "id"
+        elif other := videos.get(clip.video_uid):
+            shared = f"video {clip.video_uid!r}"
+        elif clip.embeddings.name in names and (other := contents.get(digest(clip.embeddings))):
+            shared = f"embeddings {clip.embeddings.name!r}"
+        else:
+            continue
+        found.append(f"{clip.where} has the same {shared} as {other.where}")
+    return found
+
+
+def digest(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def check_leaks(train: Sequence[Origin], val: Sequence[Origin], allowed: bool) -> list[str]:
+    """The warning of leaks that are allowed, or none. Raises ProspectError where there are others."""
+    found = leaks(train, val)
+    if not found:
+        return []
+    more = f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
+    what = f"{len(found)} of {len(val)} validation clips leak into training: {'; '.join(found[:NAMED])}{more}"
+    if not allowed:
+        remedy = "leave them out of data.train or data.val, or set data.allow_leaks=true"
+        raise ProspectError(what, where="data.val", remedy=remedy)
+    return [f"data.val: {what}"]

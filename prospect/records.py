@@ -1,0 +1,81 @@
+"""An evaluation's folder: a records file for every streamed clip, the clips themselves, and the settings of both.
+
+    OUT/records/CLIP.jsonl            one record per frame, in order, written when the clip has ended
+    OUT/records-reference/CLIP.jsonl  the same of the model that was told when (--moments reference)
+    OUT/references.jsonl              the clips, as in their files: what the records are scored against
+    OUT/settings.json                 all that decides what the records are
+    OUT/metrics.json, metrics.md      what was printed
+
+Interrupted and started again, an evaluation resumes with the clips that have no complete records, if the settings are
+still those.
+"""
+
+import dataclasses
+import hashlib
+import json
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from prospect.clip_files import ClipFile, clip_id
+from prospect.clips import Clip
+from prospect.errors import ProspectError
+from prospect.files import read_json, read_lines, write_json, write_text
+from prospect.stream import FrameRecord
+
+RECORDS, RECORDS_TOLD, REFERENCES = "records", "records-reference", "references.jsonl"
+FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
+
+
+def records_file(records_dir: Path, clip_id: str) -> Path:
+    """Where a clip's records lie: named by its id, written so that any id is a file name, and no two ids the same."""
+    name = urllib.parse.quote(clip_id, safe=" ")
+    if len(name) > 200:  # file systems end at 255 bytes
+        name = f"{name[:160]}-{hashlib.sha256(clip_id.encode()).hexdigest()[:32]}"
+    return records_dir / f"{name}.jsonl"
+
+
+def read_records(path: Path, clip: Clip) -> list[dict] | None:
+    """The records of a clip from its first frame on; None where there is no file, or a record in it is not whole."""
+    try:
+        records = [json.loads(line) for line in read_lines(path)]
+    except (FileNotFoundError, ValueError, RecursionError):  # ValueError: broken off, or not UTF-8
+        return None
+    except OSError as error:
+        raise ProspectError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if not all(isinstance(record, dict) and record.keys() == FIELDS for record in records):
+        return None
+    first = clip.start_frame
+    whole = [record["frame_idx"] for record in records] == list(range(first, first + len(records)))
+    return records if whole else None
+
+
+def write_references(out: Path, paths: list[str], ids: set[str]) -> None:
+    """The clips that are evaluated, as they are in their files, so that `out` can be scored again by itself."""
+    raw = [
+        (clip_id(clip, i), clip) for path in paths for i, clip in enumerate(ClipFile(path)) if isinstance(clip, dict)
+    ]
+    lines = [json.dumps(clip | {"id": id}) + "\n" for id, clip in raw if id in ids]
+    write_text(out / REFERENCES, "".join(lines))
+
+
+def same_settings(out: Path, wanted: dict[str, Any]) -> None:
+    """Begin the folder `out`, or make sure that the records it holds were made with these very settings.
+
+    Raises ProspectError naming what differs, and where nothing can be written there.
+    """
+    path, remedy = out / "settings.json", "name another --out, or remove this one"
+    try:
+        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProspectError(f"cannot be used: {error.strerror}", where=str(out), remedy="name another --out") from error
+    try:
+        then = read_json(path) if any((out / RECORDS).glob("*.jsonl")) else wanted
+    except ProspectError as error:
+        what = "does not tell by which settings its records were made"
+        raise ProspectError(what, where=str(path), remedy=remedy) from error
+    names = [name for name in sorted({*then, *wanted}) if then.get(name) != wanted.get(name)]
+    if names:
+        differ = "; ".join(f"{name} was {then.get(name)}, is {wanted.get(name)}" for name in names)
+        raise ProspectError(f"holds records made with other settings: {differ}", where=str(out), remedy=remedy)
+    write_json(path, wanted)
