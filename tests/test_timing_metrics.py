@@ -255,5 +255,11 @@ def test_what_is_said_again_after_something_new_is_due_is_no_duplicate():
     assert duplicates({11: A, 12: B, 13: A}, due, 2) == 1
 
 
+def test_a_slot_takes_five_replies_and_no_more():
+    """Five replies 5 to 3 s early, and two right on time, too late to be taken in: exp(-1.5^2 / (2 * 2.22^2))."""
+    seconds = np.array([[5.0], [5.5], [6.0], [6.5], [7.0], [10.0], [10.5]]) - 10
+    assert take_slots(timely(seconds), np.ones((7, 1), bool)) == (pytest.approx(0.79591, abs=1e-5), 1, 2)
+
+
 def test_busy_rows_stay_within_the_clip():
     assert busy_rows([(0, 1), (8, 9)], 2, 10).tolist() == [True] * 4 + [False] * 2 + [True] * 4
