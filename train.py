@@ -167,9 +167,11 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                 if found is not None:  # None: asked to stop meanwhile
                     note_validation(state, *found, config.train.best_by)
                     unsaved = True
-                    if ranks.main:
-                        log.write({"step": state.step, "evaluation": state.evaluation, "best_step": state.best_step})
-                        bar.write(validation_line(state.step, state.evaluation))
+                    line = {"step": state.step, "evaluation": state.evaluation, "best_step": state.best_step}
+                    with together(ranks):
+                        if ranks.main:
+                            log.write(line)
+                            bar.write(validation_line(state.step, state.evaluation))
             stopping = any_rank(stop.requested, ranks)
             save_due = (
                 finished or stopping or state.step == state.best_step or state.step % config.train.save_every == 0
@@ -188,17 +190,20 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             state.epoch, state.position = order.advance(state.epoch, state.position, per_step)
             if step.finite:
                 state.step, unsaved, skips_in_a_row = state.step + 1, True, 0
-                if ranks.main and (state.step % config.train.log_every == 0 or state.step == max_steps):
-                    log.write(step_line(step, state, optimizer.param_groups[0]["lr"]))
-                    postfix = {short: f"{float(step.terms[name]):.3f}" for short, name in SHOWN_LOSSES.items()}
-                    bar.set_postfix(postfix, refresh=False)
+                if state.step % config.train.log_every == 0 or state.step == max_steps:
+                    with together(ranks):
+                        if ranks.main:
+                            log.write(step_line(step, state, optimizer.param_groups[0]["lr"]))
+                            shown = {short: f"{float(step.terms[name]):.3f}" for short, name in SHOWN_LOSSES.items()}
+                            bar.set_postfix(shown, refresh=False)
                 bar.update()
             else:
                 state.skipped, skips_in_a_row = state.skipped + 1, skips_in_a_row + 1
                 what = skipped_step(step, state.step + 1, skips_in_a_row, scaler, config, ranks)
-                if ranks.main:
-                    log.write({"step": state.step + 1, "skipped": what, "loss_scale": scaler.get_scale()})
-                    bar.write(f"skipped: {what}")
+                with together(ranks):
+                    if ranks.main:
+                        log.write({"step": state.step + 1, "skipped": what, "loss_scale": scaler.get_scale()})
+                        bar.write(f"skipped: {what}")
 
     if ranks.main:
         report_end(run, state, max_steps, config.data.val[0])
