@@ -32,8 +32,9 @@ import numpy as np
 from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig
+from prospect.context import check_streamable
 from prospect.errors import ProspectError, print_next, run_entry_point
-from prospect.features import features_of
+from prospect.features import ROWS, Features, features_of, scale_of, warnings
 from prospect.files import writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
@@ -111,8 +112,12 @@ def read_live_line(line: bytes) -> np.ndarray | str:
         return embedding.astype(np.float32)
 
 
-def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
-    """Answer each embedding with a record, each line that cannot be used with {"error": ...}."""
+def live(session: StreamSession, lines: BinaryIO, out: TextIO, checkpoint: str | None = None) -> None:
+    """Answer each embedding with a record, each line that cannot be used with {"error": ...}.
+
+    checkpoint: whose training features the first embeddings are compared with.
+    """
+    first: list[np.ndarray] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -122,6 +127,10 @@ def live(session: StreamSession, lines: BinaryIO, out: TextIO) -> None:
                 session.say(given)
             else:
                 show(session.feed(given), out, sys.stderr)
+                first += [given] if len(first) < ROWS else []
+                if checkpoint is not None and len(first) == ROWS:
+                    warn(warnings(Features({}, scale_of(first)), trained_on(checkpoint), checkpoint))
+                    checkpoint = None  # once
         except ProspectError as error:
             write_line(out, {"error": f"line {number}: {error}"})
 
@@ -135,9 +144,10 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     jobs = []
     for source, index in chosen:
         job, warning = load_job(source, index, config.model.vision_dim)
-        StreamSession(model, tokenizer, job.clip, config)  # refuses a prompt or settings that leave no room for a frame
+        check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
         warn([warning] if warning else [])
         jobs.append(job)
+    StreamSession(model, tokenizer, jobs[0].clip, config)  # refuses settings that do not fit the model
     warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
     with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
@@ -168,7 +178,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
     warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
     with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
-        live(session, sys.stdin.buffer, out)
+        live(session, sys.stdin.buffer, out, arguments.checkpoint)
 
 
 def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:

@@ -32,6 +32,7 @@ from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
+from prospect.context import check_reserved
 from prospect.data import (
     Corpus,
     DataOrder,
@@ -64,7 +65,7 @@ from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
-from prospect.validation import autocast, note_validation, validate
+from prospect.validation import autocast, clips_to_stream, note_validation, validate
 from prospect.weights import load_state
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
@@ -99,6 +100,9 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        check_reserved(tokenizer, config)
+        left_out = clips_to_stream(val_corpus, config)[1]
+        val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
         leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)

@@ -195,13 +195,14 @@ def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
     if not row.tuned:
         thresholds = {head: report[f"{head}_threshold"] for head in thresholds}
     else:
-        some = some_of(load_jobs([str(corpus / "val.json")], config))
+        some = some_of(load_jobs([str(corpus / "val.json")], config, tokenizer))
         tried = list(try_evidence(model, tokenizer, some, config, thresholds))
         evidence = best_tried(tried, config.infer.tuned_for).evidence
     config = with_decisions(config, thresholds, evidence)
 
     similarity, scores, counts = load_similarity("lexical"), [], []
-    for job, records in streamed_clips(model, tokenizer, load_jobs([str(held_out / "val.json")], config), config):
+    jobs = load_jobs([str(held_out / "val.json")], config, tokenizer)
+    for job, records in streamed_clips(model, tokenizer, jobs, config):
         scores.append(score_clip(job.clip, records, similarity, config.data.dst))
         counts.append(next_steps(job.clip, records))
     right, said = (sum(column) for column in zip(*counts))

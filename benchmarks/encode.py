@@ -24,7 +24,8 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository itself, not installed
 
 from prospect.errors import run_entry_point
-from prospect.vision.tower import VisionConfig, load_vision_encoder, prepare
+from prospect.vision.preprocess import prepare
+from prospect.vision.tower import VisionConfig, load_vision_encoder
 
 SHAPE = dict(hidden_size=1152, intermediate_size=4304, num_attention_heads=16, image_size=384, patch_size=14)
 PREPROCESSING = dict(size={"height": 384, "width": 384}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)

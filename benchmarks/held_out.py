@@ -38,7 +38,7 @@ CORPUS_SEED = 1000  # the default run trains on seed 0
 
 def shuffled(job: Job) -> Job:
     """The clip with its frames in random order."""
-    return Job(job.clip, job.embeddings[generator(CORPUS_SEED, job.clip.id).permutation(len(job.embeddings))])
+    return Job(job.clip, job.embeddings[generator(CORPUS_SEED, job.clip.id).permutation(job.num_frames)])
 
 
 def swapped(jobs: list[Job]) -> list[Job]:
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "held_out"
         write_sample(corpus, seed=CORPUS_SEED, difficulty=arguments.difficulty, clips=1, val_clips=arguments.clips)
-        jobs = load_jobs([str(corpus / "val.json")], config)
+        jobs = load_jobs([str(corpus / "val.json")], config, tokenizer)
         for name, shown in (
             ("held-out clips", jobs),
             ("frames shuffled", [shuffled(job) for job in jobs]),

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,8 @@ def measure(
 ) -> Measured:  # fmt: skip
     """Play a clip into each of `streams` for so many seconds, and take the frames as they come."""
     cache, found = make_cache(model, config, streams), Measured(streams, rate)
-    playing = [jobs[s % len(jobs)] for s in range(streams)]
+    held = [replace(job, source=job.embeddings) for job in jobs[:streams]]
+    playing = [held[s % len(held)] for s in range(streams)]
     sessions = [
         StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=s) for s, job in enumerate(playing)
     ]
@@ -168,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    jobs, seconds = load_jobs([str(arguments.data)], config), arguments.seconds
+    jobs, seconds = load_jobs([str(arguments.data)], config, tokenizer), arguments.seconds
 
     def play(streams: int, rate: float, seconds: float, **options: float) -> Measured:
         found = measure(model, tokenizer, jobs, config, streams=streams, rate=rate, seconds=seconds, **options)

@@ -33,7 +33,7 @@ WIDTH, HEIGHT = 1280, 830
 def timeline_page(run: Path, page: Path) -> None:
     """The longest validation clip, streamed."""
     config, tokenizer, model = load_for_inference(run / "best", [SHORT_CONTEXT])
-    job = max(load_jobs(config.data.val, config), key=lambda job: len(job.embeddings))
+    job = max(load_jobs(config.data.val, config, tokenizer), key=lambda job: job.num_frames)
     [(_, records)] = streamed_clips(model, tokenizer, [job], config, streams=1)
     write_timelines(page, [timeline(records, job.clip, config.infer.evidence)])
 

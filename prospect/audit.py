@@ -227,7 +227,7 @@ def main() -> int:
     if arguments.perturbations < 1:
         raise ProspectError("--perturbations must be at least 1", where="command line")
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    jobs = load_jobs(arguments.data, config)
+    jobs = load_jobs(arguments.data, config, tokenizer)
     done = Audit()
     with tqdm(total=arguments.perturbations, desc="values changed", dynamic_ncols=True) as bar:
         for done in audit(model, tokenizer, jobs, config, perturbations=arguments.perturbations, seed=arguments.seed):

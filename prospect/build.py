@@ -9,6 +9,7 @@ from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus, as_streamed
 from prospect.errors import ProspectError
+from prospect.memory import check_model_fits
 from prospect.model import ModelConfig, Prospect, init_weights
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
@@ -95,6 +96,7 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
 def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
     """A new model: from the backbone's weights, or from scratch. The same on every rank: all randomness is seeded."""
     if config.model.backbone is None:
+        check_model_fits(model_shape(config, tokenizer))
         model = Prospect(model_shape(config, tokenizer))
         init_weights(model, config.run.seed)
         return model

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from prospect.clips import ROLES, Clip, Turn, unpaired_surrogate
+from prospect.clips import MAX_TEXT, ROLES, Clip, Turn, unpaired_surrogate
 from prospect.dst import STATES, TRANSITIONS, State, Step, Transition, UpdateError, apply_update, parse_update
 from prospect.embeddings import find_embeddings, read_embeddings
 from prospect.errors import ProspectError
@@ -34,7 +34,6 @@ FIELDS = {  # of a clip object; any other field is kept in Clip.extra
 TURN_FIELDS = {"from": "role", "value": "content", "timestamp": "time"}  # other names of a turn's fields, and ours
 
 # Far beyond any real clip; they stop a broken file from exhausting the machine.
-MAX_TEXT = 100_000  # characters of one turn, the recipe or the goal
 MAX_TURNS = 20_000
 MAX_STEPS = 2_000
 MAX_FRAMES = 2_000_000  # eleven days at 2 fps

@@ -17,6 +17,7 @@ import numpy as np
 from prospect.dst import STATES, State, Step, Transition, apply_update
 
 ROLES = ("system", "user", "assistant", "DST_UPDATE")
+MAX_TEXT = 100_000  # characters of one turn, the recipe or the goal
 
 
 @dataclass(frozen=True)

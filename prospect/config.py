@@ -29,7 +29,7 @@ class ModelSection:
     """A backbone directory, or the shape of a small model trained from scratch."""
 
     backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
-    vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP
+    vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP, 1024 CLIP
     speaking_head: bool = True  # false: the LM decides when to speak (infer.decision=lm, data.silence_lm=true)
     dst_state_head: bool = True  # a third head, with data.dst: the state of the most recently started step
     # used only from scratch; a backbone brings its own
@@ -205,8 +205,13 @@ RETIRED = {  # settings that only older checkpoints have
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # our names of precisions, and torch's
 
 
-# The bounds of a value, by field: (lowest, highest), both allowed.
+# The bounds of every number, by field: (lowest, highest), both allowed. Neither infinity nor NaN lies between two.
 _BOUNDS = {
+    "run.seed": (0, 10**18), "model.intermediate_size": (1, 10**7), "model.rope_theta": (1, 10**12),
+    "data.hybrid.speaking_window": (0, 10**6),
+    "loss.speaking_gen_weight": (0, 10**6), "loss.speaking_binary_weight": (0, 10**6),
+    "loss.dst_gen_weight": (0, 10**6), "loss.dst_binary_weight": (0, 10**6), "loss.dst_state_weight": (0, 10**6),
+    "train.weight_decay": (0, 100), "train.beta1": (0, 0.999999), "train.beta2": (0, 0.999999),
     "model.vision_dim": (1, 10**6), "model.vocab_size": (259, 10**7), "model.hidden_size": (1, 10**6),
     "model.num_hidden_layers": (1, 10**4), "model.num_attention_heads": (1, 10**4),
     "model.num_key_value_heads": (1, 10**4),

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Callable
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # in torch's words, on a GPU and on a CPU
+
 
 class ProspectError(Exception):
     """What went wrong, where, and what to do about it, printed as one line: ``where: what (remedy)``."""
@@ -47,6 +49,12 @@ def run_entry_point(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except ProspectError as error:
         print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except (MemoryError, RuntimeError) as error:  # torch's have no type of their own on a CPU
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        remedy = "lower data.batch_tokens, data.max_seq_len, --streams or a size of the model"
+        print(f"error: {ProspectError(f'out of memory: {error}', remedy=remedy)}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

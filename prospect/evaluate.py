@@ -37,6 +37,7 @@ from prospect.check import usable_clips
 from prospect.checkpoint import flatten, read_config, read_state
 from prospect.clip_files import ClipFile, fit_rows, open_source
 from prospect.config import Config, to_dict
+from prospect.context import check_reserved, check_streamable
 from prospect.data import Corpus, as_streamed, ordered_batches
 from prospect.decisions import SETTINGS, reference_moments
 from prospect.errors import ProspectError, run_entry_point
@@ -85,7 +86,7 @@ def stream_and_score(
     missing = []
     for job in jobs:
         records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job.clip)
-        if records is None or len(records) != len(job.embeddings):
+        if records is None or len(records) != job.num_frames:
             missing.append(job)
         else:
             yield score_clip(job.clip, records, similarity, config.data.dst)
@@ -116,20 +117,33 @@ def score_records(folder: Path, paths: list[str], similarity: Similarity) -> lis
     return scores
 
 
-def load_jobs(paths: Iterable[str], config: Config, checkpoint: Path | None = None) -> list[Job]:
-    """Every clip of the files, with its embeddings, all checked first as before a training (prospect/check.py).
+def load_jobs(paths: Iterable[str], config: Config, tokenizer: Tokenizer, checkpoint: Path | None = None) -> list[Job]:
+    """Every clip of the files, ready to be streamed, all checked first as before a training (prospect/check.py).
 
-    A bad clip, or an id that occurs twice, raises ProspectError, or with `data.on_bad: skip` is left out. What was left
-    out, and warnings, are reported on stderr, also where the clips are not like those `checkpoint` was trained on.
+    A bad clip, an id that occurs twice, or a clip that does not fit into the context (prospect/context.py) raises
+    ProspectError, or with `data.on_bad: skip` is left out. What was left out, and warnings, go to stderr, also
+    where the clips are not like those `checkpoint` was trained on.
     """
+    check_reserved(tokenizer, config)
     sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
+    jobs, chosen = [], []
+    for number, index in usable.clips:
+        job, _ = load_job(sources[number], index, config.model.vision_dim)
+        try:
+            check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
+        except ProspectError as error:
+            if config.data.on_bad == "stop":
+                raise
+            usable.skipped.append(str(error))
+            continue
+        jobs.append(job)
+        chosen.append((sources[number], index))
     tell(usable.warnings, usable.skipped)
-    if not usable.clips:
+    if not jobs:
         raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    jobs = [load_job(sources[number], index, config.model.vision_dim)[0] for number, index in usable.clips]
     if checkpoint is not None:
-        features = features_of([(sources[number], index) for number, index in usable.clips])
+        features = features_of(chosen)
         lines = unlike_training(checkpoint, [job.clip for job in jobs], config, features)
         tell([f"warning: {line}" for line in lines], [])
     return jobs
@@ -251,11 +265,12 @@ def main() -> int:
     if arguments.sweep:
         vision_dim, seed = config.model.vision_dim, config.run.seed
         corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
-        jobs = load_jobs(arguments.data, config, arguments.checkpoint)
+        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
         sweep(arguments.checkpoint, corpus, jobs, model, tokenizer, config)
     elif arguments.quiet:
         most = MAX_FALSE_ALARMS if arguments.max_false_alarms is None else arguments.max_false_alarms
-        quiet, jobs = load_jobs([arguments.quiet], config), load_jobs(arguments.data, config, arguments.checkpoint)
+        quiet = load_jobs([arguments.quiet], config, tokenizer)
+        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
         evidence = choose_quiet(model, tokenizer, quiet, jobs, config, most)
         print(f"chosen: infer.evidence={evidence}")
         store(arguments.checkpoint, config, {"evidence": evidence})
@@ -293,7 +308,7 @@ def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer
     """Stream and score the clips, print the table, and with --out write everything down."""
     checkpoint, out = arguments.checkpoint, arguments.out
     similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config, checkpoint)
+    jobs = load_jobs(arguments.data, config, tokenizer, checkpoint)
     if out is not None:
         same_settings(out, settings(checkpoint, config, arguments.data, jobs))
         write_references(out, arguments.data, {job.clip.id for job in jobs})
@@ -329,7 +344,12 @@ def print_again(arguments: argparse.Namespace) -> None:
     paths = arguments.data or [str(out / REFERENCES)]
     scores = score_records(out / RECORDS, paths, similarity)
     told = score_records(out / RECORDS_TOLD, paths, similarity) if (out / RECORDS_TOLD).exists() else []
-    report(scores, told, read_json(out / "settings.json"), similarity, as_typed(arguments), None)
+    made = out / "settings.json"
+    try:
+        report(scores, told, read_json(made), similarity, as_typed(arguments), None)
+    except KeyError as error:
+        what = f"does not tell {error.args[0]}, with which the records were made"
+        raise ProspectError(what, where=str(made), remedy="evaluate again") from error
 
 
 def tell(warnings: list[str], skipped: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What streaming starts from: a checkpoint ready to run, and a clip ready to be streamed."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import torch
 
 from prospect.checkpoint import read_config, read_state
-from prospect.clip_files import Source
+from prospect.clip_files import Source, load_embeddings
 from prospect.clips import Clip
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.decisions import SETTINGS
@@ -20,9 +21,17 @@ from prospect.sequence import prompt_parts
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
 
+# Of a trained checkpoint these settings may be changed; the others made it what it is, and would change nothing.
+APPLY = (
+    "data.embeddings", "data.embeddings_outside", "data.on_bad", "data.workers", "data.batch_tokens",
+    "data.template", "data.dst", "data.dst_format", "data.recipe", "data.max_seq_len", "data.overlap",
+)  # fmt: skip
+
 
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
+
+    Raises ProspectError for an override that does not apply to a checkpoint.
 
     Decisions that the configuration leaves open (thresholds, evidence) are those found best on validation, stored in
     the checkpoint. They were found for the checkpoint's own infer.decision; for another they are one half.
@@ -30,6 +39,11 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     directory = Path(directory)
     own = read_config(directory)
     config = make_config(apply_overrides(to_dict(own), overrides), str(directory / "config.yaml"))
+    keys = [override.partition("=")[0] for override in overrides]
+    if fixed := [key for key in keys if key not in APPLY and not key.startswith("infer.")]:
+        what = f"{', '.join(fixed)} cannot be changed any more"
+        remedy = f"what applies to a checkpoint: infer.*, {', '.join(APPLY)}"
+        raise ProspectError(what, where=str(directory), remedy=remedy)
     found = stored_decisions(directory, config) if config.infer.decision == own.infer.decision else {}
     for name, setting in SETTINGS.items():
         if getattr(config.infer, setting) is None:
@@ -104,7 +118,8 @@ def store_wide_weights_by_column(model: Prospect) -> None:
 
 
 def load_job(source: Source, index: int, vision_dim: int) -> tuple[Job, str | None]:
-    """A clip with its embeddings, ready to stream, and a warning where the two differ by the last frame."""
+    """A clip ready to be streamed, its embeddings checked, and a warning where the two differ by the last frame."""
     clip, embeddings, warning = source.load(index, vision_dim)
     check_finite(embeddings, clip.where)
-    return Job(clip, embeddings), warning
+    read = functools.partial(load_embeddings, clip, source.folder, vision_dim, allow_outside=source.allow_outside)
+    return Job(clip, read), warning

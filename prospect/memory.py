@@ -1,7 +1,10 @@
-"""How much GPU memory a run will take, even on a backbone that is not downloaded yet."""
+"""How much memory a run will take: of a GPU, even on a backbone that is not downloaded yet; and of this machine."""
 
 import dataclasses
+import os
 from pathlib import Path
+
+import torch
 
 from prospect.config import Config
 from prospect.errors import ProspectError
@@ -84,3 +87,28 @@ def describe_memory(config: Config) -> list[str]:
         f"{trained_gb:.1f} trained parameters with AdamW, {kept_gb:.1f} activations of {tokens:,} tokens; "
         "logits and workspace come on top",
     ]
+
+
+# ---- this machine --------------------------------------------------------------------------------
+
+
+def check_model_fits(shape: ModelConfig) -> None:
+    """Raise ProspectError when this machine cannot hold a model that is trained from scratch.
+
+    It is made here in fp32, 4 bytes per parameter; training it here adds the gradient and AdamW's two moments, 16 in
+    all.
+    """
+    parameters, each = sum(count_parameters(shape).values()), 4 if torch.cuda.is_available() else 16
+    what = f"{parameters:,} parameters of {each} bytes each"
+    check_fits(parameters * each, what, "lower model.hidden_size or another size of the model")
+
+
+def check_fits(needed: int, what: str, remedy: str) -> None:
+    """Raise ProspectError when so many bytes are more than this machine has: it would kill the process without a word.
+
+    (A GPU reports by itself when it is full.)
+    """
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > machine:
+        what = f"{what} take {needed / 1e9:,.0f} GB of memory, this machine has {machine / 1e9:,.0f}"
+        raise ProspectError(what, where="config", remedy=remedy)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from prospect.config import LossConfig
+from prospect.errors import ProspectError
 
 IGNORE = -100  # the label of a position where nothing is learned
 
@@ -151,11 +152,11 @@ class KVCache:
             self.lengths[stream] += num_tokens
         return Slots(neighbours, index, begin, end, mask, positions)
 
-    def clear(self, stream: int) -> None:
-        """Empty a stream for another clip. Zeros, for what is masked is still multiplied: a NaN would come through."""
-        self.lengths[stream] = 0
-        self.keys[:, stream].zero_()
-        self.values[:, stream].zero_()
+    def clear(self, stream: int, kept: int = 0) -> None:
+        """Empty a stream behind `kept` tokens. Zeros: what is masked is still multiplied, so NaN comes through."""
+        self.lengths[stream] = kept
+        self.keys[:, stream, :, kept:].zero_()
+        self.values[:, stream, :, kept:].zero_()
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Write k, v [B,K,T,E] into their slots and return all that those streams hold, [B,K,S,E]."""
@@ -333,10 +334,17 @@ class Prospect(nn.Module):
     def joint_embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings [B,T,H] in which the k-th <image> token, in reading order, is the k-th projected frame row.
 
-        image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `collate`
-        has checked by clip. Nothing here waits for the device: the mask is filled in order, without counting.
+        image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `make_sample` has
+        checked by clip. Raises ProspectError for any other number. Nothing here waits for a GPU: the mask is filled in
+        order, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
         """
         is_image = input_ids == self.config.image_token_id  # [B,T]
+        rows, images = 0 if image_embeds is None else len(image_embeds), is_image.sum()
+        if not is_image.is_cpu:
+            torch._assert_async(images == rows, "as many rows of image_embeds as <image> tokens are needed")
+        elif images != rows:
+            what = f"{int(images)} <image> tokens for {rows} rows of image_embeds"
+            raise ProspectError(what, where="joint_embed", remedy="one row for each <image>")
         embeds = self.model.embed_tokens(input_ids.masked_fill(is_image, 0))  # [B,T,H]
         if image_embeds is None:
             return embeds
@@ -357,7 +365,13 @@ class Prospect(nn.Module):
 
         loss: how they are weighed, None for the defaults.
         cache: keys and values of what came before; the new tokens follow them, in all of its streams or in `streams`.
+        Raises ProspectError where rows and <image> tokens differ in number, or labels' attention_mask shows padding
+        that is not on the right.
         """
+        mask = None if labels is None else labels.get("attention_mask")  # [B,T], on the host as the labels are
+        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+            what = "a sequence has padding before a token, which would be seen"
+            raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
         embeds = self.joint_embed(input_ids, image_embeds)
         hidden = self.model(embeds, cache, streams)
         if labels is None:

@@ -67,7 +67,7 @@ def check_quiet(quiet: list[Job], max_per_hour: float) -> None:
         if happens := [turn for turn in job.clip.turns if turn.role != "system"]:
             what = f"is not quiet: a {happens[0].role} turn at frame {happens[0].end_frame}"
             raise ProspectError(what, where=job.clip.where, remedy="give hours in which nothing is due")
-    minutes = sum(int(len(job.embeddings) / (60 * job.clip.fps)) for job in quiet)
+    minutes = sum(int(job.num_frames / (60 * job.clip.fps)) for job in quiet)
     if minutes < minutes_needed(max_per_hour):
         what = f"{minutes} whole minutes of quiet cannot certify {max_per_hour:g} false alarms an hour"
         remedy = f"give {minutes_needed(max_per_hour)} minutes at least"

@@ -586,9 +586,9 @@ def kept_frames(clip: Clip, config: DataConfig, seed: int) -> np.ndarray:
     random share of the rest; up to a cap per clip). A frame at which a text stands is kept in every mode. The random
     share is drawn for (seed, clip), the same in every epoch, so that lengths stay.
 
-    turns and hybrid save time in training, and have no counterpart live: what is kept depends on what is said later.
-    A model learns from them that close frames mean speech; live all frames are close. So validation, the search for
-    thresholds and streaming see every frame (data.as_streamed), and measure what that costs.
+    turns and hybrid save time in training and have no counterpart live, for what is kept depends on what is said later.
+    Events are more frequent among the frames kept, so probabilities learned there are too high for a stream. Validation
+    and the search for thresholds therefore see every frame, as streaming does (data.as_streamed).
     """
     first, F = clip.start_frame, clip.num_frames
     if config.frames == "all":

@@ -28,27 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prospect.clips import Clip, unpaired_surrogate
+from prospect.clips import MAX_TEXT, Clip, unpaired_surrogate
 from prospect.config import Config
+from prospect.context import SUMMARY_REQUEST, stream_room, summary_tokens, user_ids
 from prospect.decisions import Evidence, Moments, decide
-from prospect.dst import (
-    STATES,
-    TRANSITIONS,
-    State,
-    Transition,
-    UpdateError,
-    apply_update,
-    legal_continuations,
-    legal_updates,
-    parse_update,
-    write_update,
-)
+from prospect.dst import STATES, State, UpdateError, apply_update, legal_continuations, legal_updates, parse_update
 from prospect.errors import ProspectError
+from prospect.memory import check_fits
 from prospect.model import Generated, KVCache, Prospect
 from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
 from prospect.tokenizer import Piece, Tokenizer
 
-SUMMARY_REQUEST = "Summarize what has been done so far."  # asked in the user's role when a context is summarized
 DROP_MIDDLE_TAIL = 512  # tokens of the recent past that drop_middle keeps (ProAssist)
 
 
@@ -149,11 +139,12 @@ class StreamSession:
         self.limit = config.data.max_seq_len - config.infer.reserved  # a frame that would go beyond it brings a refresh
         self.headers = {role: tokenizer.encode(tokenizer.template.header(role)) for role in ("assistant", "DST_UPDATE")}
         self.end_ids = [tokenizer.end_id, *tokenizer.encode(tokenizer.template.suffix())]
-        self.summary_request = self.user_ids([SUMMARY_REQUEST])
+        self.per_frame = 1  # tokens of a frame, as the last one had them
         unwritten = [id for id in tokenizer.control_ids() if id != tokenizer.end_id and id < model.config.vocab_size]
         unwritten += range(tokenizer.vocab_size, model.config.vocab_size)  # a padded vocabulary's rows, never trained
         self.forbidden = torch.tensor(unwritten, dtype=torch.long, device=self.cache.keys.device)  # inside a turn
         self._check_settings()
+        self.room = stream_room(clip, tokenizer, config)  # of a frame and what the user says before it, at any time
         self._restart(clip_prompt(clip, clip.initial_state, config.data), [], 1)
 
     # ---- live use --------------------------------------------------------------------------------
@@ -165,24 +156,40 @@ class StreamSession:
             raise ProspectError("the user said nothing", where=where, remedy="say some text")
         if what := unpaired_surrogate(text):
             raise ProspectError(f"the user's text {what}", where=where, remedy="send real Unicode")
-        needed, room = len(self.user_ids([*self.pending, text])), self.limit - self.prompt_tokens
-        if needed >= room:
-            what = f"the user's text has {needed} tokens, the context has room for {room}"
-            raise ProspectError(what, where=where, remedy="say less at once, or raise data.max_seq_len")
+        if len(text) > MAX_TEXT:  # before it is tokenized, which takes seconds for megabytes
+            what = f"the user's text has {len(text)} characters, the context has room for {MAX_TEXT} at most"
+            raise ProspectError(what, where=where, remedy="say less at once")
+        self.check_room(len(user_ids(self.tokenizer, [*self.pending, text])) + self.per_frame)
         self.pending.append(text)
+
+    def check_room(self, needed: int) -> None:
+        """Raise ProspectError when a frame and the user's texts before it, so many tokens, would find no place."""
+        room = self.limit - self.num_tokens if self.config.infer.strategy == "none" else self.room
+        if needed > room:
+            what = f"the user's text has {needed} tokens with its frame, the context has room for {room}"
+            remedy = "say less at once, or raise data.max_seq_len"
+            raise ProspectError(what, where=f"frame {self.frame_idx}", remedy=remedy)
 
     def feed(self, embedding: Tensor | np.ndarray) -> FrameRecord:
         """Show one frame, embedding [D] or [I, D]; returns what the assistant decided and said.
 
-        Raises ProspectError at an embedding of a wrong shape or with values that are not finite (the stream can go on),
-        and when the context is full and infer.strategy is none.
+        Raises ProspectError at an embedding that cannot be used: of a wrong shape, or with values that are not finite
+        or make the model's answer so. It is not counted, and the stream can go on. So it can when the frame has more
+        vectors than those before it and leaves no room for what the user has said; that is forgotten. With
+        infer.strategy=none it raises ProspectError from the frame on that finds the context full.
         """
         rows = torch.as_tensor(embedding).detach().to("cpu", copy=True)  # the caller may use its buffer again
         if not rows.isfinite().all():
             raise ProspectError("the embedding holds values that are not finite", where=f"frame {self.frame_idx}")
-        records = advance([self], [[Frame(rows, self.pending)]])
+        frame = Frame(rows, self.pending)
+        needed = self.unit(frame).num_tokens
+        if frame.user:
+            said, self.pending = self.pending, []  # forgotten if there is no room for it
+            self.check_room(needed)
+            self.pending = said  # an embedding that is refused below leaves it for the next
+        [[record]] = advance([self], [[frame]])
         self.pending = []
-        return records[0][0]
+        return record
 
     # ---- settings --------------------------------------------------------------------------------
 
@@ -198,27 +205,6 @@ class StreamSession:
         if infer.decision == "heads" and self.model.speaking_decision_head is None:
             what = "infer.decision is heads, but the model has no speaking head"
             raise ProspectError(what, where="config", remedy="infer.decision=lm")
-        around = {role: len(header) + len(self.end_ids) for role, header in self.headers.items()}
-        needed = infer.max_reply_tokens + around["assistant"]
-        if data.dst:
-            needed += infer.max_update_tokens + around["DST_UPDATE"]
-        self.summary_tokens = len(self.summary_request) + infer.max_reply_tokens + around["assistant"]
-        if infer.strategy.startswith("summarize"):
-            needed = max(needed, self.summary_tokens)
-        if needed > infer.reserved:
-            what = f"infer.reserved {infer.reserved} cannot hold what may be said at a frame, {needed} tokens"
-            remedy = f"set infer.reserved={needed}, or lower infer.max_reply_tokens"
-            raise ProspectError(what, where="config", remedy=remedy)
-        if data.dst and infer.constrain_dst:
-            moves = [Transition(id, name) for id in self.state for name in TRANSITIONS]
-            single = [write_update([move], data.dst_format) for move in moves]
-            if not "".join(single).isascii():
-                remedy = "rename the steps, or set infer.constrain_dst=false"
-                raise ProspectError("infer.constrain_dst needs step ids in ASCII", where=self.clip.where, remedy=remedy)
-            needed = max((len(update_ids(self.tokenizer, text)) for text in single), default=0)
-            if needed > infer.max_update_tokens:
-                what = f"infer.max_update_tokens {infer.max_update_tokens} cannot hold one update, {needed} tokens"
-                raise ProspectError(what, where=self.clip.where, remedy=f"set infer.max_update_tokens={needed}")
 
     # ---- the context -----------------------------------------------------------------------------
 
@@ -231,17 +217,13 @@ class StreamSession:
         """Of the clip's embeddings: the next frame's row."""
         return self.frame_idx - self.clip.start_frame
 
-    def user_ids(self, texts: list[str]) -> list[int]:
-        template = self.tokenizer.template
-        return [id for text in texts for id in self.tokenizer.encode(template.turn("user", text) + template.suffix())]
-
     def unit(self, frame: Frame) -> Unit:
         rows = frame.embedding if frame.embedding.ndim == 2 else frame.embedding[None]  # [I, D]
         if rows.ndim != 2 or len(rows) == 0 or rows.shape[-1] != self.model.config.vision_dim:
             wanted = f"[{self.model.config.vision_dim}] or [I, {self.model.config.vision_dim}]"
             what = f"an embedding of shape {list(frame.embedding.shape)}, a frame is {wanted}"
             raise ProspectError(what, where=f"{self.clip.where}, from frame {self.frame_idx} on")
-        return Unit(self.user_ids(frame.user), rows)
+        return Unit(user_ids(self.tokenizer, frame.user), rows)
 
     def refresh(self, needed: int) -> ContextEvent:
         """Make room for `needed` tokens, by the configured strategy. What is kept is fed again, from position 0 on.
@@ -264,17 +246,25 @@ class StreamSession:
         elif strategy == "drop_middle":
             prompt = clip_prompt(clip, clip.initial_state, data)
             kept = self._first_exchange_and_tail()
+            while kept and self.prompt_tokens + sum(unit.num_tokens for unit in kept) + needed > self.limit:
+                kept = kept[1:]  # a long text follows: it needs their room
         else:
             summary = self._summarize()
             state = self.state if strategy == "summarize_with_dst" else clip.initial_state
-            prompt = clip_prompt(clip, state, replace(data, recipe=True), summary=summary)
+            prompt = clip_prompt(clip, state, replace(data, recipe=True), summary)
+            while summary and self._prompt_tokens(prompt) + needed > self.limit:
+                summary = summary[: len(summary) // 2].rstrip()  # likewise
+                prompt = clip_prompt(clip, state, replace(data, recipe=True), summary)
         self._restart(prompt, kept, needed)
         return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
 
+    def _prompt_tokens(self, prompt: str) -> int:
+        [tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
+        return tokens
+
     def _restart(self, prompt: str, kept: list[Unit], needed: int) -> None:
         """Empty the cache and feed the prompt and the kept frames and texts, in one forward."""
-        [prompt_tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
-        tokens = prompt_tokens + sum(unit.num_tokens for unit in kept)
+        tokens = self._prompt_tokens(prompt) + sum(unit.num_tokens for unit in kept)
         if tokens + needed > self.limit:
             what = f"{tokens} tokens of prompt and past and {needed} of the next frame do not fit into {self.limit}"
             remedy = "raise data.max_seq_len, lower infer.reserved, or shorten the text"
@@ -287,6 +277,7 @@ class StreamSession:
         self.prompt, self.prompt_tokens, self.units = prompt, len(ids), units
         for unit in units:
             ids += unit.ids(self.tokenizer.image_id)
+            self.per_frame = len(unit.rows)
         self.cache.lengths[self.stream] = 0
         self._run(ids, torch.cat([unit.rows for unit in units]) if units else None)
 
@@ -304,8 +295,7 @@ class StreamSession:
         while True:
             kept = self.units[first:]
             prompt = clip_prompt(self.clip, kept[0].state_before if kept else self.state, self.config.data)
-            [prompt_tokens] = self.tokenizer.count_tokens([prompt_pieces(prompt, self.tokenizer)])
-            if not kept or prompt_tokens + int(until[-1] - until[first]) + needed <= self.limit:
+            if not kept or self._prompt_tokens(prompt) + int(until[-1] - until[first]) + needed <= self.limit:
                 return prompt, kept
             first += 1  # a long text follows: it needs the overlap's room
 
@@ -331,9 +321,9 @@ class StreamSession:
         Where the texts of the last frame already stand in that space, the summary is asked for in front of them.
         """
         before = self.num_tokens
-        if before + self.summary_tokens > self.config.data.max_seq_len:
+        if before + summary_tokens(self.tokenizer, self.config) > self.config.data.max_seq_len:
             self.cache.lengths[self.stream] -= len(self.units[-1].after_ids)
-        self._run(self.summary_request, None)
+        self._run(user_ids(self.tokenizer, [SUMMARY_REQUEST]), None)
         [turn] = generate([self], "assistant")
         self.cache.lengths[self.stream] = before
         return self.tokenizer.decode(turn.ids).strip()
@@ -347,13 +337,14 @@ class StreamSession:
         """
         infer = self.config.infer
         if not math.isfinite(heads.speaking + (heads.dst or 0.0)):
+            self.cache.clear(self.stream, context_tokens - unit.num_tokens)  # as if the frame had not come
             what, remedy = "the model's answer is not finite", "check the embeddings' scale; or infer.precision=fp32"
             raise ProspectError(what, where=f"{self.clip.where}, frame {self.frame_idx}", remedy=remedy)
         may_update = heads.dst is not None and not (infer.constrain_dst and not legal_updates(self.state))
         asked = bool(frame.user)
         told = None if self.moments is None else self.moments.at(self.frame_idx)
         decision = decide(infer, self.evidence, heads.speaking, heads.dst if may_update else None, asked, told)
-        unit.state_before = self.state
+        unit.state_before, self.per_frame = self.state, len(unit.rows)
         self.units.append(unit)
         record = FrameRecord(
             clip_id=self.clip.id,
@@ -394,9 +385,12 @@ class StreamSession:
 
 
 def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
-    """A cache for so many streams."""
-    weight = model.lm_head.weight
-    return KVCache(model.config, streams, config.data.max_seq_len, weight.device, weight.dtype)
+    """A cache for so many streams. Raises ProspectError when this machine cannot hold it."""
+    weight, capacity, c = model.lm_head.weight, config.data.max_seq_len, model.config
+    if weight.device.type == "cpu":
+        needed = 2 * c.num_hidden_layers * streams * c.num_key_value_heads * capacity * c.head_dim * weight.itemsize
+        check_fits(needed, f"{streams} stream(s) of {capacity} tokens", "lower data.max_seq_len, or --streams")
+    return KVCache(c, streams, capacity, weight.device, weight.dtype)
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -509,11 +503,6 @@ def generate(sessions: list[StreamSession], role: str) -> list[Generated]:
 # ---- constrained updates -------------------------------------------------------------------------
 
 
-def update_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens of an update's text behind its header, as training has them."""
-    return tokenizer.encode([Piece(tokenizer.template.gap + text)])
-
-
 def constraint(session: StreamSession) -> Callable[[list[int]], list[int]]:
     """Given the ids written so far, the ids that keep the update legal in the session's state and short enough."""
     tokenizer, data, state = session.tokenizer, session.config.data, session.state
@@ -546,17 +535,27 @@ def constraint(session: StreamSession) -> Callable[[list[int]], list[int]]:
 
 @dataclass
 class Job:
-    """A clip to be streamed: its header and user turns, its embeddings [rows, I, D], and who decides when to write."""
+    """A clip to be streamed: its header and user turns, its embeddings, and who decides when to write.
+
+    source: the embeddings [rows, I, D], or what reads them. They are read when the clip's turn comes, so that of many
+    clips few files are open and few arrays in memory.
+    """
 
     clip: Clip
-    embeddings: np.ndarray
+    source: np.ndarray | Callable[[], np.ndarray]
     moments: Moments | None = None  # None: the heads
 
     def __post_init__(self):
+        self.num_frames = self.clip.num_frames if callable(self.source) else len(self.source)
         self.said: dict[int, list[str]] = {}  # by row: what the user says right before it
         for turn in self.clip.turns:
             if turn.role == "user":
                 self.said.setdefault(turn.end_frame - self.clip.start_frame, []).append(turn.text)
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        """All of them, [rows, I, D], read again each time: keep them as long as they are needed."""
+        return self.source() if callable(self.source) else self.source
 
     def frames(self, begin: int, count: int) -> list[Frame]:
         """Up to `count` frames from row `begin` on."""
@@ -574,21 +573,23 @@ def stream_jobs(
     """
     jobs = iter(jobs)
     cache = make_cache(model, config, streams)
-    running: dict[int, tuple[Job, StreamSession]] = {}  # by stream
+    running: dict[int, tuple[Job, Job, StreamSession]] = {}  # by stream: the clip as given, and with its embeddings
     free = list(range(streams))
     while True:
         while free and (job := next(jobs, None)) is not None:
             stream = free.pop(0)
             session = StreamSession(model, tokenizer, job.clip, config, cache=cache, stream=stream, moments=job.moments)
-            running[stream] = (job, session)
+            running[stream] = (job, replace(job, source=job.embeddings), session)
         if not running:
             return
         order = sorted(running)
-        upcoming = [job.frames(session.next_row, config.infer.lookahead) for job, session in map(running.get, order)]
-        for stream, records in zip(order, advance([running[stream][1] for stream in order], upcoming)):
-            job, session = running[stream]
+        upcoming = [
+            held.frames(session.next_row, config.infer.lookahead) for _, held, session in map(running.get, order)
+        ]
+        for stream, records in zip(order, advance([running[stream][2] for stream in order], upcoming)):
+            job, _, session = running[stream]
             yield job, records
-            if session.next_row == len(job.embeddings):
+            if session.next_row == job.num_frames:
                 del running[stream]
                 free.append(stream)
 
@@ -601,5 +602,5 @@ def streamed_clips(
     for job, records in stream_jobs(model, tokenizer, jobs, config, streams=streams):
         done = collected.setdefault(id(job), [])
         done += [record.to_dict() for record in records]
-        if len(done) == len(job.embeddings):
+        if len(done) == job.num_frames:
             yield job, collected.pop(id(job))

@@ -120,6 +120,9 @@ def add_lora(model: Prospect, config: LoraConfig, seed: int = 0) -> None:
             layer.dropout = config.dropout
         model.config.lora = config
         return
+    if config.rank > model.config.hidden_size:
+        what = f"{config.rank} is more than the model's width, {model.config.hidden_size}"
+        raise ProspectError(what, where="train.lora_rank", remedy="16 is usual; train.tune=full trains everything")
     generator = torch.Generator().manual_seed(seed)
     for parent, name, layer in linear_layers(model):
         if name in config.targets:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, torch_dtype
+from prospect.context import check_streamable
 from prospect.data import Corpus, ordered_batches
 from prospect.distributed import Ranks, StopRequest, any_rank, gather_objects, release, sum_named
 from prospect.errors import ProspectError
@@ -68,6 +69,30 @@ def validate(
     return numbers, thresholds
 
 
+def clips_to_stream(corpus: Corpus, config: Config) -> tuple[list[tuple[int, int]], list[str]]:
+    """The validation clips, as (file, clip), on which evidence is chosen, and why others of the few are left out.
+
+    None where infer.evidence is set. Called before the first step too: with `data.on_bad: stop` a clip that does not
+    fit into the context of a stream raises ProspectError; with `skip` it is left out.
+    """
+    from prospect.tuning import some_of  # here, so that the trainer starts without the streaming engine
+
+    clips, left_out = [], []
+    if config.infer.evidence is not None:
+        return clips, left_out
+    for file, index in some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries})):
+        clip, embeddings = corpus.load(file, index)
+        try:
+            check_streamable(clip, embeddings.shape[1], corpus.tokenizer, config)
+        except ProspectError as error:
+            if config.data.on_bad == "stop":
+                raise
+            left_out.append(str(error))
+            continue
+        clips.append((file, index))
+    return clips, left_out
+
+
 def tune_on_stream(
     model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
 ) -> tuple[float, dict[str, float]] | None:
@@ -79,14 +104,16 @@ def tune_on_stream(
     if config.infer.evidence is not None or (ranks.world > 1 and config.train.parallel == "fsdp"):
         return None
     from prospect.load import load_job  # here, so that the trainer starts without the streaming engine
-    from prospect.tuning import best_tried, some_of, try_evidence
+    from prospect.tuning import best_tried, try_evidence
 
-    clips = some_of(sorted({(entry.file, entry.clip) for entry in corpus.entries}))
+    clips, left_out = clips_to_stream(corpus, config)
     jobs = [load_job(corpus.sources[f], c, config.model.vision_dim)[0] for f, c in clips[ranks.rank :: ranks.world]]
     tried = []
     was_training = model.training
     model.eval()
     try:
+        if not clips:
+            raise ProspectError(left_out[0])
         with autocast(config.train, ranks.device):
             gather = functools.partial(gather_objects, ranks=ranks)
             for one in try_evidence(model, corpus.tokenizer, jobs, config, thresholds, gather):

@@ -192,16 +192,19 @@ class Naive:
 
     # ---- a clip ------------------------------------------------------------------------------------
 
-    def stream(self, clip: Clip, embeddings: np.ndarray) -> tuple[list[dict], str | None]:
-        """Records of the frames, embeddings [F, I, D], up to one that finds no place; and why it finds none."""
+    def stream(self, clip: Clip, embeddings: np.ndarray, told: bool = False) -> tuple[list[dict], str | None]:
+        """Records of the frames, embeddings [F, I, D], up to one that finds no place; and why it finds none.
+
+        told: something is written at the last frame of each of the clip's replies and updates, whatever the heads read.
+        """
         records: list[dict] = []
         try:
-            self.stream_into(records, clip, embeddings)
+            self.stream_into(records, clip, embeddings, told)
         except Refused as refused:
             return records, str(refused)
         return records, None
 
-    def stream_into(self, records: list[dict], clip: Clip, embeddings: np.ndarray) -> None:
+    def stream_into(self, records: list[dict], clip: Clip, embeddings: np.ndarray, told: bool) -> None:
         data, infer = self.config.data, self.config.infer
         state = dict(clip.initial_state) if data.dst else {}
         prompt, past = self.prompt(clip, clip.initial_state), list[Seen]()
@@ -240,11 +243,15 @@ class Naive:
                 self.margin = min([self.margin, *(abs(distance - infer.coupling) for distance in distances.values())])
                 fired |= {head for head, distance in distances.items() if distance <= infer.coupling}
             self.margin = min([self.margin, *(abs(score - infer.evidence) for score in heads.values())])
+            if told:
+                due = {turn.role for turn in clip.turns if turn.role != "system" and turn.end_frame == frame}
+                fired = {head for head in heads if {"speaking": "assistant", "dst": "DST_UPDATE"}[head] in due}
             record = dict(
                 frame_idx=frame, time=frame / clip.fps, speaking_prob=speaking, dst_update_prob=dst,
                 speaking_score=speaking_score, dst_update_score=dst_score if "dst" in heads else None,
                 speaking_decision="speaking" in fired, dst_update_decision="dst" in fired, text=None, text_cut=None,
-                dst_update=None, dst_update_cut=None, invalid=None, step_state=step_state, user=user, event=event,
+                dst_update=None, dst_update_cut=None, invalid=None, step_state=step_state, told=told, user=user,
+                event=event,
             )  # fmt: skip
             if fired:
                 speaking_score = dst_score = 0.0

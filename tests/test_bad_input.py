@@ -7,9 +7,11 @@ import io
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +25,14 @@ import infer
 import train
 from prospect import check, evaluate
 from prospect.clip_files import ClipFile
-from prospect.errors import run_entry_point
+from prospect.config import _BOUNDS
+from prospect.data import Corpus, collate
+from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
+from prospect.model import LoraConfig
 from prospect.stream import StreamSession
+from prospect.tokenizer import Piece, Tokenizer
+from prospect.tune import add_lora
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,11 +42,7 @@ def trained(tmp_path_factory) -> Path:
     """A folder with the tiny corpus, its configuration, and a checkpoint of one step, runs/tiny/last."""
     folder = tmp_path_factory.mktemp("trained")
     write_tiny_corpus(folder, clips=3)
-    train.train(
-        tiny_config(folder, "train.max_steps=1", "infer.max_reply_tokens=8", "infer.max_update_tokens=24"),
-        train.start_ranks("cpu"),
-        dry_run=False,
-    )
+    train.train(tiny_config(folder, "train.max_steps=1"), train.start_ranks("cpu"), dry_run=False)
     return folder
 
 
@@ -375,12 +378,29 @@ def test_a_bad_configuration(case, tmp_path, monkeypatch, capsys):
         ("model.backbone=nowhere", "nowhere: no tokenizer.json"),
         ("train.device=tpu0", "config: unknown device 'tpu0'"),
         ("train.resume=nowhere", "nowhere: is not a checkpoint"),
+        ("train.beta1=1.0", "train.beta1 must lie between 0 and 0.999999, not 1.0"),
+        ("model.intermediate_size=-5", "model.intermediate_size must lie between 1 and 10000000, not -5"),
+        ("run.seed=123456789012345678901234", "run.seed must lie between"),
+        ("data.hybrid.speaking_window=.inf", "data.hybrid.speaking_window must lie between 0 and 1000000, not inf"),
+        ("loss.dst_gen_weight=-1 train.weight_decay=-1", "loss.dst_gen_weight must lie between"),
+        ("model.hidden_size=1000000", "GB of memory, this machine has"),
+        ("infer.reserved=20", "infer.reserved 20 cannot hold what may be said at a frame"),
+        ("infer.reserved=490 infer.evidence=null", "of the prompt and 1 of a frame do not fit into 22"),
     ],
 )
 def test_a_bad_override(override, said, corpus, monkeypatch, capsys):
-    line = refused(train.main, monkeypatch, capsys, write_tiny_config(corpus), override)
+    line = refused(train.main, monkeypatch, capsys, write_tiny_config(corpus), *override.split())
     assert said in line
     assert not list(corpus.glob("runs/*/step-*")) and not list(corpus.glob("runs/*/metrics.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", _BOUNDS)
+def test_the_least_that_every_number_may_be(key, corpus, monkeypatch, capsys):
+    """A run with it ends well, or with one line."""
+    overrides = ["train.max_steps=1", "data.frames=hybrid", f"{key}={_BOUNDS[key][0]}"]
+    status, _, err = run(train.main, monkeypatch, capsys, write_tiny_config(corpus), *overrides)
+    assert status == 0 or (status == 2 and err.startswith("error: ") and err.count("\n") == 1), err
 
 
 def test_no_configuration(tmp_path, monkeypatch, capsys):
@@ -475,6 +495,8 @@ def test_a_sound_checkpoint_is_streamed(checkpoint, trained, monkeypatch, capsys
         (["--clip", "{val}:0", "infer.reserved=5"], "infer.reserved 5 cannot hold what may be said at a frame"),
         (["--clip", "{val}:0", "data.dst=false"], "data.dst is False, but the model was made with True"),
         (["--clip", "{val}:0", "infer.device=abacus"], "unknown device 'abacus'"),
+        (["--clip", "{val}:0", "model.hidden_size=64"], "checkpoint: model.hidden_size cannot be changed any more"),
+        (["--clip", "{val}:0", "run.seed=1", "infer.lookahead=1", "data.frames=turns"], "run.seed, data.frames cannot"),
         (["--clip", "{folder}/nan.json"], "1 NaN and 0 infinite values in 1 of 8 rows, first in row 3"),
         (["--clip", "{folder}/narrow.json"], "embeddings are 8 wide, model.vision_dim is 16"),
     ],
@@ -492,6 +514,93 @@ def test_a_bad_command_line_of_infer(arguments, said, checkpoint, trained, monke
     arguments += [] if "--out" in arguments else ["--out", str(folder / "out.jsonl")]
     assert said in refused(infer.main, monkeypatch, capsys, *arguments)
     assert not (folder / "out.jsonl").exists() and (trained / "val.json").read_bytes() == before
+
+
+def wordy_corpus(folder: Path, trained: Path) -> Path:
+    """A clip whose prompt fits into a training sequence of 512 tokens but leaves none of a stream's 448, and a brief
+    one, in the file whose path is returned."""
+    draw = np.random.default_rng(0)
+    wordy, brief = (tiny_clip(draw, name, frames=8, replies=1, words=1) for name in ("wordy", "brief"))
+    tokenizer = Tokenizer(trained / "runs" / "tiny" / "last", "plain")
+    while len(tokenizer.encode([Piece(wordy["inferred_goal"])])) < 365:
+        wordy["inferred_goal"] += " and build it"
+    (folder / "clips.json").write_text(json.dumps([wordy, brief]))
+    (folder / "embeddings").mkdir()
+    for name in ("wordy", "brief"):
+        np.save(folder / "embeddings" / f"{name}.npy", ROWS)
+    return folder / "clips.json"
+
+
+def test_a_clip_that_can_be_learned_from_but_not_streamed(checkpoint, trained, monkeypatch, capsys):
+    """Found before the first clip is streamed; with on_bad=skip it is left out and named. Training has it."""
+    file, out = wordy_corpus(checkpoint.parent, trained), checkpoint.parent / "scores"
+    words = ["--checkpoint", checkpoint, "--data", file, "--out", out]
+    line = refused(evaluate.main, monkeypatch, capsys, *words)
+    assert f"{file}, clip wordy: " in line and "of a frame do not fit into 448" in line and not out.exists()
+
+    status, shown, err = run(evaluate.main, monkeypatch, capsys, *words, "data.on_bad=skip")
+    assert status == 0 and [path.name for path in (out / "records").iterdir()] == ["brief.jsonl"]
+    assert [line.split(": ")[:2] for line in err.splitlines() if "clip wordy" in line] == [
+        ["skipped", f"{file}, clip wordy"]]  # fmt: skip
+
+    line = refused(infer.main, monkeypatch, capsys, "--checkpoint", checkpoint, "--clip", file)
+    assert f"{file}, clip wordy: " in line
+    config, tokenizer, _ = load_for_inference(checkpoint)
+    corpus = Corpus([str(file)], config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
+    assert {entry.clip for entry in corpus.entries} == {0, 1}
+
+
+def test_a_text_in_a_clip_that_finds_no_place_is_found_first(checkpoint, monkeypatch, capsys):
+    """The user says 440 tokens: less than the context, and more than it has room for beside a prompt."""
+    brief = tiny_clip(np.random.default_rng(0), "brief", frames=8, replies=1, words=1, wish="q" * 400)
+    (checkpoint.parent / "clips.json").write_text(json.dumps(brief))
+    (checkpoint.parent / "embeddings").mkdir()
+    np.save(checkpoint.parent / "embeddings" / "brief.npy", ROWS)
+    said = f"what the user says at frame {brief['start_frame_idx'] + 1} has "
+    for name in ("--data", "--clip"):
+        main = evaluate.main if name == "--data" else infer.main
+        words = ["--checkpoint", checkpoint, name, checkpoint.parent / "clips.json"]
+        assert said in refused(main, monkeypatch, capsys, *words)
+
+
+def test_more_clips_than_a_process_may_open_files(checkpoint, monkeypatch, capsys):
+    """Clips are opened when their turn comes and let go: forty of them where twenty files may be open."""
+    folder, draw = checkpoint.parent, np.random.default_rng(0)
+    clips = [tiny_clip(draw, f"clip{n}", frames=4, replies=0, words=0) for n in range(40)]
+    (folder / "clips.json").write_text(json.dumps(clips))
+    (folder / "embeddings").mkdir()
+    for clip in clips:
+        np.save(folder / "embeddings" / f"{clip['id']}.npy", ROWS[:4])
+    silent = ["--checkpoint", checkpoint, "infer.speaking_threshold=1", "infer.dst_threshold=1"]
+    for words in (["--data", folder / "clips.json"], ["--clip", folder / "clips.json"]):
+        main = evaluate.main if words[0] == "--data" else infer.main
+        before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), set(map(int, os.listdir("/proc/self/fd")))
+        limit = [number for number in range(1000) if number not in taken][20]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+        try:
+            status, shown, err = run(main, monkeypatch, capsys, *silent, *words)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert status == 0 and "error" not in err, err
+        assert "| 40 |" in shown or "40 clips" in shown or shown.count("Build it") == 40, shown
+
+
+def test_out_of_memory_is_one_line(monkeypatch, capsys):
+    def fails(error: Exception) -> Callable[[], int]:
+        def main() -> int:
+            raise error
+
+        return main
+
+    for error in (
+        MemoryError("Unable to allocate 3.64 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:113] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+        line = refused(fails(error), monkeypatch, capsys)
+        assert "out of memory: " in line and "lower data.batch_tokens" in line
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run_entry_point(fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
 
 
 def test_evaluation_of_bad_clips_writes_nothing(checkpoint, monkeypatch, capsys):
@@ -541,12 +650,7 @@ def test_resuming_from_a_broken_checkpoint_changes_nothing(trained, tmp_path, mo
         step = (folder / "runs" / "tiny" / "last").resolve()
         (step / name).write_bytes(content)
         before = {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()}
-        line = refused(
-            train.main,
-            monkeypatch,
-            capsys,
-            write_tiny_config(folder, "train.max_steps=2", "infer.max_reply_tokens=8", "infer.max_update_tokens=24"),
-        )
+        line = refused(train.main, monkeypatch, capsys, write_tiny_config(folder, "train.max_steps=2"))
         assert f"{step.name}/{name}" in line or str(step) in line
         assert {path: path.read_bytes() for path in (folder / "runs").rglob("*") if path.is_file()} == before
 
@@ -587,6 +691,14 @@ def listening(trained):
     return lambda: StreamSession(model, tokenizer, clip, config)
 
 
+def test_megabytes_of_live_text_are_refused_before_they_are_tokenized(listening):
+    out, line = io.StringIO(), json.dumps({"user": "take the red block " * 330_000}).encode()  # 6.3 MB
+    started = time.process_time()
+    infer.live(listening(), io.BytesIO(line), out)
+    assert time.process_time() - started < 2
+    assert "has 6269999 characters, the context has room for 100000 at most" in out.getvalue()
+
+
 @pytest.mark.parametrize("case", LIVE)
 def test_a_bad_live_line_is_answered_and_the_stream_goes_on(case, listening):
     line, said = LIVE[case]
@@ -596,6 +708,41 @@ def test_a_bad_live_line_is_answered_and_the_stream_goes_on(case, listening):
     first, error, second = map(json.loads, out.getvalue().splitlines())
     assert set(error) == {"error"} and error["error"].startswith("line 2: ") and said in error["error"]
     assert second["frame_idx"] == first["frame_idx"] + 1 and second["user"] == []
+
+
+# ---- the model's own door ------------------------------------------------------------------------
+
+
+def test_rows_and_image_tokens_that_differ_in_number(trained):
+    _, tokenizer, model = load_for_inference(trained / "runs" / "tiny" / "last")
+    ids, rows = torch.tensor([[5, tokenizer.image_id, 7, tokenizer.image_id]]), torch.ones(3, VISION_DIM)
+    assert model(ids, rows[:2]).shape == (1, 4, 32) and model(ids[:, :1]).shape == (1, 1, 32)
+    for images, given, said in (
+        (ids, rows, "2 <image> tokens for 3 rows of image_embeds"),
+        (ids, rows[:1], "2 <image> tokens for 1 rows"),
+        (ids, None, "2 <image> tokens for 0 rows"),
+        (ids[:, :1], rows[:1], "0 <image> tokens for 1 rows"),
+    ):
+        with pytest.raises(ProspectError, match=said):
+            model(images, given)
+
+
+def test_padding_that_real_tokens_would_see(trained):
+    """Padding belongs on the right: causal attention is all that hides it."""
+    config, tokenizer, model = load_for_inference(trained / "runs" / "tiny" / "last")
+    corpus = Corpus(config.data.val, config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
+    batch = collate([corpus[(0, 0)], corpus[(0, 1)]], tokenizer.pad_id)
+    assert not batch["attention_mask"].all()
+    model(batch["input_ids"], batch["image_embeds"], labels=batch)
+    turned = {key: value.flip(1) if key not in ("image_embeds", "clip_ids") else value for key, value in batch.items()}
+    with pytest.raises(ProspectError, match="padding before a token"):
+        model(turned["input_ids"], turned["image_embeds"], labels=turned)
+
+
+def test_an_adapter_wider_than_the_model(trained):
+    _, _, model = load_for_inference(trained / "runs" / "tiny" / "last")
+    with pytest.raises(ProspectError, match="33 is more than the model's width, 32"):
+        add_lora(model, LoraConfig(rank=33, alpha=32.0, dropout=0.0, targets=["q_proj"]))
 
 
 # ---- in processes of their own -------------------------------------------------------------------

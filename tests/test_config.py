@@ -1,6 +1,7 @@
 """The configuration: every field commented in config.yaml, overrides, and what is refused."""
 
 import ast
+import dataclasses
 import io
 import sys
 import tokenize
@@ -11,7 +12,7 @@ import yaml
 
 import train
 from prospect.build import model_shape
-from prospect.config import Config, Repeated, load_config, make_config, to_dict
+from prospect.config import Config, HybridConfig, Repeated, apply_overrides, load_config, make_config, to_dict
 from prospect.errors import ProspectError
 
 ROOT = Path(__file__).parent.parent
@@ -164,12 +165,40 @@ def test_a_mixture_of_files(tmp_path):
     ("[1, 2]", "must hold sections"),
     ("a: [", "is not YAML"),
     ("train: {tune: lora}", "needs a pretrained model.backbone"),
+    ("train: {beta1: 1.0}", "train.beta1 must lie between 0 and 0.999999, not 1.0"),
+    ("model: {intermediate_size: 0}", "model.intermediate_size must lie between"),
+    ("model: {rope_theta: 0}", "model.rope_theta must lie between"),
 ])  # fmt: skip
 def test_what_is_refused(tmp_path, text, told):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ProspectError) as caught:
         load_config(tmp_path / "c.yaml")
     assert told in str(caught.value)
+
+
+NUMBERS = {
+    f"{prefix}{field.name}": int if "int" in str(field.type) else float
+    for prefix, section in [
+        *((f"{name}.", section) for name, section in vars(Config()).items()),
+        ("data.hybrid.", HybridConfig()),
+    ]
+    for field in dataclasses.fields(section)
+    if field.type in (int, float, int | None, float | None)
+}
+
+
+def test_no_number_is_without_bounds():
+    """No number of the configuration may be negative, endless or none at all."""
+    accepted = []
+    for key in NUMBERS:
+        for text in ("-1", "1e30", ".nan", ".inf", "-.inf", "1" + "0" * 24):
+            try:
+                make_config(apply_overrides({}, [f"{key}={text}"]), "here")
+                accepted.append(f"{key}={text}")
+            except ProspectError as error:
+                assert error.what.startswith(f"{key} must ")
+    assert accepted == []
+    assert len(NUMBERS) > 50 and {NUMBERS["train.beta1"], NUMBERS["train.max_steps"]} == {int, float}
 
 
 def test_without_task_state_there_is_no_state_head(plain):

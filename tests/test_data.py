@@ -35,8 +35,9 @@ from conftest import (
 )
 
 from prospect import sequence
+from prospect.build import load_corpus
 from prospect.clip_files import ClipFile
-from prospect.config import DataConfig, HybridConfig
+from prospect.config import Config, DataConfig, HybridConfig, ModelSection
 from prospect.data import Corpus, collate, contents, epoch_batches, ordered_batches, padding_share
 from prospect.errors import ProspectError
 from prospect.sequence import (
@@ -1290,6 +1291,23 @@ def test_a_repeated_file_is_learned_from_as_in_so_many_epochs(plain, tmp_path):
         assert all((sample.labels[key] == other.labels[key]).all() for key in LABEL_KEYS)
     batches = epoch_batches(mixed.lengths(), 1000, 0, 0)
     assert sorted(index for batch in batches for index in batch) == list(range(10))
+
+
+def test_validation_sees_every_frame_whatever_is_trained_on(plain, tmp_path):
+    """So the thresholds found there, in the probabilities of its frames, are those of a stream."""
+    clip = raw_clip([("assistant", "Hello", 20, 22), ("DST_UPDATE", "S1->start", 200, 201)], 20, 420, id="long")
+    file, frames, whole = write_corpus(tmp_path, [clip]), [], None
+    hybrid = HybridConfig(random_share=0.1)
+    for changed in ({}, {"layout": "turns"}, {"frames": "turns"}, {"frames": "hybrid"}, {"long_clips": "truncate"}):
+        data = DataConfig(train=[file], val=[file], max_seq_len=330, hybrid=hybrid, **changed)
+        config = Config(model=ModelSection(vision_dim=2), data=data)
+        of_train, of_val = (load_corpus(config, plain, split) for split in ("train", "val"))
+        frames.append(len({int(frame) for i in range(len(of_train)) for frame in of_train[0, i].frames}))
+        samples = [of_val[0, i] for i in range(len(of_val))]
+        assert {int(frame) for sample in samples for frame in sample.frames} == set(range(20, 421))
+        whole = whole or [sample.input_ids.tolist() for sample in samples]
+        assert [sample.input_ids.tolist() for sample in samples] == whole
+    assert frames[:3] == [401, 5, 5] and 5 < frames[3] < 200 and 5 < frames[4] < 330
 
 
 def test_lines_and_list_make_the_same_samples(plain, tmp_path):

@@ -197,7 +197,7 @@ def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     Under DDP each rank also streams a share of the clips; under FSDP none does, and no evidence is chosen.
     """
     write_tiny_corpus(tmp_path)
-    streamable = ["infer.max_reply_tokens=8", "infer.max_update_tokens=20"]
+    streamable = ["infer.evidence=null"]
     metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2", *streamable)
     ways = [f"train.parallel={parallel}", "data.batch_tokens=512", *streamable]
     assert run_training(tmp_path, "run.name=two", *ways, world=2) == [0, 0]

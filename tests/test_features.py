@@ -1,5 +1,6 @@
 """Features that know where they come from: their scale and their make, compared wherever a model meets others."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -178,6 +179,18 @@ def test_of_unknown_make_another_seed_is_silent_and_another_scale_is_not(trained
     clips = scaled(folder, tmp_path / "scaled", 3) / "val.json"
     [told], _ = streamed(monkeypatch, capsys, checkpoint, clips, tmp_path / "out.jsonl")
     assert told.startswith("norm ") and "deviation" in told
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_embeddings_from_stdin_are_judged_by_the_first_sixteen(trained, capsys, factor):
+    checkpoint = trained["siglip"] / "runs/tiny/last"
+    config, tokenizer, model = infer.load_for_inference(checkpoint)
+    source, index = all_clips(trained["siglip"] / "val.json")[2]  # of 24 frames
+    clip, rows, _ = source.load(index, 16)
+    lines = [json.dumps({"embedding": (factor * row).tolist()}).encode() for row in rows[:, 0]]
+    infer.live(infer.StreamSession(model, tokenizer, clip, config), lines, io.StringIO(), str(checkpoint))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert [("norm " in line, "was trained on" in line) for line in told] == [(True, True)] * (factor > 1)
 
 
 def test_training_warns_of_a_validation_set_that_is_not_like_it_and_of_features_that_changed(tmp_path, capsys):

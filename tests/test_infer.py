@@ -8,8 +8,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from prospect.load import load_for_inference, store_wide_weights_by_column
 from prospect.model import Prospect
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.vision import video
 from prospect.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -227,6 +230,18 @@ def test_transcript_lines():
 def test_transcript_cannot_steer_the_terminal(capsys):
     infer.show(record_at(1.0, text="a\x1b[2Jb\nc"), None, sys.stdout)
     assert capsys.readouterr().out == "  0:01.0  assistant  a [2Jb c\n"
+
+
+def test_the_example_of_a_task_is_one(tmp_path, monkeypatch):
+    """The one steps.yaml that the project shows: in the documentation of prospect/vision/video.py."""
+    example = textwrap.dedent(video.__doc__.split("start.\n\n")[1].split("\n\nVideos need")[0])
+    path = tmp_path / "steps.yaml"
+    path.write_text(example, encoding="utf-8")
+    monkeypatch.setattr(video, "count_frames", lambda *_: 100)
+    clip, said = video.read_task(path, tmp_path / "kitchen.mp4", Fraction(2))
+    assert clip.goal == "Making a Pot of Coffee" and said == {25: ["What should I do next?"]}
+    assert [(step.id, step.name) for step in clip.steps] == [("S1", "boil the water"), ("S2", "grind the beans")]
+    assert clip.initial_state == {"S1": "not_started", "S2": "completed"}
 
 
 # ---- live ----------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ STREAMING = [
         "torch.arange(begin, end, device=device)[None]", "torch.arange(begin, end, device=device)[None] + (begin > 0)"),
     Bug("streams side by side share one position", KVCache.reserve,
         "torch.tensor(lengths, device=device)[:, None]", "torch.full_like(torch.tensor(streams), begin)[:, None]"),
-    Bug("a refreshed context begins one position late", StreamSession._restart,
+    Bug("a refreshed context begins one position late", StreamSession.rebuild,
         "self.cache.lengths[self.stream] = 0", "self.cache.lengths[self.stream] = min(self.num_tokens, 1)"),
     Bug("a cache row is not cleared for the next clip", StreamSession.__init__,
         "self.cache.clear(stream)", "self.cache.lengths[stream] = 0"),
@@ -118,9 +118,13 @@ STREAMING = [
 def cases(tokenizer_dir) -> list[Case]:
     """A few small streams with what the bugs need: legal updates, full contexts of three strategies, several clips."""
     updating = dict(constrain_dst=True, max_update_tokens=60, decision="heads", max_reply_tokens=4)
-    drawn = [(3, dict(strategy="summarize_with_dst", **updating)), (8, dict(strategy="slide", **updating))]
-    drawn += [(1, {}), (0, dict(strategy="drop_middle"))]
+    drawn = [(3, dict(strategy="summarize_with_dst", **updating))]
+    drawn += [(14, dict(strategy="slide", more_room=more, **updating)) for more in (0, 60)]
+    drawn += [(1, {}), (2, dict(strategy="drop_middle"))]
     found = [test_naive.random_case(seed, tokenizer_dir, **fixed).stream_naively() for seed, fixed in drawn]
+    bare = test_naive.random_case(3, tokenizer_dir, strategy="summarize_with_dst", **updating)
+    bare.config.data.recipe = False  # only a summary's prompt has it then
+    found.append(bare.stream_naively())
     assert all(case.decided for case in found)
     return found
 

@@ -689,6 +689,85 @@ def test_refused_input_leaves_the_stream_as_it_was(plain):
     assert session.feed(np.ones(VISION)) == other.feed(np.ones(VISION))
 
 
+def longest_accepted(session: StreamSession) -> str:
+    """Say the longest text that `say` takes. A token is a byte, so one letter more is one token more."""
+    accepted, refused = 0, session.limit
+    while refused - accepted > 1:
+        letters = (accepted + refused) // 2
+        try:
+            session.say("x" * letters)
+            accepted = letters
+            session.pending.clear()
+        except ProspectError as error:
+            assert "the context has room for" in str(error)
+            refused = letters
+    session.say("x" * accepted)
+    return "x" * accepted
+
+
+@pytest.mark.parametrize("per_frame", [1, 5])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_say_accepts_finds_its_place_whenever_it_is_said(plain, strategy, per_frame):
+    """The longest texts, at every fill of the context, beside replies, and with a recipe that begins at a refresh."""
+    model, draw = random_model(plain, 0), np.random.default_rng(0)
+    clip = read(raw_clip([], 0, 999, inferred_knowledge="Take one and then two. " * 4))
+    config = stream_config(strategy=strategy, speaking_threshold=0.45, data=dict(max_seq_len=500, overlap=0.9))
+    session, refreshes, replies = StreamSession(model, plain, clip, config), 0, 0
+    for frame in range(40):
+        said = [longest_accepted(session)] if frame % 7 == 3 else []
+        record = session.feed(rows_of(draw, 1, per_frame)[0])
+        assert record.user == said and session.num_tokens <= 500
+        refreshes += record.context_event is not None
+        replies += record.text is not None
+    assert refreshes > 2 and replies > 2
+
+
+def test_with_the_strategy_none_say_knows_how_full_the_context_is(plain):
+    clip = read(raw_clip([], 0, 999))
+    session = StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy="none"))
+    for _ in range(100):
+        session.feed(np.zeros(VISION))
+    said = longest_accepted(session)
+    assert session.feed(np.zeros(VISION)).user == [said] and session.num_tokens == session.limit
+    with pytest.raises(ProspectError, match="the context has room for 0"):
+        session.say("x")
+
+
+def test_a_text_that_finds_no_place_is_refused_once_and_forgotten(plain):
+    """Said when no frame had been seen, with room for one token of a frame; then frames of five come."""
+    session = StreamSession(random_model(plain, 0), plain, read(raw_clip([], 0, 999)), stream_config())
+    longest_accepted(session)
+    frame = np.zeros((5, VISION), np.float32)
+    with pytest.raises(ProspectError, match="the context has room for"):
+        session.feed(frame)
+    record = session.feed(frame)
+    assert record.frame_idx == 0 and record.user == []
+    assert session.feed(frame).frame_idx == 1
+
+
+def test_a_recipe_that_leaves_no_room_is_refused_at_once(plain):
+    """It comes into the prompt at the first refresh: no frame would find a place from then on."""
+    clip = read(raw_clip([], 0, 999, inferred_knowledge="x" * 400))
+    for strategy in STRATEGIES:
+        if not strategy.startswith("summarize"):
+            StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy=strategy))
+            continue
+        with pytest.raises(ProspectError, match="of the prompt and 1 of a frame do not fit into 470"):
+            StreamSession(random_model(plain, 0), plain, clip, stream_config(strategy=strategy))
+
+
+def test_a_frame_that_is_refused_leaves_no_trace(plain):
+    """A finite embedding whose answer is not: what follows is as if it had not come, the user's text included."""
+    clip, rows = read(raw_clip([], 0, 30)), rows_of(np.random.default_rng(0), 20)[:, 0]
+    session, other = (StreamSession(random_model(plain, 0), plain, clip, stream_config()) for _ in range(2))
+    for number, row in enumerate(rows):
+        if number == 10:
+            session.say("Hello"), other.say("Hello")
+            with pytest.raises(ProspectError, match="not finite"):
+                session.feed(np.full(VISION, 3e38, np.float32))
+        assert session.feed(row) == other.feed(row)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(reserved=39), "infer.reserved"),
     (dict(strategy="summarize_and_drop", reserved=50, max_reply_tokens=4, max_update_tokens=4), "infer.reserved"),
@@ -705,9 +784,10 @@ def test_settings_that_cannot_work_are_refused_at_once(plain, change, message):
 # ---- an answer that is not finite ----------------------------------------------------------------
 
 
-def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain):
+@pytest.mark.parametrize("dtype, value, near", [(torch.float32, 3e38, 1e-5), (torch.float16, 7e4, 5e-3)])
+def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain, dtype, value, near):
     """Embeddings that overflow inside the model: one error that names the frame; the stream's place is clean again."""
-    draw, model = np.random.default_rng(0), random_model(plain, 0)
+    draw, model = np.random.default_rng(0), random_model(plain, 0).to(dtype)
     clip, config = random_clip(draw, "clip", 20), stream_config()
     rows = rows_of(draw, 20)
     alone = [record.to_dict() for record in run(model, plain, [Job(clip, rows)], config)["clip"]]
@@ -716,7 +796,7 @@ def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain)
     for row in rows[:15]:
         spoiled.feed(row)
     with pytest.raises(ProspectError, match="not finite") as caught:
-        spoiled.feed(np.full_like(rows[15], 3e38))
+        spoiled.feed(np.full_like(rows[15], value))
     assert caught.value.where.endswith(f"frame {clip.start_frame + 15}")
     session = StreamSession(model, plain, clip, config, cache=cache, stream=0)
     other = StreamSession(model, plain, replace(clip, end_frame=clip.end_frame + 20), config, cache=cache, stream=1)
@@ -727,4 +807,4 @@ def test_an_answer_that_is_not_finite_is_refused_and_spoils_no_other_clip(plain)
         frame = Frame(row, Job(clip, rows).said.get(number, []))
         found.append(advance([session, other], [[frame], [frame]])[0][0].to_dict())
     assert [record["speaking_prob"] for record in found] == pytest.approx(
-        [record["speaking_prob"] for record in alone], abs=1e-5)  # fmt: skip
+        [record["speaking_prob"] for record in alone], abs=near)  # fmt: skip

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
+from prospect import tuning
 from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
@@ -29,7 +30,7 @@ from prospect.tuning import EVIDENCE, best_tried, try_evidence
 from prospect.validation import note_validation
 
 SCRIPT = Path(train.__file__)
-STREAMABLE = ("infer.max_reply_tokens=8", "infer.max_update_tokens=20")  # what is said at a frame fits infer.reserved
+STREAMED = "infer.evidence=null"  # found on streamed validation clips
 
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -192,8 +193,8 @@ def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, m
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compile_module(self, backend=counting, **options))
     torch._dynamo.reset()
-    eager = losses(corpus, "eager", "train.max_steps=9", *STREAMABLE)
-    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", *STREAMABLE)
+    eager = losses(corpus, "eager", "train.max_steps=9", STREAMED)
+    compiled = losses(corpus, "compiled", "train.max_steps=9", "train.compile=true", STREAMED)
     for a, b in zip(eager, compiled, strict=True):
         assert a["step"] == b["step"]
         if "loss" in a:
@@ -248,9 +249,10 @@ def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
     assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
 
 
-def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path):
+def test_without_a_speaking_head_the_lm_decides_in_training_and_live(corpus, tmp_path, monkeypatch):
     """Trained, validated, stopped, resumed, streamed: everywhere the probability of speaking is 1 - P(end token)."""
-    lm = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", *STREAMABLE)
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))
+    lm = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", STREAMED)
     whole = losses(corpus, "headless", *lm, "train.eval_every=99")
     unstreamed = ("infer.evidence=0.5", "train.eval_every=99")
     assert losses(corpus, "halved", *lm, *unstreamed, "train.max_steps=3")[-1]["step"] == 3
@@ -298,7 +300,7 @@ def test_a_run_as_long_as_its_epochs(corpus):
 
 
 def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys):
-    lines = [line["evaluation"] for line in losses(corpus, "streamed", *STREAMABLE) if "evaluation" in line]
+    lines = [line["evaluation"] for line in losses(corpus, "streamed", STREAMED) if "evaluation" in line]
     shown = [line for line in capsys.readouterr().out.splitlines() if "validation loss" in line]
     assert len(lines) == len(shown) == 2
     names = {"speaking_event_f1": "speaking F1", "dst_event_f1": "update F1", "joint_goal_accuracy": "joint goal",
@@ -326,13 +328,13 @@ def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys
 
 def test_streaming_leaves_training_as_it_was(corpus):
     """The same losses with and without it: it draws nothing, and changes no weight and no mode."""
-    streamed = [line["loss"] for line in losses(corpus, "with", *STREAMABLE, "train.eval_every=1") if "loss" in line]
+    streamed = [line["loss"] for line in losses(corpus, "with", STREAMED, "train.eval_every=1") if "loss" in line]
     without = [line["loss"] for line in losses(corpus, "without", "train.eval_every=99") if "loss" in line]
     assert streamed == without
 
 
 def test_with_evidence_set_nothing_is_streamed(corpus):
-    lines = [line for line in losses(corpus, "set", *STREAMABLE, "infer.evidence=0.6") if "evaluation" in line]
+    lines = [line for line in losses(corpus, "set", "infer.evidence=0.6") if "evaluation" in line]
     assert lines and not any(name.startswith("streamed_") for line in lines for name in line["evaluation"])
     assert read_state(corpus / "runs/set/last").thresholds.keys() == {"speaking", "dst"}
     assert load_for_inference(corpus / "runs/set/last")[0].infer.evidence == 0.6
@@ -340,10 +342,14 @@ def test_with_evidence_set_nothing_is_streamed(corpus):
 
 def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
     """One line says so, and why; the run goes on."""
-    lines = [line["evaluation"] for line in losses(corpus, "forced", "infer.reserved=20") if "evaluation" in line]
+    settings = (STREAMED, "data.on_bad=skip", "infer.reserved=490")
+    lines = [line["evaluation"] for line in losses(corpus, "forced", *settings) if "evaluation" in line]
     shown = capsys.readouterr().out.splitlines()
     told = [line for line in shown if "infer.evidence is not chosen" in line]
-    assert len(told) == len(lines) == 2 and all("infer.reserved 20 cannot hold" in line for line in told)
+    assert len(told) == len(lines) == 2 and all(
+        "of the prompt and 1 of a frame do not fit into 22" in line for line in told
+    )
+    assert sum(line.startswith("not streamed in validation: ") and "clip val" in line for line in shown) == 3
     assert not any(name.startswith("streamed_") for name in lines[-1])
     odds = {head: lines[-1][f"{head}_even_odds"] for head in ("speaking", "dst")}
     assert read_state(corpus / "runs/forced/last").thresholds == odds
@@ -366,8 +372,9 @@ def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
             "loss": ("loss", -0.9), "combined": ("teacher-forced event F1", 0.65)}[best_by]  # fmt: skip
 
 
-def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys):
-    lines = losses(corpus, "combined", *STREAMABLE, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
+def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))  # streamed once at each validation
+    lines = losses(corpus, "combined", STREAMED, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
     scores = {line["step"]: line["evaluation"]["streamed_combined_score"] for line in lines if "evaluation" in line}
     best = max(scores, key=lambda step: (scores[step], -step))
     assert len(scores) == 3 and [line["best_step"] for line in lines if "best_step" in line][-1] == best

@@ -65,22 +65,20 @@ def read_preprocessing(directory: Path, family: str, side: int) -> Preprocessing
 
     size, crop = sides("size", "shortest_edge"), sides("crop_size", "height", "width")
     crops = settings.get("do_center_crop", family == "clip")
-    edges: dict[str, int | None] = {"shortest_edge": None, "longest_edge": None}
+    edge, final = None, [size.get("height"), size.get("width")]
     if family == "smolvlm":
-        edges["longest_edge"], final = size.get("longest_edge", 0), [sides("max_image_size").get("longest_edge")]
+        edge, final = "longest_edge", [sides("max_image_size").get("longest_edge")]
     elif family == "clip" and crops:
-        edges["shortest_edge"], final = size.get("shortest_edge", 0), [crop.get("height"), crop.get("width")]
-    else:
-        final = [size.get("height"), size.get("width")]
+        edge, final = "shortest_edge", [crop.get("height"), crop.get("width")]
 
     kernel = {1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(settings.get("resample"))
     unknown = [f"no {name}" for name in ("do_resize", "do_normalize") if not settings.get(name, True)]
-    unknown += ["do_center_crop"] if crops and family != "clip" else []
-    unknown += [f"resample {settings.get('resample')!r}"] if kernel is None else []
-    least = side if crops else 1  # nothing but the picture is cropped
-    unknown += [
-        f"size {size}" for edge in edges.values() if edge is not None and (type(edge) is not int or edge < least)
-    ]
+    if kernel is None:
+        unknown.append(f"resample {settings.get('resample')!r}")
+    if crops and family != "clip":
+        unknown.append("do_center_crop")
+    elif edge and not (type(size.get(edge)) is int and size[edge] >= (side if crops else 1)):
+        unknown.append(f"size {size}")
     remedy = "give the preprocessor_config.json that was published with the checkpoint"
     if unknown:
         what = f"{', '.join(unknown)}: not a preprocessing that is known here"
@@ -93,7 +91,8 @@ def read_preprocessing(directory: Path, family: str, side: int) -> Preprocessing
         raise ProspectError("image_mean or image_std is not three numbers", where=where, remedy="copy the file again")
     return Preprocessing(
         image_size=side,
-        **edges,
+        shortest_edge=size[edge] if edge == "shortest_edge" else None,
+        longest_edge=size[edge] if edge == "longest_edge" else None,
         splits=settings.get("do_image_splitting", True),
         kernel=kernel,
         rescale=settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0,

@@ -189,13 +189,13 @@ class Tower(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        C, has_class_token = config.hidden_size, config.model_type == "clip"
+        C, clip = config.hidden_size, config.model_type == "clip"
         # CLIP's patches have no bias: the positions, added next, are one for each.
-        self.patches = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size, bias=not has_class_token)
-        self.class_token = nn.Parameter(torch.empty(C)) if has_class_token else None
-        self.positions = nn.Parameter(torch.empty(has_class_token + config.grid**2, C))  # [P, C] or [1 + P, C]
+        self.patches = nn.Conv2d(3, C, config.patch_size, stride=config.patch_size, bias=not clip)
+        self.class_token = nn.Parameter(torch.empty(C)) if clip else None
+        self.positions = nn.Parameter(torch.empty(clip + config.grid**2, C))  # [P, C] or [1 + P, C]
         # CLIP alone norms the sum, which also brings the class token to the size of the patches.
-        self.norm_before = nn.LayerNorm(C, eps=config.layer_norm_eps) if has_class_token else nn.Identity()
+        self.norm_before = nn.LayerNorm(C, eps=config.layer_norm_eps) if clip else nn.Identity()
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(C, eps=config.layer_norm_eps)
 

@@ -26,7 +26,7 @@ The task is described in a YAML file, since a video holds only pictures. Times a
       - {id: S1, name: boil the water}
       - {id: S2, name: grind the beans, state: completed}    # when the video starts; default not_started
     say:                                                     # optional, as are system (the prompt's first lines) and
-      - {time: 12.5, text: What should I do next?}           # knowledge (the recipe, for models trained with it)
+      - {time: 12.5, text: "What should I do next?"}         # knowledge (the recipe, for models trained with it)
 
 Videos need PyAV, pictures Pillow (requirements-vision.txt).
 """
