@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
 from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
+from prospect.check import refuse_without_updates
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
 from prospect.context import check_reserved
@@ -100,6 +101,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     with together(ranks):
         tokenizer = load_tokenizer(config)
         train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+        refuse_without_updates(train_corpus.updates, config.data)
         check_reserved(tokenizer, config)
         left_out = clips_to_stream(val_corpus, config)[1]
         val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]

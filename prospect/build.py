@@ -66,9 +66,7 @@ def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
     if split == "val":
         return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=data.val_neg_frame_sampling_rate, seed=seed)
     paths, repeats = zip(*[(file.path, file.repeat) for file in data.train_files()])
-    corpus = Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
-    refuse_without_updates(corpus.updates, data)
-    return corpus
+    return Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:

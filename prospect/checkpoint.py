@@ -299,6 +299,8 @@ def read_state(directory: Path) -> TrainState:
     path = directory / "state.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise TypeError("it must be an object")
         if (best_loss := values.pop("best_loss", None)) is not None:  # of older checkpoints
             values["best_value"] = -best_loss
         state = TrainState(**values)
@@ -314,7 +316,7 @@ def read_state(directory: Path) -> TrainState:
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a checkpoint (no state.json)"
         raise ProspectError(what, where=str(directory), remedy="name a step-... directory") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise ProspectError(f"cannot be read: {error}", where=str(path), remedy="use another checkpoint") from error
 
 

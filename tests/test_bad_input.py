@@ -734,7 +734,8 @@ def test_padding_that_real_tokens_would_see(trained):
     batch = collate([corpus[(0, 0)], corpus[(0, 1)]], tokenizer.pad_id)
     assert not batch["attention_mask"].all()
     model(batch["input_ids"], batch["image_embeds"], labels=batch)
-    turned = {key: value.flip(1) if key not in ("image_embeds", "clip_ids") else value for key, value in batch.items()}
+    by_token = [key for key, value in batch.items() if torch.is_tensor(value) and key != "image_embeds"]  # [B,T]
+    turned = batch | {key: batch[key].flip(1) for key in by_token}
     with pytest.raises(ProspectError, match="padding before a token"):
         model(turned["input_ids"], turned["image_embeds"], labels=turned)
 

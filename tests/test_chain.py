@@ -179,7 +179,7 @@ BEGINS = (8, 18, 28)  # the frames at which a look begins, after the first look;
 SAID = ("First, boil the water.", "Now pour it over the tea.", "Well done, the tea is ready.")
 STEPS = [("Boil the water", 4.0, 9.0), ("Pour it over the tea", 9.0, 14.0)]  # seconds; frames 8 to 18 to 28
 SMALL = (
-    "train.max_steps=120 train.eval_every=120 train.learning_rate=4e-3 train.device=cpu infer.device=cpu "
+    "train.max_steps=60 train.eval_every=60 train.learning_rate=4e-3 train.device=cpu infer.device=cpu "
     "model.vocab_size=300 model.hidden_size=64 model.intermediate_size=128 model.num_hidden_layers=2 run.out="
 )
 
@@ -246,7 +246,7 @@ def follow(printed: str, *more: object, **filled: object) -> str:
         command = command.replace(word, str(value))
     command = shlex.join(["env", "OMP_NUM_THREADS=1", sys.executable]) + command.removeprefix("python")
     command += f" {shlex.join(map(str, more))}"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done.stdout
 

@@ -221,7 +221,7 @@ def test_a_state_that_lacks_a_field_is_refused_by_name(copy):
     for lacking, said in (
         ({}, "step is missing"),
         (values | {"epoch": None}, "epoch is None"),
-        ([], "must be a mapping"),
+        ([], "must be an object"),
     ):
         path.write_text(json.dumps(lacking))
         with pytest.raises(ProspectError, match=said):

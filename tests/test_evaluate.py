@@ -436,7 +436,7 @@ def test_records_of_a_clip_whose_last_frame_is_missing(checkpoint, tmp_path, cap
     file = write_clips(tmp_path, "clips.json", [raw | {"end_frame_idx": raw["end_frame_idx"] - 1}])
     file.write_text(json.dumps([raw]))
     assert call(checkpoint, "--data", file, "--out", tmp_path / "out") == 0
-    shown = capsys.readouterr().out.split("command:")[0]
+    shown = capsys.readouterr().out.split("command:")[0].split("\n", 1)[1]
     assert call_without_checkpoint("--records", tmp_path / "out") == 0
     assert capsys.readouterr().out.split("command:")[0] == shown and "| frames | 19 |" in shown
 
@@ -520,7 +520,7 @@ def test_a_full_disk_is_one_line_and_what_is_there_is_used_later(clips, checkpoi
 
     def fills_up(descriptor: int) -> None:
         calls.append(descriptor)
-        if len(calls) > 6:  # a file takes two: itself, and its folder. Settings and two clips' records find room.
+        if len(calls) > 8:  # a file takes two: itself, and its folder. Room for settings, references and two records
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
@@ -745,7 +745,7 @@ def test_the_sweep_stores_the_best_evidence(tmp_path, capsys):
     """Against `prospect.evaluate` itself with each evidence that the sweep may choose."""
     draw = np.random.default_rng(5)
     file = write_clips(tmp_path, "clips.json", [tiny_clip(draw, f"c{n}", 20 + n, replies=3, words=3) for n in range(5)])
-    checkpoint = make_checkpoint(tmp_path / "step-000003", speaking=0.111, dst=0.222, seed=4)
+    checkpoint = make_checkpoint(tmp_path / "step-000003", "infer.evidence=null", speaking=0.111, dst=0.222, seed=4)
     heads = load_file(checkpoint / "prospect.safetensors")  # of a model never trained: make their answers differ more
     decisive = {name: value * 30 if name.endswith("_head.weight") else value for name, value in heads.items()}
     save_file(decisive, checkpoint / "prospect.safetensors")

@@ -128,7 +128,7 @@ def test_one_loss_has_one_name_on_every_page():
         "dst_gen_labels": "update text (LM)", "dst_update_labels": "update now?", "dst_state_labels": "step state",
     }  # fmt: skip
     assert set(COUNTS_OF) == set(LOSS_NAMES)
-    assert show.TITLES[3:] == ("reply text (LM)", "speak now?", "update text (LM)", "update now?", "step state")
+    assert show.TITLES[4:] == ("reply text (LM)", "speak now?", "update text (LM)", "update now?", "step state")
     assert evaluation_title("loss") == "validation loss"
     assert evaluation_title("loss_dst_binary") == "validation: update now?"
     assert evaluation_title("dst_event_f1") == "update event F1"

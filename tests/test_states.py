@@ -220,6 +220,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     encode = f"python -m prospect.encode VIDEO ... --vision VISION_DIR --clips {out} --out {embeddings}"
     assert capsys.readouterr().out == f"1 clips: 2 updates made\nnext:\n{encode}\n"
     embeddings.mkdir()
+    (embeddings / "clip_embeddings.npy").touch()
     assert convert.main() == 0
     assert capsys.readouterr().out.endswith(f"next:\npython -m prospect.check {out}\n")
     assert len(json.loads(out.read_text())[0]["conversation"]) == 2

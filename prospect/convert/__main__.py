@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prospect.clip_files import open_source
 from prospect.convert import proassist, states, steps
 from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.files import write_whole
@@ -46,8 +47,12 @@ def embed_command(clips: Path, data: Path | None = None) -> str:
 
 
 def check_or_embed_command(clips: Path) -> str:
-    embedded = (clips.parent / "embeddings").is_dir()
-    return shlex.join(["python", "-m", "prospect.check", str(clips)]) if embedded else embed_command(clips)
+    source = open_source(clips, None, False)
+    try:
+        source.embeddings_path(source.file.clip(0))
+    except ProspectError:
+        return embed_command(clips)
+    return shlex.join(["python", "-m", "prospect.check", str(clips)])
 
 
 # ---- the commands --------------------------------------------------------------------------------
