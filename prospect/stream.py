@@ -249,12 +249,12 @@ class StreamSession:
             while kept and self.prompt_tokens + sum(unit.num_tokens for unit in kept) + needed > self.limit:
                 kept = kept[1:]  # a long text follows: it needs their room
         else:
-            summary = self._summarize()
+            summary, data = self._summarize(), replace(data, recipe=True)
             state = self.state if strategy == "summarize_with_dst" else clip.initial_state
-            prompt = clip_prompt(clip, state, replace(data, recipe=True), summary)
+            prompt = clip_prompt(clip, state, data, summary)
             while summary and self._prompt_tokens(prompt) + needed > self.limit:
                 summary = summary[: len(summary) // 2].rstrip()  # likewise
-                prompt = clip_prompt(clip, state, replace(data, recipe=True), summary)
+                prompt = clip_prompt(clip, state, data, summary)
         self._restart(prompt, kept, needed)
         return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
 

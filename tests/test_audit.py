@@ -69,9 +69,9 @@ def test_what_is_changed_and_what_stays():
 
 
 def test_the_engine_sees_neither_the_future_nor_the_reference(streams):
-    done = run_audit(streams, 600)
-    assert done.leak is None and done.changed.total() >= 600 and done.compared > 100
-    assert all(done.changed[kind] > 5 for kind in audit_module.KINDS)
+    done = run_audit(streams, 400)
+    assert done.leak is None and done.changed.total() >= 400 and done.compared > 50
+    assert all(done.changed[kind] > 2 for kind in audit_module.KINDS)
 
 
 def test_the_streams_compared_do_write(streams):
@@ -138,7 +138,7 @@ def user_text_heard_early(monkeypatch):
     (reference_as_the_state, "references"),
     (a_lookahead_that_peeks, "future frames"),
     (a_row_that_spills, "other clips"),
-    (user_text_heard_early, "future turns"),
+    pytest.param(user_text_heard_early, "future turns", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_leak_is_found_and_named(streams, monkeypatch, leak, kind):
     leak(monkeypatch)
@@ -159,7 +159,7 @@ def test_a_difference_is_more_than_rounding(streams):
 
 
 def test_on_the_command_line(checkpoint, clips, monkeypatch, capsys):  # noqa: F811
-    words = ["audit", "--checkpoint", str(checkpoint), "--data", str(clips), "--perturbations", "60"]
+    words = ["audit", "--checkpoint", str(checkpoint), "--data", str(clips), "--perturbations", "20"]
     monkeypatch.setattr(sys, "argv", words)
     assert audit_module.main() == 0
     assert re.search(

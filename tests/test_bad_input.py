@@ -749,6 +749,7 @@ def test_an_adapter_wider_than_the_model(trained):
 # ---- in processes of their own -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_a_real_process(corpus):
     """The same end when Python itself ends: status 2, one line, nothing else on stderr."""
     clips = json.loads((corpus / "train.json").read_text())

@@ -304,6 +304,7 @@ def test_a_converted_dialogue_is_learned(tmp_path, one_thread_and_usual_signals,
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="ProAssist's dialogues are not part of the project")
+@pytest.mark.slow
 def test_every_published_dialogue_converts_returns_and_is_learned(tmp_path, one_thread_and_usual_signals):
     samples = [json.loads(line) for line in REAL.read_text(encoding="utf-8").splitlines()]
     converted = tmp_path / "clips.json"

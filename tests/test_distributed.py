@@ -135,7 +135,12 @@ CUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("cut", CUTS)
+LONGER = ("four micro-batches, balanced", "two ranks, ddp, balanced", "two ranks, fsdp, activation checkpointing")
+
+
+@pytest.mark.parametrize("cut", [
+    pytest.param(cut, marks=pytest.mark.slow) if cut in LONGER else cut for cut in CUTS
+])  # fmt: skip
 def test_a_step_is_the_same_however_it_is_cut(uneven, tmp_path, cut):
     world, overrides = CUTS[cut]
     shutil.copytree(uneven, tmp_path, dirs_exist_ok=True)
@@ -221,6 +226,7 @@ def metrics_of_steps(folder: Path, *overrides: str) -> list[dict]:
     return metrics(folder, run)
 
 
+@pytest.mark.slow
 def test_fp16_on_two_ranks_skips_together(tmp_path):
     """The first loss scale overflows: found on the shards of one rank, it must hold for both."""
     write_tiny_corpus(tmp_path)
@@ -288,7 +294,7 @@ def straight(backbone) -> dict[int, Path]:
 
 @pytest.mark.parametrize(
     ("world", "save_every", "killed_at"),
-    [(1, 13, 17), (1, 9, 9), (2, 13, 20)],
+    [(1, 13, 17), pytest.param(1, 9, 9, marks=pytest.mark.slow), pytest.param(2, 13, 20, marks=pytest.mark.slow)],
     ids=["mid-epoch", "at an epoch's end", "two ranks"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(backbone, straight, world, save_every, killed_at):
@@ -322,7 +328,8 @@ def test_the_loss_scale_is_part_of_a_checkpoint(tmp_path):
     assert_same_checkpoint(tmp_path / "runs/whole/step-000006", tmp_path / "runs/parts/step-000006")
 
 
-@pytest.mark.parametrize("sharded", [pytest.param("false", marks=pytest.mark.slow), "true"])
+@pytest.mark.parametrize("sharded", ["false", "true"])
+@pytest.mark.slow
 def test_fsdp_resumes_bit_for_bit_and_on_another_number_of_ranks(tmp_path, sharded):
     write_tiny_corpus(tmp_path)
     fsdp = [
@@ -393,7 +400,11 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 # Where the stopped run must stand: in a step, that step is finished; in an evaluation or a save, no further one begins.
-@pytest.mark.parametrize(("moment", "rank", "step"), [("step", "1", 4), ("evaluation", "1", 3), ("save", "0", 2)])
+@pytest.mark.parametrize(("moment", "rank", "step"), [
+    ("step", "1", 4),
+    pytest.param("evaluation", "1", 3, marks=pytest.mark.slow),
+    pytest.param("save", "0", 2, marks=pytest.mark.slow),
+])  # fmt: skip
 @pytest.mark.parametrize("parallel", SLOW_FSDP)
 def test_sigterm_saves_and_leaves(unbroken, tmp_path, moment, rank, step, parallel):
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "log"))
@@ -430,6 +441,7 @@ def in_a_group_of_its_own(folder: Path, *overrides: str) -> int:
     return train_here(folder, *overrides)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_killed_rank_again(unbroken, tmp_path):
     """`--max-restarts`: one rank dies by SIGKILL at the start of step 5; the run ends as the unbroken one does."""
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "log"))

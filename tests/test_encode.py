@@ -141,7 +141,9 @@ def test_a_picture_that_begins_exactly_at_k_over_fps_is_frame_k():
     assert [(k, picture.load) for k, picture in sample(one, Fraction(2))] == [(0, "only")]
 
 
-@pytest.mark.parametrize("rate", ["24", "25", "30000/1001", "60"])
+@pytest.mark.parametrize("rate", [
+    "30000/1001", *(pytest.param(rate, marks=pytest.mark.slow) for rate in ("24", "25", "60")),
+])  # fmt: skip
 def test_ten_minutes_without_drift(tmp_path, rate):
     rate = Fraction(rate)
     path = write_long_video(tmp_path / "even.mp4", even(rate, 600))
@@ -556,6 +558,7 @@ def test_decoding_runs_ahead_and_its_errors_arrive_in_order():
     endless.close()  # returns: the thread is told to stop
 
 
+@pytest.mark.slow
 def test_the_command_on_two_processes(tmp_path):
     """torchrun: the sources are shared out, and a broken one ends neither the other process nor the other sources."""
     videos = [

@@ -51,7 +51,8 @@ def stand_in_embeddings() -> np.ndarray:
 
 
 @pytest.mark.skipif(not CLIP.exists(), reason="the real clip is not part of the project")
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_real_clip_learned_by_heart_is_streamed_back(tmp_path, seed):
     (tmp_path / "embeddings").mkdir()
     np.save(tmp_path / "embeddings" / EMBEDDINGS, stand_in_embeddings())

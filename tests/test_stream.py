@@ -522,7 +522,7 @@ def is_legal(text: str, state: dict[str, str], dst_format: str) -> bool:
     return len(moves) > 0
 
 
-@pytest.mark.parametrize("dst_format", ["arrow", "json"])
+@pytest.mark.parametrize("dst_format", ["arrow", pytest.param("json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("which", ["bytes", "merges"])
 def test_constrained_updates_are_all_legal(plain, words, dst_format, which):
     """1,000 updates in all, of random states, from models that were never trained; at most as long as allowed."""

@@ -182,6 +182,7 @@ def test_half_precision_follows_full(corpus):
     assert half == pytest.approx(full, rel=0.01) and half != full
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses_from_a_handful_of_graphs(corpus, monkeypatch):
     """Every micro-batch has another shape. The backend only counts graphs and runs them as they are."""
     graphs = []
