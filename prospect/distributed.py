@@ -13,6 +13,7 @@ through gloo, so that asking never waits for a GPU.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -73,6 +74,9 @@ def start_ranks(device: str) -> Ranks:
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        # Never freed: gloo's destructor holds Python's lock while it waits for a thread, and if that thread is just
+        # dropping the tensors of the last exchange, it waits for this lock. A rank that fails would hang, not end.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
     return Ranks(rank, world, place)
 
 

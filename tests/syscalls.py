@@ -33,7 +33,7 @@ CALLS = {
     "unlinkat": (263, 35, 0, 1), "rmdir": (84, None, None, 0), "mkdir": (83, None, None, 0),
     "mkdirat": (258, 34, 0, 1), "chmod": (90, None, None, 0), "fchmod": (91, 52, 0, None), "fchmodat": (268, 53, 0, 1),
 }  # fmt: skip
-TAKES_NO_ROOM = {"unlink", "unlinkat", "rmdir", "fsync", "fdatasync", "chmod", "fchmod", "fchmodat"}
+TAKES_NO_ROOM = {"unlink", "unlinkat", "rmdir", "rename", "renameat", "renameat2", "fsync", "fdatasync", "chmod"}
 
 MACHINE = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 NAMES = {} if MACHINE is None else {call[MACHINE]: name for name, call in CALLS.items() if call[MACHINE] is not None}

@@ -37,7 +37,7 @@ from tiny import as_rank, finish, launch, tiny_config, train_here, write_tiny_co
 
 import train
 from prospect.build import build_model, load_corpus, load_tokenizer
-from prospect.checkpoint import checkpoints, clean_up_after_crash, read_state
+from prospect.checkpoint import checkpoints, clean_up_after_crash, read_state, step_directory
 
 pytestmark = pytest.mark.skipif(syscalls.MACHINE is None or sys.platform != "linux", reason="Linux, x86-64 or arm64")
 
@@ -258,6 +258,9 @@ def attack(
         clean_up_after_crash(folder / RUN)
         if state != "nothing":
             assert_nothing_is_lost(folder / RUN, "step-000024")
+            newest = checkpoints(folder / RUN)[-1]
+            best = step_directory(newest.parent, read_state(newest).best_step)
+            assert [os.readlink(folder / RUN / name) for name in ("last", "best")] == [newest.name, best.name], case
         left = json.dumps(tree(folder / RUN))
         if left not in seen:
             seen.add(left)
