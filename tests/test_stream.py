@@ -199,7 +199,7 @@ def test_teacher_forced_streaming_is_one_forward_of_the_training_sequence(tokeni
         assert (record.speaking_prob, record.dst_update_prob) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (3, 4, 5))])
 def test_after_a_slide_the_sequence_is_a_training_window(tokenizer_dir, seed):
     """Prompt with the state at the first kept frame, kept part, new frame: the ids of a window that begins there."""
     tokenizer, draw = (
@@ -271,7 +271,7 @@ def test_generated_turns_enter_the_cache_as_training_writes_turns(chatml):
 # ---- the same records, however it is run ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(9))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (6, 7, 8))])
 def test_lookahead_and_batched_streams_give_the_records_of_one_frame_at_a_time(tokenizer_dir, seed):
     draw = np.random.default_rng(200 + seed)
     tokenizer = Tokenizer(tokenizer_dir, ("plain", "chatml", "llama3")[seed % 3])
