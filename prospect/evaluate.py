@@ -56,7 +56,7 @@ from prospect.records import (
     same_settings,
     write_references,
 )
-from prospect.score import ClipScore, cell_text, not_computed, score_clip, summarise, table
+from prospect.score import TIMING_TABLE, ClipScore, cell_text, not_computed, score_clip, summarise, table
 from prospect.stream import Job, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
@@ -182,7 +182,11 @@ def report(
     if told:
         numbers = by_dataset([(score.dataset, score) for score in told], summarise)
         # Whether it was in time is no merit of one who was told the time.
-        found["told_when"] = {name: {k: v for k, v in of.items() if "_event_" not in k} for name, of in numbers.items()}
+        of_time = {"combined_score", *(name for name, _ in TIMING_TABLE)}
+        found["told_when"] = {
+            dataset: {name: value for name, value in of.items() if "_event_" not in name and name not in of_time}
+            for dataset, of in numbers.items()
+        }
         text += f"\n\nTold when to speak and update, by the reference:\n\n{table(found['told_when'])}"
     text += "\n\n" + footing(made, similarity, command, results)
     print(text)

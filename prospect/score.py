@@ -274,11 +274,11 @@ def table(results: dict[str, dict[str, float]]) -> str:
     lines = []
     tables = (("", (*TABLE, *((name, name) for name in OPTIONAL_TEXT_METRICS))), ("timing ", TIMING_TABLE))
     for corner, rows in tables:
-        lines += ["", f"| {corner}| " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-        for key, title in rows:
-            cells = [results[name].get(key) for name in names]
-            if any(cell is not None for cell in cells):
-                lines.append(f"| {title} | {' | '.join(map(cell_text, cells))} |")
+        cells = [(title, [results[name].get(key) for name in names]) for key, title in rows]
+        shown = [(title, row) for title, row in cells if any(cell is not None for cell in row)]
+        if shown:
+            lines += ["", f"| {corner}| " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+        lines += [f"| {title} | {' | '.join(map(cell_text, row))} |" for title, row in shown]
     return "\n".join(lines[1:])
 
 
