@@ -62,6 +62,20 @@ def trap() -> int:
     return listener
 
 
+def can_trap() -> bool:
+    """Whether this kernel lets a process be watched so: some containers forbid it. Tried in a process of its own."""
+    if MACHINE is None or platform.system() != "Linux":
+        return False
+    child = os.fork()
+    if child == 0:
+        try:
+            trap()
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 # ---- in the watching process ---------------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ import train
 from prospect.build import build_model, load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, clean_up_after_crash, read_state, step_directory
 
-pytestmark = pytest.mark.skipif(syscalls.MACHINE is None or sys.platform != "linux", reason="Linux, x86-64 or arm64")
+pytestmark = pytest.mark.skipif(not syscalls.can_trap(), reason="needs Linux with seccomp notifications")
 
 SETTINGS = ["train.max_steps=30", "train.save_every=3", "train.eval_every=3", "train.keep=1", "infer.evidence=0.5"]
 SHARDED = "train.sharded_checkpoints=true"
