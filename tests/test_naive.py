@@ -246,12 +246,12 @@ def compare_ways(case: Case) -> None:
 # ---- what is asked -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 6, 9, 11])  # small ones; the last is told when to write
+@pytest.mark.parametrize("seed", [1, 10, 15, 18])  # small ones; the last is told when to write
 def test_streaming_equals_a_naive_engine(tokenizer_dir, seed):
     case = random_case(seed, tokenizer_dir).stream_naively()
     records = case.records()
     assert case.decided and any(record["event"] for record in records)
-    assert any(record["speaking_decision"] for record in records)
+    assert sum(record["speaking_decision"] for record in records) >= 3
     compare_ways(case)
 
 

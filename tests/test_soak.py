@@ -67,4 +67,4 @@ def test_a_hundred_thousand_frames_are_flat_in_memory_and_time(plain, one_thread
     print("ms a frame, by third:", ", ".join(f"{ms:.2f}" for ms in thirds))
     assert refreshes > 200 and said > 500 and spoken > 500
     assert max(memory) <= 1.02 * memory[0]
-    assert thirds[2] <= 1.25 * thirds[0]  # no slower in the end than in the beginning
+    assert max(thirds) <= 1.25 * min(thirds)
