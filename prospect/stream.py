@@ -182,8 +182,8 @@ class StreamSession:
         if not rows.isfinite().all():
             raise ProspectError("the embedding holds values that are not finite", where=f"frame {self.frame_idx}")
         frame = Frame(rows, self.pending)
-        needed = self.unit(frame).num_tokens
         if frame.user:
+            needed = self.unit(frame).num_tokens
             said, self.pending = self.pending, []  # forgotten if there is no room for it
             self.check_room(needed)
             self.pending = said  # an embedding that is refused below leaves it for the next
