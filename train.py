@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
-from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
+from prospect.build import build_model, load_corpora, load_tokenizer, make_sample_corpus, run_directory
 from prospect.check import refuse_without_updates
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
@@ -61,7 +61,6 @@ from prospect.distributed import (
 )  # fmt: skip
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_text
-from prospect.leaks import check_leaks
 from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
@@ -100,12 +99,12 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             load_tokenizer(config)
     with together(ranks):
         tokenizer = load_tokenizer(config)
-        train_corpus, val_corpus = load_corpus(config, tokenizer, "train"), load_corpus(config, tokenizer, "val")
+    train_corpus, val_corpus, leaks = load_corpora(config, tokenizer, ranks)
+    with together(ranks):
         refuse_without_updates(train_corpus.updates, config.data)
         check_reserved(tokenizer, config)
         left_out = clips_to_stream(val_corpus, config)[1]
         val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
-        leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
         model = build_model(config, tokenizer)
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train, config.run.seed)
@@ -338,7 +337,7 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     accumulate, budget = config.train.gradient_accumulation_steps, config.data.batch_tokens
     per_step = ranks.world * accumulate
     steps = config.train.max_steps or math.ceil(order.left(0, 0, config.train.num_epochs) / per_step)
-    clips = len({(entry.file, entry.clip) for entry in train.entries})
+    clips = len(train.clips())
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {config.train.parallel}" if ranks.world > 1 else ""

@@ -1,6 +1,7 @@
 """From a configuration to what training needs: tokenizer, corpus, model."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from prospect.check import refuse_without_updates, usable_clips
@@ -8,9 +9,12 @@ from prospect.clip_files import open_source
 from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus, as_streamed
+from prospect.distributed import Ranks, from_main, together
 from prospect.errors import ProspectError
+from prospect.leaks import check_leaks
 from prospect.memory import check_model_fits
 from prospect.model import ModelConfig, Prospect, init_weights
+from prospect.plan import Plan
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
 from prospect.tokenizer import SPOKEN, Tokenizer, train_tokenizer
@@ -60,13 +64,32 @@ def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
             yield f"{SPOKEN[said.role]} {said.text}"  # as the plain template writes it
 
 
-def load_corpus(config: Config, tokenizer: Tokenizer, split: str) -> Corpus:
-    """split: train, or val, which sees every frame, as streaming does."""
+def load_corpus(config: Config, tokenizer: Tokenizer, split: str, plan: Plan | None = None) -> Corpus:
+    """split: train, or val, which sees every frame, as streaming does. plan: by default it is made here."""
     data, dim, seed = config.data, config.model.vision_dim, config.run.seed
     if split == "val":
-        return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=data.val_neg_frame_sampling_rate, seed=seed)
+        rate = data.val_neg_frame_sampling_rate
+        return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=rate, seed=seed, plan=plan)
     paths, repeats = zip(*[(file.path, file.repeat) for file in data.train_files()])
-    return Corpus(paths, data, tokenizer, dim, rate=data.neg_frame_sampling_rate, seed=seed, repeats=repeats)
+    rate = data.neg_frame_sampling_rate
+    return Corpus(paths, data, tokenizer, dim, rate=rate, seed=seed, repeats=repeats, plan=plan)
+
+
+def load_corpora(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Corpus, Corpus, list[str]]:
+    """The corpora for training and validation, and a warning, or none, where they share clips that they may share.
+
+    Rank 0 plans, with all cores of its machine, and the others receive its plans. Raises ProspectError.
+    """
+    splits, plans, shared = ("train", "val"), [], []
+    with together(ranks):
+        if ranks.main:
+            plans = [load_corpus(config, tokenizer, split).plan for split in splits]
+            shared = check_leaks(plans[0].origins, plans[1].origins, config.data.allow_leaks)
+            plans = [replace(plan, origins=[]) for plan in plans]
+    plans, shared = from_main((plans, shared), ranks)
+    with together(ranks):
+        train, val = (load_corpus(config, tokenizer, split, plan) for split, plan in zip(splits, plans))
+    return train, val, shared
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:

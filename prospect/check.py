@@ -9,21 +9,19 @@ checks at its start, and stops there or skips the bad clips (`data.on_bad: skip`
 
 prospect/clip_files.py checks a clip's own fields, prospect/embeddings.py the bytes of an embedding file. This file
 combines the two for all clips: a file for every clip, of the right width, one row per frame, every number finite, no id
-used twice, and updates where the steps' own times say. Of a JSONL file, only the clip being checked and its embeddings
-are in memory. When nothing is wrong, the command that trains on these clips is printed.
+used twice, and updates where the steps' own times say. Only the clips being checked and their embeddings are in memory.
+This command checks everything anew; before training, what was found and has not changed since is believed
+(prospect/kept.py). When nothing is wrong, the command that trains on these clips is printed.
 """
 
 import argparse
-import multiprocessing
-import os
+import contextlib
+import importlib
 import shlex
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +33,10 @@ from prospect.config import DataConfig
 from prospect.embeddings import check_finite, find_embeddings, read_embeddings
 from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.features import by_dataset, difference
+from prospect.kept import Found, Task, find_all
+from prospect.packs import stamp
+from prospect.processes import cores
 
-CHUNK = 16  # clips that a process takes at a time
-WORTH_A_PROCESS = 200  # clips: about as long as a process takes to start
 TOLERANCE = 2.0  # seconds between a step's own time and its update, from which on they disagree
 
 
@@ -45,9 +44,7 @@ TOLERANCE = 2.0  # seconds between a step's own time and its update, from which 
 class Checked:
     """The findings about one clip. width: D of its embeddings, None where they cannot be read."""
 
-    source: int
-    index: int
-    id: str | None  # None: not even an id can be read
+    id: str | None = None  # None: not even an id can be read
     width: int | None = None
     frames: int = 0
     updates: int = 0  # DST_UPDATE turns
@@ -61,35 +58,41 @@ class Checked:
 # ---- one clip ------------------------------------------------------------------------------------
 
 
-def check_clip(source: Source, number: int, index: int, vision_dim: int | None) -> Checked:
-    """Everything wrong with one clip and its embeddings. number: the source's; vision_dim None: any width."""
+def check_clip(source: Source, index: int, vision_dim: int | None) -> Found:
+    """Everything wrong with one clip and its embeddings, as the fields of Checked. vision_dim None: any width."""
+    found = Found(checked := Checked())
     try:
         raw = source.file[index]
+        clip, checked.problems = parse_clip(raw, str(source.file.path), index)
     except ProspectError as error:  # a broken line of a JSONL file
-        return Checked(number, index, None, problems=[as_problem("not JSON", error)])
-    clip, problems = parse_clip(raw, str(source.file.path), index)
-    if not isinstance(raw, dict):
-        return Checked(number, index, None, problems=problems)
-    checked = Checked(number, index, clip_id(raw, index), problems=problems)
-    if clip is not None:
-        checked.frames, checked.updates = clip.num_frames, len(clip.updates())
-        problems += step_time_problems(clip, source.file.path)
-    check_embeddings(checked, source, clip, raw.get("embeddings"), vision_dim)
-    return checked
+        raw, checked.problems = None, [as_problem("not JSON", error)]
+    if isinstance(raw, dict):
+        checked.id = found.id = clip_id(raw, index)
+        if clip is not None:
+            checked.frames, checked.updates = clip.num_frames, len(clip.updates())
+            checked.problems += step_time_problems(clip, source.file.path)
+        check_embeddings(found, source, clip, raw.get("embeddings"), vision_dim)
+    if checked.errors:
+        found.stamp = None
+    found.value = astuple(checked)
+    return found
 
 
-def check_embeddings(checked: Checked, source: Source, clip: Clip | None, named: Any, vision_dim: int | None) -> None:
-    """Add what is wrong with a clip's embedding file to `checked`; rows are not counted for a broken clip (None)."""
+def check_embeddings(found: Found, source: Source, clip: Clip | None, named: Any, vision_dim: int | None) -> None:
+    """Add what is wrong with a clip's embedding file to what was found; rows do not count for a broken clip (None)."""
+    checked: Checked = found.value
     where = f"{source.file.path}, clip {checked.id}"
 
     def note(kind: str, what: str, remedy: str) -> None:
         checked.problems.append(Problem(kind, where, "embeddings", what, remedy))
 
     try:
-        named = named if isinstance(named, str) else None
-        path = find_embeddings(checked.id, source.folder, named, allow_outside=source.allow_outside)
+        found.named = named if isinstance(named, str) else None
+        path = find_embeddings(checked.id, source.folder, found.named, allow_outside=source.allow_outside)
     except ProspectError as error:
         return note("no embeddings", error.what, error.remedy)
+    with contextlib.suppress(OSError):  # what that is, reading reports
+        found.stamp = stamp(path)
     try:
         rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
     except ProspectError as error:
@@ -149,64 +152,27 @@ def as_problem(kind: str, error: ProspectError) -> Problem:
 # ---- all clips -----------------------------------------------------------------------------------
 
 
-def check_all(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
-    """Every clip of the sources, in order, with ids that occur twice among its problems. Shows a progress bar.
+def check_all(
+    sources: Sequence[Source], vision_dim: int | None, workers: int | None = None, keep: bool = True
+) -> Iterator[tuple[int, int, Checked]]:
+    """Each clip of the sources, in order: source, number, findings. An id that occurs twice is among its problems.
 
-    workers: how many processes to use, when there are enough clips to keep them busy; else this process does it.
+    workers, keep: see prospect/kept.py.
     """
-    total = sum(len(source.file) for source in sources)
-    workers = min(workers, total // WORTH_A_PROCESS)
-    found = _in_processes(sources, vision_dim, workers) if workers > 1 else _here(sources, vision_dim)
-    seen: dict[str, str] = {}
-    for checked in tqdm(found, total=total, desc="check", unit="clip", disable=None, delay=1, dynamic_ncols=True):
-        path = str(sources[checked.source].file.path)
+    clips = [(number, index) for number, source in enumerate(sources) for index in range(len(source.file))]
+    task = Task("check", check_clip, vision_dim, depends_on=vision_dim)
+    seen: dict[str, int] = {}  # the source of each id
+    for (number, index), found in zip(clips, find_all(sources, clips, task, workers, keep)):
+        checked = Checked(*found.value)
+        checked.problems = [Problem(*problem) for problem in checked.problems]
+        path = str(sources[number].file.path)
         if checked.id in seen:
-            what = f"the id {checked.id!r} occurs twice (also in {seen[checked.id]})"
+            what = f"the id {checked.id!r} occurs twice (also in {sources[seen[checked.id]].file.path})"
             where = f"{path}, clip {checked.id}"
             checked.problems.append(Problem("duplicate id", where, "id", what, "give each clip an id of its own"))
         elif checked.id is not None:
-            seen[checked.id] = path
-        yield checked
-
-
-def _here(sources: Sequence[Source], vision_dim: int | None) -> Iterator[Checked]:
-    for number, source in enumerate(sources):
-        for index in range(len(source.file)):
-            yield check_clip(source, number, index, vision_dim)
-
-
-def _in_processes(sources: Sequence[Source], vision_dim: int | None, workers: int) -> Iterator[Checked]:
-    chunks = [
-        (number, begin, min(begin + CHUNK, len(source.file)))
-        for number, source in enumerate(sources)
-        for begin in range(0, len(source.file), CHUNK)
-    ]
-    # Spawned, not forked: training has threads by then, and a fork copies their locks but not the threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin_process, initargs=(sources, vision_dim))
-    try:
-        for part in pool.map(_check_chunk, chunks):
-            yield from part
-    except BrokenProcessPool as error:
-        what = "a checking process was killed, perhaps for lack of memory"
-        raise ProspectError(what, remedy="use fewer workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_given: tuple[Sequence[Source], int | None] = ((), None)  # in a checking process, what it checks
-
-
-def _begin_process(sources: Sequence[Source], vision_dim: int | None) -> None:
-    global _given
-    _given = (sources, vision_dim)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-
-
-def _check_chunk(chunk: tuple[int, int, int]) -> list[Checked]:
-    number, begin, end = chunk
-    sources, vision_dim = _given
-    return [check_clip(sources[number], number, index, vision_dim) for index in range(begin, end)]
+            seen[checked.id] = number
+        yield number, index, checked
 
 
 # ---- before training -----------------------------------------------------------------------------
@@ -230,13 +196,13 @@ def usable_clips(sources: Sequence[Source], config: DataConfig, vision_dim: int)
     bad_clips = 0
     first_of_kind: dict[str, Problem] = {}
     of_kind: Counter[str] = Counter()
-    for checked in check_all(sources, vision_dim, config.workers):
+    for number, index, checked in check_all(sources, vision_dim):
         for problem in checked.problems:
             if not problem.fatal:
                 first_of_kind.setdefault(problem.kind, problem)
                 of_kind[problem.kind] += 1
         if not checked.errors:
-            usable.clips.append((checked.source, checked.index))
+            usable.clips.append((number, index))
             usable.updates += checked.updates
             continue
         errors += checked.errors
@@ -301,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--embeddings-outside", action="store_true", help="allow clips to name files outside that folder")
     add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, the same for all")
     add("--strict", action="store_true", help="warnings count as errors")
-    add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one per core")
+    add("--workers", type=int, default=cores(), metavar="N", help="processes; default: one per core")
     arguments = parser.parse_args()
     for name in ("vision_dim", "workers"):
         value = getattr(arguments, name)
@@ -326,10 +292,10 @@ def main() -> int:
             sources.append(open_source(path, arguments.embeddings, arguments.embeddings_outside))
         except ProspectError as error:
             show(as_problem("bad clip file", error))
-    for checked in check_all(sources, arguments.vision_dim, arguments.workers):
+    for number, index, checked in check_all(sources, arguments.vision_dim, arguments.workers, keep=False):
         clips, frames, updates = clips + 1, frames + checked.frames, updates + checked.updates
         widths.update([checked.width] if checked.width else [])
-        usable += [] if checked.errors else [(sources[checked.source], checked.index)]
+        usable += [] if checked.errors else [(sources[number], index)]
         for problem in checked.problems:
             show(problem)
     if arguments.vision_dim is None and (problem := width_problem(widths)):
@@ -365,4 +331,5 @@ def train_command(arguments: argparse.Namespace, width: int, updates: int) -> st
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    # Under its own name, by which the processes that check clips know it.
+    run_entry_point(importlib.import_module("prospect.check").main)

@@ -19,7 +19,6 @@ ranks can resume from it; `python -m prospect.checkpoint DIR` turns it into a fu
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -260,16 +259,9 @@ def fingerprint(corpus: Corpus, name: str) -> dict[str, str]:
     Embeddings are not read, which would take minutes: another file of the same size under the same name passes.
     """
     digests = {}
-    for number, source in enumerate(corpus.sources):
-        content, embeddings = hashlib.sha256(), hashlib.sha256()
-        with open(source.file.path, "rb") as bytes_of_file:
-            for block in iter(lambda: bytes_of_file.read(1 << 20), b""):
-                content.update(block)
-        for index in sorted({entry.clip for entry in corpus.entries if entry.file == number}):
-            path = source.embeddings_path(source.file.clip(index))
-            embeddings.update(f"{path.name} {path.stat().st_size}\n".encode())
-        digests[f"data.{name} file {number}"] = content.hexdigest()
-        digests[f"the embeddings of data.{name} file {number}"] = embeddings.hexdigest()
+    for number, (clips, embeddings) in enumerate(corpus.plan.digests):
+        digests[f"data.{name} file {number}"] = clips
+        digests[f"the embeddings of data.{name} file {number}"] = embeddings
     return digests
 
 
@@ -527,8 +519,7 @@ def note_features(state: TrainState, train: Corpus, val: Corpus, source: Path | 
 
     source: the checkpoint that the state is from.
     """
-    clips = [(corpus, sorted({(entry.file, entry.clip) for entry in corpus.entries})) for corpus in (train, val)]
-    found, of_val = (features_of([(corpus.sources[f], c) for f, c in of_corpus]) for corpus, of_corpus in clips)
+    found, of_val = (features_of([(of.sources[f], c) for f, c in of.clips()]) for of in (train, val))
     lines = warnings(found, Features(state.features, state.scale), source) if source else []
     if what := difference(of_val, found):
         lines.append(f"the embeddings of data.val are not like those of data.train: {what}")

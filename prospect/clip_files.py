@@ -1,7 +1,7 @@
 """Clip files: JSON written by other people and programs in, validated Clip objects and their embeddings out.
 
-Files are a JSON list of clips, one clip object, or JSONL (one clip per line, read only when asked for). Every problem
-of a clip is found before any is reported. Turns without frames get them from their time:
+Files are a JSON list of clips, one clip object, or JSONL (one clip per line); a clip is read only when asked for. Every
+problem of a clip is found before any is reported. Turns without frames get them from their time:
 
     a turn at 97.2 s, 2 fps:    frames int(96.7*2)..int(97.7*2) = 193..195, three frames
 
@@ -12,8 +12,10 @@ its turn. In real files a clip-level `initial_dst_state` is the state at the *en
 A Source is a clip file with the folder of its embeddings: the one way from a file name to a clip and its rows.
 """
 
+import codecs
 import json
 import re
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from prospect.clips import MAX_TEXT, ROLES, Clip, Turn, unpaired_surrogate
 from prospect.dst import STATES, TRANSITIONS, State, Step, Transition, UpdateError, apply_update, parse_update
 from prospect.embeddings import find_embeddings, read_embeddings
 from prospect.errors import ProspectError
+from prospect.packs import stamp
 
 FIELDS = {  # of a clip object; any other field is kept in Clip.extra
     "id", "video_uid", "dataset", "fps", "start_frame_idx", "end_frame_idx", "conversation", "dst", "inferred_goal",
@@ -60,18 +63,16 @@ class Problem:
 
 
 class ClipFile:
-    """The clips of one file, as raw JSON objects, in order. A JSONL file is indexed, not loaded."""
+    """The clips of one file, as raw JSON objects, in order. It is indexed, not loaded: a clip is read when asked for.
 
-    def __init__(self, path: str | Path):
+    spans [N,2]: the byte at which each clip begins, and the one behind its end; by default they are looked for.
+    """
+
+    def __init__(self, path: str | Path, spans: np.ndarray | None = None):
         self.path = Path(path)
-        self.raw: list[Any] | None = None
-        self.parsed: dict[int, Clip] = {}  # of a file held in memory anyway; a JSONL clip is parsed each time
-        self.offsets: list[int] = []
         try:
-            if self.path.suffix == ".jsonl":
-                self.offsets = _line_offsets(self.path)
-            else:
-                self._load()
+            self.stamp = stamp(self.path)
+            self.spans = _index(self.path) if spans is None else spans
         except FileNotFoundError as error:
             remedy = "check data.train / data.val / --clip"
             raise ProspectError("no such clip file", where=str(self.path), remedy=remedy) from error
@@ -81,45 +82,22 @@ class ClipFile:
             remedy = "a JSON list of clips, one clip, or JSONL"
             raise ProspectError("holds no clip", where=str(self.path), remedy=remedy)
 
-    def _load(self) -> None:
-        content = _decode(self.path.read_bytes(), str(self.path))
-        try:
-            value = _parse_json(content, str(self.path))
-        except ProspectError:
-            # Several objects, one per line, are JSONL whatever the file is called.
-            if _is_object(content.lstrip().partition("\n")[0]):
-                self.offsets = _line_offsets(self.path)
-                return
-            raise
-        if isinstance(value, dict):
-            value = [value]
-        if not isinstance(value, list):
-            remedy = "a clip file is a JSON list of clips, one clip object, or JSONL"
-            raise ProspectError(f"holds a {type(value).__name__}, not clips", where=str(self.path), remedy=remedy)
-        self.raw = value
-
     def __len__(self) -> int:
-        return len(self.offsets) if self.raw is None else len(self.raw)
+        return len(self.spans)
 
     def __getitem__(self, index: int) -> Any:
-        if self.raw is not None:
-            return self.raw[index]
+        begin, end = self.spans[index].tolist()
         with open(self.path, "rb") as file:
-            file.seek(self.offsets[index])
+            file.seek(begin)
             where = f"{self.path}, clip {index}"
-            return _parse_json(_decode(file.readline(), where), where)
+            return _parse_json(_decode(file.read(end - begin), where), where)
 
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
 
     def clip(self, index: int) -> Clip:
         """The validated clip at `index`. Raises ProspectError at its first problem."""
-        if index in self.parsed:
-            return self.parsed[index]
-        clip = parsed_clip(self[index], str(self.path), index)
-        if self.raw is not None:
-            self.parsed[index] = clip
-        return clip
+        return parsed_clip(self[index], str(self.path), index)
 
     def find(self, name: str) -> int:
         """The index of the clip with this id, or of this number."""
@@ -140,14 +118,80 @@ def parse_clip_name(name: str) -> tuple[str, str | None]:
     return name[: cuts[0]], name[cuts[0] + 1 :]
 
 
-def _line_offsets(path: Path) -> list[int]:
-    offsets, position = [], 0
+def _index(path: Path) -> np.ndarray:
+    """Where each clip of a file begins and ends, in bytes, [N,2]. Raises OSError, ProspectError for any other file."""
+    if path.suffix == ".jsonl":
+        return _line_spans(path)
+    if (spans := _list_spans(path)) is not None:
+        return spans
+    lines = _line_spans(path)
+    # Several objects, one per line, are JSONL whatever the file is called.
+    if len(lines) > 1 and _is_object(path, *lines[0].tolist()):
+        return lines
+    content = path.read_bytes()
+    value = _parse_json(_decode(content, str(path)), str(path))
+    if not isinstance(value, dict):
+        remedy = "a clip file is a JSON list of clips, one clip object, or JSONL"
+        raise ProspectError(f"holds a {type(value).__name__}, not clips", where=str(path), remedy=remedy)
+    return np.array([[0, len(content)]])
+
+
+def _line_spans(path: Path) -> np.ndarray:
+    spans, position = array("q"), 0
     with open(path, "rb") as file:
         for line in file:
             if line.strip():
-                offsets.append(position)
+                spans.extend((position, position + len(line)))
             position += len(line)
-    return offsets
+    return np.array(spans).reshape(-1, 2)
+
+
+BLOCK = 1 << 20  # characters of a JSON list read at once
+
+
+def _list_spans(path: Path) -> np.ndarray | None:
+    """`_index` of a JSON list, of which only a few blocks are ever in memory; None for a file that is not one."""
+    decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+    with open(path, "rb") as file:
+        position = 3 if file.read(3) == codecs.BOM_UTF8 else 0  # the byte that text[at] is
+    spans, text, at, mark = array("q"), "", 0, "["
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            while True:
+                try:
+                    begin = _skip_space(text, at + 1)
+                    if text[at] not in mark:  # the mark in front of an item, behind which `begin` is
+                        return None
+                    if text[at] == "]" or (mark == "[" and text[begin] == "]"):
+                        rest = text[begin + (text[at] != "]") :] + file.read()
+                        return None if rest.strip(SPACE) else np.array(spans).reshape(-1, 2)
+                    end = decode(text, begin)[1]
+                    following = _skip_space(text, end)
+                    text[following]  # until something follows, more of the item may
+                    position += len(text[at:begin].encode())
+                    spans.append(position)
+                    position += len(text[begin:end].encode())
+                    spans.append(position)
+                    position += following - end  # white space is ASCII
+                    at, mark = following, ",]"
+                except (IndexError, ValueError):  # what is in memory ends here, or is wrong
+                    more = file.read(max(BLOCK, len(text) - at))
+                    if not more:
+                        return None
+                    text, at = text[at:] + more, 0
+                    if mark == "[":
+                        skipped = _skip_space(text, 0)
+                        position, text = position + skipped, text[skipped:]
+    except (UnicodeDecodeError, RecursionError):
+        return None
+
+
+SPACE = " \t\n\r"  # JSON's
+_space = re.compile(f"[{SPACE}]*")
+
+
+def _skip_space(text: str, at: int) -> int:
+    return _space.match(text, at).end()
 
 
 def _decode(content: bytes, where: str) -> str:
@@ -174,9 +218,12 @@ def _parse_json(content: str, where: str) -> Any:
         raise ProspectError(f"is not JSON: {error}", where=where) from error
 
 
-def _is_object(line: str) -> bool:
+def _is_object(path: Path, begin: int, end: int) -> bool:
+    with open(path, "rb") as file:
+        file.seek(begin)
+        line = file.read(end - begin)
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -591,9 +638,12 @@ class Source:
         return clip, rows, warning
 
 
-def open_source(path: str | Path, embeddings: str | Path | None, allow_outside: bool) -> Source:
+def open_source(
+    path: str | Path, embeddings: str | Path | None, allow_outside: bool, spans: np.ndarray | None = None
+) -> Source:
     """A clip file with its embeddings, by default those in `embeddings/` beside it. Raises ProspectError."""
-    return Source(ClipFile(path), Path(embeddings) if embeddings else Path(path).parent / "embeddings", allow_outside)
+    folder = Path(embeddings) if embeddings else Path(path).parent / "embeddings"
+    return Source(ClipFile(path, spans), folder, allow_outside)
 
 
 def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:

@@ -16,6 +16,8 @@ import yaml
 
 from prospect.errors import ProspectError
 
+IGNORE = -100  # the label of a position where nothing is learned
+
 
 @dataclass
 class RunConfig:

@@ -1,6 +1,6 @@
 """Clip files to batches: the corpus, the collate function, and one deterministic order for every rank and resume.
 
-    Corpus             clip files -> sequences, planned once; (epoch, i) gives sequence i with that epoch's negatives
+    Corpus             the sequences of clip files, as planned; (epoch, i) gives sequence i with that epoch's negatives
     collate            samples -> the batch, right-padded
     epoch_batches      one epoch's micro-batches; DataOrder joins epochs into one endless stream
     StepSampler        the share of that stream that a rank takes, step after step
@@ -11,7 +11,7 @@ What one sequence is made of is in prospect/sequence.py.
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,14 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from prospect.check import usable_clips
-from prospect.clip_files import open_source
 from prospect.clips import Clip
-from prospect.config import DataConfig
+from prospect.config import IGNORE, DataConfig
 from prospect.errors import ProspectError
-from prospect.leaks import Origin
-from prospect.model import IGNORE, added, count_labels
-from prospect.sequence import LABEL_KEYS, Sample, Window, generator, lay_out, make_sample, plan_windows, prompt_parts
+from prospect.model import added, count_labels
+from prospect.plan import Entries, Entry, Plan, make_plan, open_planned
+from prospect.sequence import LABEL_KEYS, Sample, generator, lay_out, make_sample
 from prospect.tokenizer import Tokenizer
 
 # ---- the corpus ----------------------------------------------------------------------------------
@@ -37,20 +35,10 @@ def as_streamed(config: DataConfig) -> DataConfig:
     return replace(config, layout="stream", frames="all", long_clips="split")
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One training sequence of the corpus: which file, which clip of it, which window of that clip."""
-
-    file: int
-    clip: int
-    window: Window
-    repetition: int = 0  # 0, 1, ... in a file that an epoch shows several times
-
-
 class Corpus:
     """Clip files with their embeddings, planned into sequences.
 
-    The plan and the clips of JSON files stay in memory; embeddings and clips of JSONL files are read when needed.
+    The plan stays in memory (prospect/plan.py), by default made here; clips and embeddings are read when needed.
 
     `corpus[(epoch, i)]` is sequence i with the negatives of that epoch: it depends on nothing else, so any worker,
     rank or resumed run makes the same. repeats: how often an epoch shows each file, by default once; a clip shown
@@ -71,36 +59,14 @@ class Corpus:
         rate: float,
         seed: int,
         repeats: Sequence[int] | None = None,
+        plan: Plan | None = None,
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
         self.repeats = repeats or [1] * len(paths)
-        self.sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
-        usable = usable_clips(self.sources, config, vision_dim)
-        self.warnings, self.skipped, self.updates = usable.warnings, usable.skipped, usable.updates
-        self.entries: list[Entry] = []
-        self.origins: list[Origin] = []
-        prompts: list[dict[str, bool]] = []  # of each clip
-        for f, c in usable.clips:
-            clip, embeddings = self.load(f, c)
-            layout = lay_out(clip, config, rate, seed, 0)
-            try:
-                windows = plan_windows(clip, layout, tokenizer, config, embeddings.shape[1])
-            except ProspectError as error:  # a text that fits no window
-                if config.on_bad == "stop":
-                    raise
-                self.skipped.append(str(error))
-                continue
-            self.entries += [Entry(f, c, window, n) for n in range(self.repeats[f]) for window in windows]
-            path = self.sources[f].embeddings_path(clip)
-            self.origins.append(Origin(clip.where, clip.id, clip.video_uid, path))
-            prompts.append(prompt_parts(clip, config))
-        if self.skipped:
-            clips = sum(len(source.file) for source in self.sources)
-            self.warnings.append(f"{len(self.skipped)} of {clips} clips are skipped (data.on_bad=skip)")
-        if not self.entries:
-            where = ", ".join(map(str, paths))
-            raise ProspectError("no usable clip", where=where, remedy="python -m prospect.check FILE")
-        self.prompts = {part: sum(prompt[part] for prompt in prompts) / len(prompts) for part in prompts[0]}
+        self.plan = plan or make_plan(paths, config, tokenizer, vision_dim, seed=seed, repeats=self.repeats)
+        self.sources = open_planned(paths, config, self.plan)
+        self.warnings, self.skipped, self.updates = self.plan.warnings, self.plan.skipped, self.plan.updates
+        self.entries, self.prompts = Entries(self.plan), self.plan.prompts
 
     def load(self, file: int, index: int) -> tuple[Clip, np.ndarray]:
         """A clip and its embeddings [rows, I, D]."""
@@ -123,11 +89,15 @@ class Corpus:
 
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, [number of sequences]."""
-        return np.array([entry.window.num_tokens for entry in self.entries])
+        return self.plan.table[:, 6].astype(np.int64)
+
+    def clips(self) -> list[tuple[int, int]]:
+        """The clips that give a sequence, (file, number), in order."""
+        return list(map(tuple, np.unique(self.plan.table[:, :2], axis=0).tolist()))
 
     def shares(self) -> np.ndarray:
         """Each file's share of the tokens of an epoch, [number of files]."""
-        tokens = np.bincount([entry.file for entry in self.entries], self.lengths(), len(self.sources))
+        tokens = np.bincount(self.plan.table[:, 0], self.lengths(), len(self.sources))
         return tokens / tokens.sum()
 
 
@@ -200,6 +170,7 @@ def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:
 
 
 POOL_BATCHES = 8  # batches' worth of sequences that are sorted by length together
+COUNTED = 100  # epochs whose batches are counted one by one to know how many steps a run has
 
 
 def epoch_batches(lengths: np.ndarray, batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
@@ -268,8 +239,17 @@ class DataOrder:
         return epoch, position
 
     def left(self, epoch: int, position: int, num_epochs: int) -> int:
-        """Micro-batches from a place to the end of `num_epochs` epochs."""
-        return max(0, sum(len(self.batches(e)) for e in range(epoch, num_epochs)) - position)
+        """Micro-batches from a place to the end of `num_epochs` epochs.
+
+        Epochs differ by a few. Those from COUNTED on, which are not made before they are needed, count as many as the
+        first; by how much those that are over differed from that is made up for, so the end does not move on the way.
+        """
+        if num_epochs <= COUNTED:
+            return max(0, sum(len(self.batches(e)) for e in range(epoch, num_epochs)) - position)
+        first = len(self.batches(0))
+        ahead = sum(len(self.batches(e)) for e in range(epoch, COUNTED)) + (num_epochs - max(epoch, COUNTED)) * first
+        more = sum(len(self.batches(e)) - first for e in range(COUNTED, epoch))
+        return max(0, ahead - more - position)
 
 
 class StepSampler:

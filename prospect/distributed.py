@@ -114,6 +114,14 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     return gathered
 
 
+def from_main(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value, on every rank."""
+    given = [value]
+    if ranks.world > 1:
+        dist.broadcast_object_list(given)
+    return given[0]
+
+
 @contextlib.contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
     """A block that every rank runs. If it fails on any rank, all exit, so that none waits for one that is gone.

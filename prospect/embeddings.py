@@ -11,6 +11,11 @@ Convert a directory of pickles once, and never open one again:
 
     python -m prospect.embeddings convert DIR OUT [--format safetensors|npy]
 
+and tens of thousands of files can be packed into a few (prospect/packs.py), and unpacked:
+
+    python -m prospect.embeddings pack DIR OUT
+    python -m prospect.embeddings unpack OUT DIR
+
 The .npy format is numpy's NEP 1.
 """
 
@@ -30,6 +35,7 @@ from tqdm import tqdm
 
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import write_whole
+from prospect.packs import Stretch, in_pack, locate, map_npy, pack, read_bytes, unpack
 from prospect.pickles import RESAVE, read_pickle, refusal
 
 ENDINGS = (".pkl", ".npy", ".safetensors")  # in the order in which they are looked for
@@ -56,16 +62,19 @@ def embedding_names(clip_id: str, named: str | None) -> list[str]:
 def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outside: bool = False) -> Path:
     """The embedding file of a clip.
 
-    The first of `embedding_names` that exists in `folder` is taken. Wherever ``..``, an absolute path or a symbolic
-    link leads, the file must be inside `folder`, unless `allow_outside`.
+    The first of `embedding_names` that exists in `folder`, or in its pack, is taken. Wherever ``..``, an absolute path
+    or a symbolic link leads, the file must be inside `folder`, unless `allow_outside`.
 
     Raises ProspectError when the file is outside or there is none (every path tried is named).
     """
     where = f"clip {clip_id!r}"
-    tried = [folder / name for name in embedding_names(clip_id, named)]
+    names = embedding_names(clip_id, named)
+    tried = [folder / name for name in names]
     try:
-        found = next((path for path in tried if path.exists()), None)
-        inside = found is None or found.resolve().is_relative_to(folder.resolve())
+        found = next((path for name, path in zip(names, tried) if path.exists() or in_pack(folder, name)), None)
+        # The default names have no folder in them: then only a link could lead outside.
+        inside = found is None or (named is None and not found.is_symlink())
+        inside = inside or found.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # too long, no permission; a NUL byte; a loop of links
         what = f"cannot look for embeddings at {str(tried[0])!r}: {error}"
         remedy = "check the id, the `embeddings` field and the permissions of the directory"
@@ -94,12 +103,18 @@ def read_embeddings(path: Path) -> np.ndarray:
     Raises ProspectError, and nothing else, whatever the bytes of the file are.
     """
     path = Path(path)
-    with _refusing(path):
+    with _refusing(path) as stretch:
         if path.suffix == ".npy":
-            array = _map_npy(path)
+            array = _map_npy(path, stretch)
+        elif path.suffix == ".safetensors" and stretch.packed:
+            tensors = dict(safetensors.deserialize(read_bytes(path)))
+            name, dtype = _checked_header({n: (of["dtype"], tuple(of["shape"])) for n, of in tensors.items()}, path)
+            array = _from_bytes(tensors[name]["data"], dtype).reshape(tensors[name]["shape"])
         elif path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
-                name, dtype = _checked_header(file, path)
+                headers = {name: file.get_slice(name) for name in file.keys()}
+                shapes = {name: (header.get_dtype(), tuple(header.get_shape())) for name, header in headers.items()}
+                name, dtype = _checked_header(shapes, path)
                 tensor = file.get_tensor(name)  # through torch, because numpy has no bfloat16
             array = (tensor.float() if dtype == "BF16" else tensor).numpy()
         else:
@@ -127,16 +142,17 @@ def check_finite(array: np.ndarray, where: str) -> None:
 
 
 @contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Open only a regular file of a known format, and turn every failure inside into a ProspectError on `path`."""
+def _refusing(path: Path) -> Iterator[Stretch]:
+    """Where a file's bytes are, if it is a regular one of a known format. A failure inside becomes a ProspectError."""
     try:
         if path.suffix not in ENDINGS:
             raise refusal(path, f"no known format of embeddings ends in {path.suffix!r}", f"use {', '.join(ENDINGS)}")
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would block for ever, /dev/zero would never end
+        stretch = locate(path)
+        if not stat.S_ISREG(stretch.file.stat().st_mode):  # a pipe would block for ever, /dev/zero would never end
             raise refusal(path, "is not a regular file", "name the embedding file itself")
-        if path.stat().st_size == 0:
+        if stretch.size == 0:
             raise refusal(path, "the file is empty", "copy or compute it again")
-        yield
+        yield stretch
     except ProspectError:
         raise
     except OSError as error:
@@ -160,28 +176,35 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
         raise refusal(path, f"has shape {list(shape)}: there is nothing in it", "compute the embeddings again")
 
 
-def _map_npy(path: Path) -> np.ndarray:
+def _map_npy(path: Path, stretch: Stretch) -> np.ndarray:
     """A .npy file as a read-only memory map; its header must account for every byte of the file."""
     with np.errstate(over="ignore"):  # numpy warns when the sizes of a lying header overflow, and then refuses it
-        array = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects and headers that claim too much
+        # Both refuse pickled objects and headers that claim too much.
+        array = map_npy(stretch) if stretch.packed else np.lib.format.open_memmap(path, mode="r")
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise refusal(path, f"has dtype {str(array.dtype)[:80]}, wanted float16 or float32")
     _check_shape(array.shape, path)
-    size = path.stat().st_size
-    if array.offset + array.nbytes != size:
-        raise refusal(path, f"the header accounts for {array.offset + array.nbytes} bytes, the file has {size}")
+    accounted = array.offset + array.nbytes - stretch.offset
+    if accounted != stretch.size:
+        raise refusal(path, f"the header accounts for {accounted} bytes, the file has {stretch.size}")
     return array
 
 
-def _checked_header(file: safetensors.safe_open, path: Path) -> tuple[str, str]:
-    """Name and dtype of the tensor that holds the embeddings, from the header; its shape and dtype are checked."""
-    names = sorted(file.keys())
+def _from_bytes(data: bytes, dtype: str) -> np.ndarray:
+    """The numbers of a tensor in safetensors. bfloat16 is the upper half of float32, which it becomes."""
+    if dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype])
+
+
+def _checked_header(tensors: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> tuple[str, str]:
+    """Name and dtype of the tensor that holds the embeddings, checked. tensors: a file's, by name (dtype, shape)."""
+    names = sorted(tensors)
     if len(names) != 1 and "embeddings" not in names:
         what = f"holds {len(names)} tensors ({', '.join(map(repr, names[:5]))[:200]}), none named 'embeddings'"
         raise refusal(path, what, "leave one tensor in the file, or name the right one 'embeddings'")
     name = names[0] if len(names) == 1 else "embeddings"
-    header = file.get_slice(name)
-    dtype, shape = header.get_dtype(), tuple(header.get_shape())
+    dtype, shape = tensors[name]
     if dtype not in SAFETENSORS_DTYPES:
         raise refusal(path, f"has dtype {dtype}, wanted one of {', '.join(SAFETENSORS_DTYPES)}")
     _check_shape(shape, path)
@@ -237,13 +260,20 @@ def convert(directory: Path, out: Path, file_format: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m prospect.embeddings", description="Convert embeddings once.")
-    parser.add_argument("command", choices=["convert"])
-    parser.add_argument("directory", type=Path, help="directory of .pkl files, one array each")
-    parser.add_argument("out", type=Path, help="directory for the converted files, created if missing")
-    parser.add_argument("--format", choices=["safetensors", "npy"], default="safetensors", dest="file_format")
+    description = "Convert pickled embeddings, pack a folder of embeddings into a few large files, or unpack it."
+    parser = argparse.ArgumentParser(prog="python -m prospect.embeddings", description=description)
+    parser.add_argument("command", choices=["convert", "pack", "unpack"])
+    parser.add_argument("directory", type=Path, help="directory of .pkl files, of files to be packed, or of a pack")
+    parser.add_argument("out", type=Path, help="directory for what is written, created if missing")
+    what = "of converted files"
+    parser.add_argument(
+        "--format", choices=["safetensors", "npy"], default="safetensors", dest="file_format", help=what
+    )
     arguments = parser.parse_args()
-    return convert(arguments.directory, arguments.out, arguments.file_format)
+    if arguments.command == "convert":
+        return convert(arguments.directory, arguments.out, arguments.file_format)
+    print((pack if arguments.command == "pack" else unpack)(arguments.directory, arguments.out))
+    return 0
 
 
 if __name__ == "__main__":

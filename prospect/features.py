@@ -8,6 +8,7 @@ checkpoint, and compared with those that the model is given later.
     scale    mean norm of a vector, mean and deviation of its numbers; all that is known of other files
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,7 @@ import numpy as np
 
 from prospect.clip_files import Source
 from prospect.embeddings import read_embeddings
-from prospect.errors import ProspectError
-from prospect.files import read_json
+from prospect.packs import read_bytes
 
 CLIPS, ROWS = 64, 16  # looked at, at most: of a file, and of a clip
 TOLERANCE = 1.25  # norms and deviations that differ by a larger factor are not of one kind
@@ -72,10 +72,10 @@ def scale_of(parts: Sequence[np.ndarray]) -> dict[str, float]:
 def made_by(path: Path) -> dict[str, str]:
     """What encode wrote beside an embedding file; nothing where something else made it."""
     try:
-        facts = read_json(path.with_suffix(".json"))
-    except ProspectError:
+        facts = json.loads(read_bytes(path.with_suffix(".json")))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return comparable(facts) if "weights_sha256" in facts else {}
+    return comparable(facts) if isinstance(facts, dict) and "weights_sha256" in facts else {}
 
 
 def comparable(facts: dict) -> dict[str, str]:

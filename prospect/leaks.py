@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prospect.errors import ProspectError
+from prospect.packs import read_bytes
 
 NAMED = 5  # leaks in an error's line
 
@@ -44,8 +45,7 @@ def leaks(train: Sequence[Origin], val: Sequence[Origin]) -> list[str]:
 
 
 def digest(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    return hashlib.sha256(read_bytes(path)).digest()
 
 
 def check_leaks(train: Sequence[Origin], val: Sequence[Origin], allowed: bool) -> list[str]:

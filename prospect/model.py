@@ -28,11 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from prospect.config import LossConfig
+from prospect.config import IGNORE, LossConfig
 from prospect.errors import ProspectError
-
-IGNORE = -100  # the label of a position where nothing is learned
-
 
 # ---- config --------------------------------------------------------------------------------------
 

@@ -31,10 +31,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prospect.clips import Clip, Turn
-from prospect.config import DataConfig
+from prospect.config import IGNORE, DataConfig
 from prospect.dst import State, Step, write_update
 from prospect.errors import ProspectError
-from prospect.model import IGNORE
 from prospect.tokenizer import IMAGE, Piece, Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful and proactive assistant."

@@ -7,6 +7,7 @@ inference has exactly the tokens that it had in training, whatever follows it.
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Tokenizer:
     """
 
     def __init__(self, directory: str | Path, template: str):
-        self.directory = Path(directory)
+        self.directory, self.template_name = Path(directory), template
         path = self.directory / "tokenizer.json"
         try:
             content = path.read_text(encoding="utf-8")
@@ -148,6 +149,15 @@ class Tokenizer:
         named = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
         texts = {key: value for key, value in named.items() if isinstance(value, str)}
         return {key: text for key, text in texts.items() if self.backend.token_to_id(text) is not None}
+
+    def __reduce__(self):  # to a process that plans: read again there
+        return Tokenizer, (self.directory, self.template_name)
+
+    def digest(self) -> str:
+        """Another one for every tokenizer that may cut a text in another way."""
+        files = [self.directory / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        contents = [file.read_bytes() for file in files if file.is_file()]
+        return hashlib.sha256(b"\0".join([self.template_name.encode(), *contents])).hexdigest()
 
     def control_ids(self) -> list[int]:
         return sorted(self.ids.values())

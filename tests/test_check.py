@@ -11,7 +11,7 @@ import pytest
 from conftest import raw_clip, read
 from tiny import tiny_config, train_here, write_tiny_corpus
 
-from prospect import check
+from prospect import check, kept
 from prospect.build import load_corpus, load_tokenizer
 from prospect.clip_files import parse_clip
 from prospect.config import DataConfig
@@ -156,7 +156,7 @@ def test_processes_find_the_same_in_the_same_order(tmp_path, monkeypatch, capsys
     path = corrupt(tmp_path)
     more = write_clips(tmp_path / "more.jsonl", [good(f"more{i}") for i in range(40)] + [good("c")])
     alone = run(monkeypatch, capsys, path, more, "--workers", 1)
-    monkeypatch.setattr(check, "WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(kept, "WORTH_PROCESSES", 1)
     assert run(monkeypatch, capsys, path, more, "--workers", 2) == alone
     assert alone[0] == 2 and alone[1][-1].startswith("47 clips, 230 frames: 8 errors")
 

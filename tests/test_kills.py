@@ -145,7 +145,7 @@ def load_once(folder: Path, settings: list[str]) -> None:
     corpora = {split: load_corpus(config, tokenizer, split) for split in ("train", "val")}
     model = build_model(config, tokenizer)
     train.load_tokenizer = lambda config: tokenizer
-    train.load_corpus = lambda config, tokenizer, split: corpora[split]
+    train.load_corpora = lambda config, tokenizer, ranks: (corpora["train"], corpora["val"], [])
     train.build_model = lambda config, tokenizer: model
 
 
