@@ -299,6 +299,8 @@ class _Reader:
         return None
 
     def frame(self, value: Any, field: str) -> int | None:
+        if type(value) is int and abs(value) <= 1e12:  # as nearly all are
+            return value
         number = self.number(value, field)
         if number is None:
             return None
@@ -461,6 +463,8 @@ class _Reader:
 
     def in_our_names(self, item: dict, i: int) -> dict:
         """A turn with its fields named as here. One that is given under both of its names must be the same twice."""
+        if not TURN_FIELDS.keys() & item.keys():
+            return item
         for other, ours in TURN_FIELDS.items():
             if item.get(other) is not None and item.get(ours) is None:
                 item = item | {ours: item[other]}

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from prospect.check import usable_clips
-from prospect.clip_files import Source, fit_rows, load_embeddings, open_source
+from prospect.clip_files import Source, fit_rows, open_source
 from prospect.config import DataConfig
+from prospect.embeddings import read_embeddings
 from prospect.errors import ProspectError
 from prospect.kept import Found, Task, find_all
 from prospect.leaks import Origin
@@ -92,7 +93,7 @@ def make_plan(
     origins: list[Origin] = []
     prompts: dict[str, int] = {}
     embeddings = [hashlib.sha256() for _ in sources]
-    task = windows_task(config, tokenizer, vision_dim, seed)
+    task = windows_task(config, tokenizer, seed)
     for (f, c), found in zip(usable.clips, find_all(sources, usable.clips, task)):
         if "refused" in found.value:
             error = ProspectError(found.value["refused"], where=found.value["where"], remedy=found.value["remedy"])
@@ -144,24 +145,24 @@ def open_planned(paths: Sequence[str], config: DataConfig, plan: Plan) -> list[S
 # ---- one clip ------------------------------------------------------------------------------------
 
 
-def windows_task(config: DataConfig, tokenizer: Tokenizer, vision_dim: int, seed: int) -> Task:
+def windows_task(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Task:
     settings = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
     drawn = seed if config.frames == "hybrid" else None  # which frames are kept is then drawn
-    depends_on = [settings, tokenizer.digest(), vision_dim, drawn]
-    return Task("windows", find_windows, (config, tokenizer, vision_dim, seed), depends_on)
+    return Task("windows", find_windows, (config, tokenizer, seed), depends_on=[settings, tokenizer.digest(), drawn])
 
 
-def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer, int, int]) -> Found:
+def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer, int]) -> Found:
     """The windows of a good clip, and what else a start needs of it; or why a text of it fits no window."""
-    config, tokenizer, vision_dim, seed = given
+    config, tokenizer, seed = given
     clip = source.file.clip(index)
     path = source.embeddings_path(clip)
     before = stamp(path)
-    rows = load_embeddings(clip, source.folder, vision_dim, allow_outside=source.allow_outside)
+    rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
+    per_frame = rows.shape[1] if rows.ndim == 3 else 1
     clip, _ = fit_rows(clip, len(rows))
     try:
         # No window depends on which silent frames are negatives: none are drawn.
-        windows = plan_windows(clip, lay_out(clip, config, 0.0, seed, 0), tokenizer, config, rows.shape[1])
+        windows = plan_windows(clip, lay_out(clip, config, 0.0, seed, 0), tokenizer, config, per_frame)
     except ProspectError as error:
         refused = {"refused": error.what, "where": error.where, "remedy": error.remedy}
         return Found(refused, clip.id, clip.embeddings, path)
