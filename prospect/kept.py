@@ -23,7 +23,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,9 +41,7 @@ PART = 1024  # clips in a file
 CHUNK = 64  # clips that a process is sent at a time
 AHEAD = 3  # parts that the processes work on while the first of them is waited for
 WORTH_PROCESSES = 400  # clips to be done: in about the time that a process takes to start
-SETTLED = (
-    2.0  # seconds since its last change after which the next change of a file has another time, on any file system
-)
+TICK, COARSE_TICK = 0.1, 2.0  # seconds within which two changes of a file may have one time, see `settled`
 SETTINGS_KEPT = 8  # folders of one task: as many settings can take turns
 
 
@@ -86,6 +83,7 @@ def find_all(
     """
     workers = cores() if workers is None else workers
     stores = [Store(source, task) if keep else None for source in sources]
+    work = (task.find, sources, task.given)
     parts: dict[tuple[int, int], list[int]] = {}
     for number, index in clips:
         parts.setdefault((number, index // PART), []).append(index)
@@ -98,11 +96,11 @@ def find_all(
             part = Part(sources[number], stores[number], place, indices)
             missing = [index for index in indices if index not in part.known]
             if processes is None and min(len(missing) // WORTH_PROCESSES + 1, workers) > 1:
-                processes = stack.enter_context(Processes(_do_chunk, (task.find, sources, task.given), workers))
+                processes = stack.enter_context(Processes(do_chunk, work, workers))
             for begin in range(0, len(missing), CHUNK):
                 chunk = (number, missing[begin : begin + CHUNK])
-                given = (task.find, sources, task.given)
-                part.chunks.append(processes.submit(chunk) if processes else functools.partial(_do_chunk, given, chunk))
+                do_here = functools.partial(do_chunk, work, chunk)
+                part.chunks.append(processes.submit(chunk).result if processes else do_here)
             waiting.append(part)
             if len(waiting) > AHEAD or processes is None:
                 yield from waiting.popleft().finish(bar)
@@ -110,17 +108,18 @@ def find_all(
             yield from waiting.popleft().finish(bar)
 
 
-def _do_chunk(given: tuple, chunk: tuple[int, list[int]]) -> list[Found]:
-    find, sources, of_task = given
+def do_chunk(work: tuple[Callable, Sequence[Source], Any], chunk: tuple[int, list[int]]) -> list[Found]:
+    find, sources, given = work
     number, indices = chunk
-    return [find(sources[number], index, of_task) for index in indices]
+    return [find(sources[number], index, given) for index in indices]
 
 
 class Part:
     """Clips of one file that are kept together: those that are known already, and chunks of the others, to be done."""
 
     def __init__(self, source: Source, store: "Store | None", place: int, indices: list[int]):
-        self.store, self.place, self.indices, self.chunks = store, place, indices, []
+        self.store, self.place, self.indices = store, place, indices
+        self.chunks: list[Callable[[], list[Found]]] = []
         self.began = time.time()
         self.known: dict[int, Found] = {}
         self.lines: dict[int, str] = {} if store is None else store.read(place)  # also those of clips not wanted now
@@ -130,7 +129,7 @@ class Part:
 
     def finish(self, bar: tqdm) -> Iterator[Found]:
         """All of them in order. What is new is kept, also when this is interrupted."""
-        todo: Iterator[Found] = (found for chunk in self.chunks for found in _result(chunk))
+        todo = (found for done in self.chunks for found in done())
         changed = False
         try:
             for index in self.indices:
@@ -138,8 +137,7 @@ class Part:
                 if found is None:
                     found = next(todo)
                     self.lines.pop(index, None)
-                    # A file that was just written could change once more without its times telling.
-                    if found.stamp and max(found.stamp[1:3]) < (self.began - SETTLED) * 1e9:
+                    if found.stamp and settled(found.stamp, self.began):
                         self.lines[index] = json.dumps([index, found.id, found.named, found.stamp, found.value])
                         changed = True
                 bar.update()
@@ -147,10 +145,6 @@ class Part:
         finally:
             if changed and self.store is not None:
                 self.store.write(self.place, self.lines)
-
-
-def _result(chunk: Future | Callable[[], list[Found]]) -> list[Found]:
-    return chunk.result() if isinstance(chunk, Future) else chunk()
 
 
 def still_true(source: Source, line: str) -> Found | None:
@@ -164,6 +158,15 @@ def still_true(source: Source, line: str) -> Found | None:
     return Found(value, id, named, path, now) if list(now) == kept else None
 
 
+def settled(stamp: tuple[int, ...], at: float) -> bool:
+    """Whether a file was left alone for so long, `at` (seconds of the epoch), that its next change has another time.
+
+    Times come from a clock that ticks a hundred times a second, and some file systems keep but whole seconds, or two.
+    """
+    coarse = all(nanoseconds % 1_000_000 == 0 for nanoseconds in stamp[1:3])
+    return max(stamp[1:3]) < (at - (COARSE_TICK if coarse else TICK)) * 1e9
+
+
 # ---- on the disk ---------------------------------------------------------------------------------
 
 
@@ -174,20 +177,20 @@ class Store:
         file, folder = source.file, source.folder
         on = [code_version(task.find), file.stamp, str(file.path), str(folder), source.allow_outside, task.depends_on]
         key = hashlib.sha256(json.dumps(on).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
         whose = hashlib.sha256(str(file.path.resolve()).encode()).hexdigest()[:16]
         self.task = task.name
         self.places = [
             place / f"{task.name}-{key}"
             for place in (file.path.parent / ".prospect" / file.path.name, cache / "prospect" / whose)
         ]
-        self.settled = max(file.stamp[1:3]) < (time.time() - SETTLED) * 1e9  # see Part.finish
+        self.settled = settled(file.stamp, time.time())
 
     def read(self, part: int) -> dict[int, str]:
         """The lines of a part by their clip's number; none where nothing is kept, or not what was written."""
-        for place in self.places:
+        for path in sorted((place / f"{part:05d}.jsonl" for place in self.places), key=_changed, reverse=True):
             with contextlib.suppress(OSError, ValueError):
-                digest, _, text = (place / f"{part:05d}.jsonl").read_text().partition("\n")
+                digest, _, text = path.read_text(encoding="utf-8").partition("\n")
                 if digest == hashlib.sha256(text.encode()).hexdigest():
                     return {int(line[1 : line.index(",")]): line for line in text.splitlines()}
         return {}
@@ -207,7 +210,7 @@ class Store:
                 shutil.rmtree(old, ignore_errors=True)
             return
         if self.settled:
-            _report_once(f"what was found about the clips is not kept, the next start begins anew: {refused}")
+            _report_once(f"what was found about the clips is not kept, the next start begins anew: {refused.what}")
 
 
 @functools.cache

@@ -30,7 +30,8 @@ def cores() -> int:
 class Processes:
     """`count` processes, to be left as a context: `submit(message)` gives work(given, message) in the future.
 
-    work: a function of a module, which each process imports; given, messages and answers can be pickled.
+    work: a function of a module, which each process imports; given, messages and answers can be pickled. The future
+    raises a ProspectError of the work, and one where the process was killed.
     """
 
     def __init__(self, work: Callable[[Any, Any], Any], given: Any, count: int):
@@ -71,12 +72,15 @@ class Processes:
         try:
             pickle.dump(message, process.stdin)
             process.stdin.flush()
-            return pickle.load(process.stdout)
+            answer = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             what = "a process that checks clips was killed, perhaps for lack of memory"
             raise ProspectError(what, remedy="start again: what was checked is kept") from error
         finally:
             self.idle.put(process)
+        if isinstance(answer, ProspectError):
+            raise answer
+        return answer
 
 
 def serve() -> None:
@@ -87,5 +91,10 @@ def serve() -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         work, given = pickle.load(receive)
         while True:
-            pickle.dump(work(given, pickle.load(receive)), send)
+            message = pickle.load(receive)
+            try:
+                answer = work(given, message)
+            except ProspectError as error:
+                answer = error
+            pickle.dump(answer, send)
             send.flush()

@@ -190,7 +190,7 @@ class Tokenizer:
         return self.encode_pieces(pieces)[0].tolist()
 
     def count_tokens(self, turns: Sequence[Sequence[Piece]]) -> list[int]:
-        """The number of tokens of each of several lists of pieces, encoded in one call, and every text (headers!) once."""
+        """The number of tokens of each of several lists of pieces, in one call; a text that recurs is encoded once."""
         texts = list({piece.text: None for pieces in turns for piece in pieces if not piece.control})
         encodings = self.text_backend.encode_batch_fast(texts, add_special_tokens=False)
         lengths = {text: len(encoding) for text, encoding in zip(texts, encodings)}
