@@ -167,7 +167,8 @@ def _list_spans(path: Path) -> np.ndarray | None:
                         return None if rest.strip(SPACE) else np.array(spans).reshape(-1, 2)
                     end = decode(text, begin)[1]
                     following = _skip_space(text, end)
-                    text[following]  # until something follows, more of the item may
+                    if text[following] not in ",]":  # as between "1" and "1e5"
+                        raise ValueError
                     position += len(text[at:begin].encode())
                     spans.append(position)
                     position += len(text[begin:end].encode())

@@ -148,10 +148,13 @@ def _refusing(path: Path) -> Iterator[Stretch]:
         if path.suffix not in ENDINGS:
             raise refusal(path, f"no known format of embeddings ends in {path.suffix!r}", f"use {', '.join(ENDINGS)}")
         stretch = locate(path)
-        if not stat.S_ISREG(stretch.file.stat().st_mode):  # a pipe would block for ever, /dev/zero would never end
+        file = stretch.file.stat()
+        if not stat.S_ISREG(file.st_mode):  # a pipe would block for ever, /dev/zero would never end
             raise refusal(path, "is not a regular file", "name the embedding file itself")
         if stretch.size == 0:
             raise refusal(path, "the file is empty", "copy or compute it again")
+        if stretch.offset + stretch.size > file.st_size:
+            raise refusal(path, f"{stretch.file.name} is shorter than its index says", "copy the pack again")
         yield stretch
     except ProspectError:
         raise

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import raw_clip, read
 
+from prospect import clip_files
 from prospect.clip_files import ClipFile, fit_rows, load_embeddings, open_source, parse_clip, parse_clip_name
 from prospect.errors import ProspectError
 
@@ -325,6 +326,38 @@ def test_a_list_an_object_and_lines_are_the_same_clips(tmp_path):
         assert (file.find("b"), file.find("0"), file.find("-1")) == (1, 0, 1)
     one = ClipFile(write(tmp_path / "one.json", clips[0]))
     assert len(one) == 1 and one.clip(0).id == "a"
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+def test_a_list_is_indexed_wherever_its_blocks_end(tmp_path, monkeypatch, block):
+    """Also what only looks like the end of an item, a list, or a number."""
+    monkeypatch.setattr(clip_files, "BLOCK", block)
+    values = [
+        {"a": '],[{"\\\\', "b": [[], {}]}, {"é": "漢字 🙂\u2028"}, 12345, -1.5e3, True, None, "x, ]", [1, [2]], {},
+        {"n": 0},
+    ]  # fmt: skip
+    for indent in (None, 1):
+        for ascii in (True, False):
+            text = json.dumps(values, indent=indent, ensure_ascii=ascii)
+            for written in (text, f"\ufeff \r\n{text}\n ", text.replace("\n", "\r\n").replace("[", "[ \t", 1)):
+                path = tmp_path / "list.json"
+                path.write_bytes(written.encode())
+                assert list(ClipFile(path)) == values
+    for broken in (
+        text[:-1],
+        text[:-20],
+        text + "]",
+        text + " 3",
+        "[1 2]",
+        "[1,]",
+        "[,1]",
+        "[1,,2]",
+        '["a": 1]',
+        "[NaN]",
+    ):
+        path.write_bytes(broken.encode())
+        with pytest.raises(ProspectError, match="is not JSON"):
+            ClipFile(path)
 
 
 def test_a_jsonl_line_is_read_only_when_asked_for(tmp_path):

@@ -17,11 +17,11 @@ from safetensors import safe_open
 from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 
 import train
-from prospect import tuning
+from prospect import data, tuning
 from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
-from prospect.data import DataOrder, StepSampler, pad_to_multiple
+from prospect.data import COUNTED, DataOrder, StepSampler, pad_to_multiple
 from prospect.errors import ProspectError
 from prospect.load import load_for_inference, load_job
 from prospect.sequence import LABEL_KEYS, clip_prompt, prompt_pieces
@@ -104,6 +104,21 @@ def test_places_count_over_epochs():
     assert ORDER.advance(0, per_epoch - 1, 1) == (1, 0)
     assert ORDER.advance(0, 0, per_epoch + len(ORDER.batches(1)) + 2) == (2, 2)
     assert ORDER.left(0, 0, 1) == per_epoch and ORDER.left(0, 3, 1) == per_epoch - 3 and ORDER.left(1, 0, 1) == 0
+
+
+def test_the_end_of_very_many_epochs_is_known_at_once_and_stays_where_it_is(monkeypatch):
+    counted = sum(len(ORDER.batches(epoch)) for epoch in range(COUNTED))
+    assert ORDER.left(0, 0, 10**9) == counted + (10**9 - COUNTED) * len(ORDER.batches(0))
+    monkeypatch.setattr(data, "COUNTED", 3)
+    order = DataOrder(np.random.default_rng(0).integers(5, 50, size=100), batch_tokens=100, seed=0)
+    sizes = [len(order.batches(epoch)) for epoch in range(20)]
+    whole = sum(sizes[:3]) + 17 * sizes[0]
+    assert whole != sum(sizes)
+    taken, place = 0, (0, 0)
+    while taken < whole:
+        assert order.left(*place, 20) == whole - taken
+        taken, place = taken + 1, order.advance(*place, 1)
+    assert order.left(*place, 20) == 0
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 1), (1, 4), (2, 2), (4, 1), (3, 2)])
