@@ -10,6 +10,8 @@ Index and parts are memory-mapped (their pages are shared by all processes of a 
 
 import bisect
 import functools
+import io
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -106,20 +108,28 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 def map_npy(stretch: Stretch) -> np.ndarray:
     """A .npy file inside a pack as a read-only memory map. Raises ValueError for a header that claims too much."""
-    with open(stretch.file, "rb") as file:
+    with open(stretch.file, "rb", buffering=0) as file:
         file.seek(stretch.offset)
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"version {version} of the format")
-        shape, by_column, dtype = read(file)
-        begin = file.tell()
-        if (
-            dtype.hasobject
-            or begin + dtype.itemsize * int(np.prod(shape, dtype=object)) > stretch.offset + stretch.size
-        ):
+        try:
+            shape, by_column, dtype, length = _header(file.read(128))  # all of it, as numpy writes it
+        except ValueError:
+            file.seek(stretch.offset)
+            shape, by_column, dtype, length = _header(file.read(min(stretch.size, 1 << 14)))
+        begin, size = stretch.offset + length, dtype.itemsize * math.prod(shape)
+        if dtype.hasobject or length + size > stretch.size:
             raise ValueError("the header claims more than the file holds")
         return np.memmap(file, dtype, "r", begin, shape, "F" if by_column else "C")
+
+
+@functools.lru_cache(maxsize=1024)  # numpy takes as long to read a header as the rows behind it, and many are the same
+def _header(beginning: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, order, type and length in bytes of a .npy file's header. Raises ValueError where it is not all there."""
+    file = io.BytesIO(beginning)
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format")
+    return *read(file), file.tell()
 
 
 # ---- packing and unpacking -----------------------------------------------------------------------
