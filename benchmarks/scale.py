@@ -4,6 +4,7 @@
 
 The clips are generated, of small width: 220 frames and 40 texts each, so that what is measured is the work per clip,
 not the reading of embeddings. Cold: nothing was found out about them yet. Warm: everything was, and nothing changed.
+Each in seconds, and in seconds of processor time over all ranks and processes, which other load changes less.
 A rank's memory is what it has to itself (RssAnon) after the first step. The row of 10 clips says what a start takes
 that has nothing to do with their number: imports, the model, the step. Corpora and measured rows stay in the folder, so
 a benchmark that was stopped resumes; without --folder all of it is removed at the end. 100,000 clips take 1.3 GB.
@@ -12,6 +13,7 @@ a benchmark that was stopped resumes; without --folder all of it is removed at t
 import argparse
 import json
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -78,13 +80,13 @@ def settings(corpus: Path, run: Path, ending: str, packed: bool) -> list[str]:
 
 
 def first_step(words: list[str], run: Path, ranks: int) -> dict[str, float]:
-    """Start a training on so many ranks: seconds to its first step, and the largest rank's memory then, in MiB."""
+    """Start a training on so many ranks: seconds to its first step, also of processor time, and a rank's MiB by then."""
     (run / "metrics.jsonl").unlink(missing_ok=True)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(found.getsockname()[1]), "WORLD_SIZE": str(ranks)}
     command = [sys.executable, "train.py", str(ROOT / "config.yaml"), *words]
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_time()
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env=os.environ | shared | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
@@ -98,12 +100,19 @@ def first_step(words: list[str], run: Path, ranks: int) -> dict[str, float]:
                     raise ProspectError(f"the run ended before its first step: {process.stderr.read()[-300:]}")
             time.sleep(0.02)
         seconds = time.perf_counter() - began
-        return {"seconds": seconds, "memory": max(own_memory(process.pid) for process in processes)}
+        memory = max(own_memory(process.pid) for process in processes)
     finally:
         for process in processes:
             process.kill()
         for process in processes:
             process.communicate()
+    return {"seconds": seconds, "processor": processor_time() - used, "memory": memory}
+
+
+def processor_time() -> float:
+    """Seconds of it that ended processes have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def own_memory(pid: int) -> float:
@@ -111,7 +120,7 @@ def own_memory(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
-def measure(folder: Path, clips: int, ranks: int, ending: str, packed: bool) -> dict[str, float]:
+def measure(folder: Path, clips: int, ranks: int, ending: str, packed: bool) -> dict[str, dict[str, float]]:
     """One row: cold, then warm."""
     corpus, run = folder / f"{clips}", folder / "runs" / f"{clips}"
     if not (corpus / f"val.{ending}").exists():
@@ -126,8 +135,7 @@ def measure(folder: Path, clips: int, ranks: int, ending: str, packed: bool) -> 
     train_tokenizer(texts, 512, run / "tokenizer")
     shutil.rmtree(corpus / ".prospect", ignore_errors=True)
     words = settings(corpus, run, ending, packed)
-    cold, warm = first_step(words, run, ranks), first_step(words, run, ranks)
-    return {"cold": cold["seconds"], "warm": warm["seconds"], "memory": warm["memory"]}
+    return {"cold": first_step(words, run, ranks), "warm": first_step(words, run, ranks)}
 
 
 def main() -> None:
@@ -141,16 +149,16 @@ def main() -> None:
     ending = "json" if arguments.json else "jsonl"
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).resolve()
-        print("| clips | ranks | cold, s | warm, s | memory of a rank, MiB |\n|---:|---:|---:|---:|---:|")
+        print("| clips | ranks | cold, s | of processor time | warm, s | of processor time | memory of a rank, MiB |")
+        print("|---:" * 7 + "|")
         for clips in [10, *arguments.clips]:
             for ranks in arguments.ranks:
                 stored = folder / f"row-{clips}-{ranks}-{ending}{'-packed' if arguments.packed else ''}.json"
                 if not stored.exists():
                     write_json(stored, measure(folder, clips, ranks, ending, arguments.packed))
                 row = read_json(stored)
-                print(
-                    f"| {clips:,} | {ranks} | {row['cold']:.1f} | {row['warm']:.1f} | {row['memory']:.0f} |", flush=True
-                )
+                seconds = [f"{row[kind][of]:.1f}" for kind in ("cold", "warm") for of in ("seconds", "processor")]
+                print(f"| {clips:,} | {ranks} | {' | '.join(seconds)} | {row['warm']['memory']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
