@@ -80,7 +80,7 @@ def settings(corpus: Path, run: Path, ending: str, packed: bool) -> list[str]:
 
 
 def first_step(words: list[str], run: Path, ranks: int) -> dict[str, float]:
-    """Start a training on so many ranks: seconds to its first step, also of processor time, and a rank's MiB by then."""
+    """Start a training on so many ranks: seconds to its first step, also of processor time, and a rank's MiB then."""
     (run / "metrics.jsonl").unlink(missing_ok=True)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
