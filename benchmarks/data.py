@@ -3,9 +3,9 @@
     python benchmarks/data.py [--clips 512] [--frames 220] [--passes 3]
 
 The clips are synthetic, with a turn about every 20 frames, and the tokenizer is trained on them, so nothing has to be
-downloaded. `load` maps the embedding files into memory; `format, tokenize, label` is what reads them, from the page
-cache. Single stages are timed in processor time, so that other load does not change them; the last rows, with worker
-processes, in wall-clock time.
+downloaded. `load` parses the clips and maps the embedding files into memory; `format, tokenize, label` is what reads
+them, from the page cache. Single stages, and all of them in a row, are timed in processor time, so that other load does
+not change them; the last rows, with worker processes, in wall-clock time.
 """
 
 import argparse
@@ -119,20 +119,28 @@ def main() -> None:
             for batch in batches:
                 collate([samples[i] for i in batch], tokenizer.pad_id)
 
-        print(f"{args.clips} clips of {args.frames} frames, {corpus.lengths().mean():.0f} tokens each")
+        data = Batches(corpus, batches, tokenizer.pad_id)
+
+        def all_of_it() -> None:
+            deque(map(data.__getitem__, range(len(data))), maxlen=0)
+
+        tokens = corpus.lengths().mean()
+        print(f"{args.clips} clips of {args.frames} frames, {tokens:.0f} tokens each")
         stages = {
-            "load (parsed once; .npy)": load,
+            "load": load,
             "lay out": lay_out_all,
             "format, tokenize, label": make_all,
             "collate": collate_all,
+            "all: what a worker delivers": all_of_it,
         }
         for name, work in stages.items():
-            print(f"{name:28}{clips_per_second(work, args.clips, args.passes, time.process_time):10.0f} clips/s")
+            rate = clips_per_second(work, args.clips, args.passes, time.process_time)
+            print(f"{name:28}{rate:10.0f} clips/s {rate * tokens:12,.0f} tokens/s")
         for workers in (0, 1, 2):
-            loader = DataLoader(Batches(corpus, batches, tokenizer.pad_id), batch_size=None, num_workers=workers)
+            loader = DataLoader(data, batch_size=None, num_workers=workers)
             load_batches = functools.partial(deque, loader, maxlen=0)
             rate = clips_per_second(load_batches, args.clips, args.passes, time.perf_counter)
-            print(f"{f'all, {workers} workers':28}{rate:10.0f} clips/s")
+            print(f"{f'all, {workers} workers':28}{rate:10.0f} clips/s {rate * tokens:12,.0f} tokens/s")
 
 
 if __name__ == "__main__":

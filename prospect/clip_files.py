@@ -14,6 +14,7 @@ A Source is a clip file with the folder of its embeddings: the one way from a fi
 
 import codecs
 import json
+import os
 import re
 from array import array
 from collections.abc import Iterator
@@ -88,6 +89,10 @@ class ClipFile:
     def __getitem__(self, index: int) -> Any:
         begin, end = self.spans[index].tolist()
         with open(self.path, "rb") as file:
+            now = os.fstat(file.fileno())
+            if (now.st_size, now.st_mtime_ns) != self.stamp[:2]:  # its clips may be at other places
+                remedy = "start again"
+                raise ProspectError("has changed since it was opened", where=str(self.path), remedy=remedy)
             file.seek(begin)
             where = f"{self.path}, clip {index}"
             return _parse_json(_decode(file.read(end - begin), where), where)

@@ -69,26 +69,26 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
     """
     where = f"clip {clip_id!r}"
     names = embedding_names(clip_id, named)
-    tried = [folder / name for name in names]
+    first = folder / names[0]
     try:
-        found = next((path for name, path in zip(names, tried) if path.exists() or in_pack(folder, name)), None)
+        found = next((path for n in names if (path := folder / n).exists() or in_pack(folder, n)), None)
         # The default names have no folder in them: then only a link could lead outside.
         inside = found is None or (named is None and not found.is_symlink())
         inside = inside or found.resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError) as error:  # too long, no permission; a NUL byte; a loop of links
-        what = f"cannot look for embeddings at {str(tried[0])!r}: {error}"
+        what = f"cannot look for embeddings at {str(first)!r}: {error}"
         remedy = "check the id, the `embeddings` field and the permissions of the directory"
         raise ProspectError(what, where=where, remedy=remedy) from None
     if found is None and named is not None and not allow_outside:
         # A path that leads outside is refused for that reason even where no file exists.
-        inside = Path(os.path.abspath(tried[0])).is_relative_to(os.path.abspath(folder))
+        inside = Path(os.path.abspath(first)).is_relative_to(os.path.abspath(folder))
     if not inside and not allow_outside:
-        what = f"embeddings {str(found or tried[0])!r} lie outside the directory {str(folder)!r}"
+        what = f"embeddings {str(found or first)!r} lie outside the directory {str(folder)!r}"
         remedy = "move the file inside, or set data.embeddings_outside=true in the config if you trust the clip file"
         raise ProspectError(what, where=where, remedy=remedy)
     if found is None:
         remedy = "put the file there, or set data.embeddings to the directory that holds it"
-        raise ProspectError(f"no embeddings at {', '.join(str(path) for path in tried)}", where=where, remedy=remedy)
+        raise ProspectError(f"no embeddings at {', '.join(str(folder / n) for n in names)}", where=where, remedy=remedy)
     return found
 
 

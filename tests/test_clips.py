@@ -360,6 +360,14 @@ def test_a_list_is_indexed_wherever_its_blocks_end(tmp_path, monkeypatch, block)
             ClipFile(path)
 
 
+def test_a_file_that_changes_while_it_is_used_is_refused(tmp_path):
+    path = write(tmp_path / "list.json", [raw_clip([], 0, 9, id=name) for name in "ab"])
+    file = ClipFile(path)
+    write(path, [raw_clip([], 0, 9, id=name) for name in "bca"])
+    with pytest.raises(ProspectError, match=r"list.json: has changed since it was opened \(start again\)"):
+        file.clip(1)
+
+
 def test_a_jsonl_line_is_read_only_when_asked_for(tmp_path):
     path = write(tmp_path / "lines.jsonl", json.dumps(raw_clip([], 0, 9)) + "\n{broken\n")
     file = ClipFile(path)
