@@ -1,7 +1,6 @@
 """From a configuration to what training needs: tokenizer, corpus, model."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from prospect.check import refuse_without_updates, usable_clips
@@ -11,10 +10,9 @@ from prospect.config import Config
 from prospect.data import Corpus, as_streamed
 from prospect.distributed import Ranks, from_main, together
 from prospect.errors import ProspectError
-from prospect.leaks import check_leaks
 from prospect.memory import check_model_fits
 from prospect.model import ModelConfig, Prospect, init_weights
-from prospect.plan import Plan
+from prospect.plan import Plan, Wanted, plan_both
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
 from prospect.tokenizer import SPOKEN, Tokenizer, train_tokenizer
@@ -66,13 +64,17 @@ def _training_texts(clips: Iterable[Clip], config: Config) -> Iterator[str]:
 
 def load_corpus(config: Config, tokenizer: Tokenizer, split: str, plan: Plan | None = None) -> Corpus:
     """split: train, or val, which sees every frame, as streaming does. plan: by default it is made here."""
-    data, dim, seed = config.data, config.model.vision_dim, config.run.seed
+    rate = config.data.val_neg_frame_sampling_rate if split == "val" else config.data.neg_frame_sampling_rate
+    of = what_to_plan(config, tokenizer, split)
+    return Corpus(of.paths, of.config, tokenizer, of.vision_dim, rate=rate, seed=of.seed, repeats=of.repeats, plan=plan)
+
+
+def what_to_plan(config: Config, tokenizer: Tokenizer, split: str) -> Wanted:
+    data, rest = config.data, (tokenizer, config.model.vision_dim, config.run.seed)
     if split == "val":
-        rate = data.val_neg_frame_sampling_rate
-        return Corpus(data.val, as_streamed(data), tokenizer, dim, rate=rate, seed=seed, plan=plan)
-    paths, repeats = zip(*[(file.path, file.repeat) for file in data.train_files()])
-    rate = data.neg_frame_sampling_rate
-    return Corpus(paths, data, tokenizer, dim, rate=rate, seed=seed, repeats=repeats, plan=plan)
+        return Wanted(data.val, as_streamed(data), *rest, [1] * len(data.val))
+    files = data.train_files()
+    return Wanted([file.path for file in files], data, *rest, [file.repeat for file in files])
 
 
 def load_corpora(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Corpus, Corpus, list[str]]:
@@ -80,13 +82,12 @@ def load_corpora(config: Config, tokenizer: Tokenizer, ranks: Ranks) -> tuple[Co
 
     Rank 0 plans, with all cores of its machine, and the others receive its plans. Raises ProspectError.
     """
-    splits, plans, shared = ("train", "val"), [], []
+    splits, made = ("train", "val"), None
     with together(ranks):
         if ranks.main:
-            plans = [load_corpus(config, tokenizer, split).plan for split in splits]
-            shared = check_leaks(plans[0].origins, plans[1].origins, config.data.allow_leaks)
-            plans = [replace(plan, origins=[]) for plan in plans]
-    plans, shared = from_main((plans, shared), ranks)
+            wanted = [what_to_plan(config, tokenizer, split) for split in splits]
+            made = plan_both(*wanted, allow_leaks=config.data.allow_leaks)
+    *plans, shared = from_main(made, ranks)
     with together(ranks):
         train, val = (load_corpus(config, tokenizer, split, plan) for split, plan in zip(splits, plans))
     return train, val, shared

@@ -162,7 +162,7 @@ def check_all(
     clips = [(number, index) for number, source in enumerate(sources) for index in range(len(source.file))]
     task = Task("check", check_clip, vision_dim, depends_on=vision_dim)
     seen: dict[str, int] = {}  # the source of each id
-    for (number, index), found in zip(clips, find_all(sources, clips, task, workers, keep)):
+    for (number, index), found in zip(clips, find_all(sources, clips, task, workers, keep), strict=True):
         checked = Checked(*found.value)
         checked.problems = [Problem(*problem) for problem in checked.problems]
         path = str(sources[number].file.path)

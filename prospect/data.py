@@ -23,7 +23,7 @@ from prospect.clips import Clip
 from prospect.config import IGNORE, DataConfig
 from prospect.errors import ProspectError
 from prospect.model import added, count_labels
-from prospect.plan import Entries, Entry, Plan, make_plan, open_planned
+from prospect.plan import Entries, Entry, Plan, Wanted, make_plan, open_planned
 from prospect.sequence import LABEL_KEYS, Sample, generator, lay_out, make_sample
 from prospect.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Corpus:
     ):
         self.config, self.tokenizer, self.vision_dim, self.rate, self.seed = config, tokenizer, vision_dim, rate, seed
         self.repeats = repeats or [1] * len(paths)
-        self.plan = plan or make_plan(paths, config, tokenizer, vision_dim, seed=seed, repeats=self.repeats)
+        self.plan = plan or make_plan(Wanted(paths, config, tokenizer, vision_dim, seed, self.repeats))
         self.sources = open_planned(paths, config, self.plan)
         self.warnings, self.skipped, self.updates = self.plan.warnings, self.plan.skipped, self.plan.updates
         self.entries, self.prompts = Entries(self.plan), self.plan.prompts

@@ -7,6 +7,7 @@ shows the same person, place and task), or has the same embeddings: a file of th
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import basename
 from pathlib import Path
 
 from prospect.errors import ProspectError
@@ -15,37 +16,39 @@ from prospect.packs import read_bytes
 NAMED = 5  # leaks in an error's line
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Origin:
     """What tells where a clip comes from. where: "file, clip ID", for messages."""
 
     where: str
     id: str
     video_uid: str
-    embeddings: Path
+    embeddings: str | Path  # text where there are many: it takes a fraction of the memory
 
 
 def leaks(train: Sequence[Origin], val: Sequence[Origin]) -> list[str]:
     """A line for every validation clip that leaks: a training clip, and what both share."""
     ids, videos = {clip.id: clip for clip in train}, {clip.video_uid: clip for clip in train}
-    names = {clip.embeddings.name for clip in train} & {clip.embeddings.name for clip in val if clip.id not in ids}
-    contents = {digest(clip.embeddings): clip for clip in train if clip.embeddings.name in names}
+    names = {basename(clip.embeddings) for clip in train} & {
+        basename(clip.embeddings) for clip in val if clip.id not in ids
+    }
+    contents = {digest(clip.embeddings): clip for clip in train if basename(clip.embeddings) in names}
     found = []
     for clip in val:
         if other := ids.get(clip.id):
             shared = "id"
         elif other := videos.get(clip.video_uid):
             shared = f"video {clip.video_uid!r}"
-        elif clip.embeddings.name in names and (other := contents.get(digest(clip.embeddings))):
-            shared = f"embeddings {clip.embeddings.name!r}"
+        elif basename(clip.embeddings) in names and (other := contents.get(digest(clip.embeddings))):
+            shared = f"embeddings {basename(clip.embeddings)!r}"
         else:
             continue
         found.append(f"{clip.where} has the same {shared} as {other.where}")
     return found
 
 
-def digest(path: Path) -> bytes:
-    return hashlib.sha256(read_bytes(path)).digest()
+def digest(path: str | Path) -> bytes:
+    return hashlib.sha256(read_bytes(Path(path))).digest()
 
 
 def check_leaks(train: Sequence[Origin], val: Sequence[Origin], allowed: bool) -> list[str]:

@@ -6,9 +6,10 @@ which the clips of a file begin and end.
 """
 
 import hashlib
+import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ from prospect.config import DataConfig
 from prospect.embeddings import read_embeddings
 from prospect.errors import ProspectError
 from prospect.kept import Found, Task, find_all
-from prospect.leaks import Origin
+from prospect.leaks import Origin, check_leaks
 from prospect.packs import stamp
+from prospect.processes import Processes
 from prospect.sequence import Window, lay_out, plan_windows, prompt_parts
 from prospect.tokenizer import Tokenizer
+
+LARGE = 8 << 20  # bytes of clip files: some thousand clips
 
 # Settings of the data on which no window depends.
 ELSEWHERE = {
@@ -76,25 +80,49 @@ class Entries(Sequence):
         return Entry(file, clip, Window(*window, self.plan.units.get(index)), repetition)
 
 
-def make_plan(
-    paths: Sequence[str],
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    vision_dim: int,
-    *,
-    seed: int,
-    repeats: Sequence[int],
-) -> Plan:
+@dataclass(frozen=True)
+class Wanted:
+    """What a plan is made of. See Corpus."""
+
+    paths: Sequence[str]
+    config: DataConfig
+    tokenizer: Tokenizer
+    vision_dim: int
+    seed: int
+    repeats: Sequence[int]
+
+
+def plan_both(train: Wanted, val: Wanted, allow_leaks: bool) -> tuple[Plan, Plan, list[str]]:
+    """The plans of training and validation, without origins, and what is to be reported of clips that both have.
+
+    Large files are planned in a process of its own, with which all the memory goes that looking at every clip takes.
+    """
+    sizes = [os.path.getsize(path) for path in (*train.paths, *val.paths) if os.path.exists(path)]
+    if sum(sizes) < LARGE:
+        return plan_here((train, val, allow_leaks), None)
+    with Processes(plan_here, (train, val, allow_leaks), 1) as process:
+        return process.submit(None).result()
+
+
+def plan_here(given: tuple[Wanted, Wanted, bool], nothing: None) -> tuple[Plan, Plan, list[str]]:
+    train, val, allow_leaks = given
+    plans = [make_plan(train), make_plan(val)]
+    shared = check_leaks(plans[0].origins, plans[1].origins, allow_leaks)
+    return *(replace(plan, origins=[]) for plan in plans), shared
+
+
+def make_plan(wanted: Wanted) -> Plan:
     """Check all clips, and plan the sequences of those that are good. Raises ProspectError as Corpus does."""
+    paths, config, repeats = wanted.paths, wanted.config, wanted.repeats
     sources = [open_source(path, config.embeddings, config.embeddings_outside) for path in paths]
-    usable = usable_clips(sources, config, vision_dim)
+    usable = usable_clips(sources, config, wanted.vision_dim)
     rows = array("i")  # of the table, one behind another
     units: dict[int, tuple[int, ...]] = {}
     origins: list[Origin] = []
     prompts: dict[str, int] = {}
     embeddings = [hashlib.sha256() for _ in sources]
-    task = windows_task(config, tokenizer, seed)
-    for (f, c), found in zip(usable.clips, find_all(sources, usable.clips, task)):
+    task = windows_task(config, wanted.tokenizer, wanted.seed)
+    for (f, c), found in zip(usable.clips, find_all(sources, usable.clips, task), strict=True):
         if "refused" in found.value:
             error = ProspectError(found.value["refused"], where=found.value["where"], remedy=found.value["remedy"])
             if config.on_bad == "stop":
@@ -108,7 +136,7 @@ def make_plan(
                 rows.extend((f, c, repetition, *window))
         if found.value["windows"]:
             embeddings[f].update(f"{found.path.name} {found.stamp[0]}\n".encode())
-        origins.append(Origin(f"{paths[f]}, clip {found.id}", found.id, found.value["video_uid"], found.path))
+        origins.append(Origin(f"{paths[f]}, clip {found.id}", found.id, found.value["video_uid"], str(found.path)))
         for part, there in found.value["prompt"].items():
             prompts[part] = prompts.get(part, 0) + there
     if usable.skipped:

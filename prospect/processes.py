@@ -59,7 +59,8 @@ class Processes:
     def _start(self) -> None:
         root = str(Path(__file__).parents[1])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-c", "from prospect.processes import serve; serve()"]
+        # -P: not what happens to be named `prospect` in the current directory.
+        command = [sys.executable, "-P", "-c", "from prospect.processes import serve; serve()"]
         environment = os.environ | ONE_THREAD | {"PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         self.started.append(process)

@@ -20,7 +20,7 @@ from tiny import VISION_DIM, finish, launch, tiny_config, train_here, write_tiny
 from prospect import check, kept, plan
 from prospect.build import load_corpora, load_corpus, load_tokenizer
 from prospect.data import Corpus
-from prospect.distributed import start_ranks, stop_ranks
+from prospect.distributed import Ranks, start_ranks, stop_ranks
 from prospect.errors import ProspectError
 from prospect.processes import Processes
 from prospect.tokenizer import Tokenizer
@@ -389,6 +389,8 @@ def test_two_runs_share_what_they_find_at_the_same_time(folder, done):
 
 
 def test_processes_plan_what_one_does(folder, monkeypatch):
+    (folder / "prospect.py").write_text("another module of this name, in the current directory")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(kept, "settled", lambda stamp, at: False)  # nothing is kept
     alone = corpus_of(folder)
     monkeypatch.setattr(kept, "WORTH_PROCESSES", 1)
@@ -428,11 +430,8 @@ def test_what_goes_wrong_in_a_process_is_one_error(tmp_path, monkeypatch):
 
 def plan_as_rank(folder: Path) -> None:
     ranks = start_ranks("cpu")
-    found = []
-    real, plan.make_plan = plan.make_plan, None
-    import prospect.data
-
-    prospect.data.make_plan = lambda *words, **named: found.append(1) or real(*words, **named)
+    found, real = [], plan.make_plan
+    plan.make_plan = lambda wanted: found.append(1) or real(wanted)
     config = tiny_config(folder)
     train, val, _ = load_corpora(config, load_tokenizer(config), ranks)
     values = {name: value for name, value in as_values(train).items() if name != "origins"}
@@ -446,6 +445,19 @@ def test_one_rank_plans_and_the_others_receive_its_plan(folder):
     assert finish(launch(plan_as_rank, folder, world=2, log=folder / "log")) == [0, 0], (folder / "log").read_text()
     first, second = (json.loads((folder / f"rank{rank}").read_text()) for rank in (0, 1))
     assert (first[0], second[0]) == (2, 0) and first[1:] == second[1:]
+
+
+def test_large_files_are_planned_in_a_process_of_its_own(folder, monkeypatch):
+    config = tiny_config(folder)
+    here = [as_values(corpus) for corpus in load_corpora(config, load_tokenizer(config), Ranks(0, 1, "cpu"))[:2]]
+    monkeypatch.setattr(plan, "LARGE", 0)
+    monkeypatch.setattr(plan, "make_plan", None)  # not here
+    assert [
+        as_values(corpus) for corpus in load_corpora(config, load_tokenizer(config), Ranks(0, 1, "cpu"))[:2]
+    ] == here
+    (folder / "train.json").write_text("[1]")
+    with pytest.raises(ProspectError, match="clip 0: a clip must be a JSON object, not int"):
+        load_corpora(config, load_tokenizer(config), Ranks(0, 1, "cpu"))
 
 
 def test_a_rank_that_sees_another_file_says_so(folder):
