@@ -12,6 +12,8 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +37,7 @@ class Processes:
     """
 
     def __init__(self, work: Callable[[Any, Any], Any], given: Any, count: int):
-        self.job = pickle.dumps((work, given))
+        self.job = pickle.dumps((os.getpid(), work, given))
         self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self.started: list[subprocess.Popen] = []
         self.threads = ThreadPoolExecutor(count, initializer=self._start)  # a thread waits for each
@@ -90,7 +92,8 @@ def serve() -> None:
     receive, send = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not be taken for an answer
     with contextlib.suppress(EOFError, BrokenPipeError):
-        work, given = pickle.load(receive)
+        parent, work, given = pickle.load(receive)
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
         while True:
             message = pickle.load(receive)
             try:
@@ -99,3 +102,10 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, send)
             send.flush()
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone, killed perhaps, also in the middle of long work."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -100,9 +100,9 @@ def test_a_second_start_finds_nothing_out_and_has_the_same_plan_and_sequences(fo
 
 def test_training_steps_are_the_same_bits(folder, done):
     def steps(name: str) -> list[dict]:
-        config = tiny_config(folder, f"run.name={name}", "train.max_steps=4", "train.eval_every=100")
+        config = tiny_config(folder, f"run.name={name}", "train.max_steps=2", "train.eval_every=100")
         shutil.copytree(folder / "runs/tiny/tokenizer", folder / f"runs/{name}/tokenizer", dirs_exist_ok=True)
-        assert train_here(folder, f"run.name={name}", "train.max_steps=4", "train.eval_every=100") == 0
+        assert train_here(folder, f"run.name={name}", "train.max_steps=2", "train.eval_every=100") == 0
         lines = (Path(config.run.out) / name / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
@@ -426,6 +426,22 @@ def test_what_goes_wrong_in_a_process_is_one_error(tmp_path, monkeypatch):
         assert raised.value.where == "here"
         with pytest.raises(ProspectError, match="was killed, perhaps for lack of memory"):
             answers[2].result()
+
+
+def test_no_process_outlives_the_one_that_started_it(tmp_path):
+    (tmp_path / "errands.py").write_text("import os, time\ndef run(given, message): print(os.getpid()); time.sleep(60)")
+    script = "import sys, errands; sys.path.insert(0, sys.argv[1]); from prospect.processes import Processes\n"
+    script += "with Processes(errands.run, 0, 1) as processes: processes.submit(0).result()"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-c", script, str(ROOT)]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        child = int(process.stderr.readline())  # which prints where it does not disturb the answers
+        assert Path(f"/proc/{child}").exists()
+        process.kill()
+    until = time.monotonic() + 20
+    while Path(f"/proc/{child}/cmdline").exists() and Path(f"/proc/{child}/cmdline").read_bytes():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def plan_as_rank(folder: Path) -> None:
