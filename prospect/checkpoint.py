@@ -47,7 +47,7 @@ from prospect.config import Config, TrainConfig, make_config, to_dict, without_r
 from prospect.data import Corpus
 from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
 from prospect.errors import ProspectError, run_entry_point
-from prospect.features import Features, difference, features_of, warnings
+from prospect.features import CLIPS, Features, difference, evenly, features_of, warnings
 from prospect.files import WRITING, read_json, to_disk, tree_to_disk, write_json, write_text
 from prospect.model import Prospect
 from prospect.sequence import generator
@@ -519,7 +519,8 @@ def note_features(state: TrainState, train: Corpus, val: Corpus, source: Path | 
 
     source: the checkpoint that the state is from.
     """
-    found, of_val = (features_of([(of.sources[f], c) for f, c in of.clips()]) for of in (train, val))
+    chosen = ((of, of.clips()[evenly(len(of.clips()), CLIPS)].tolist()) for of in (train, val))
+    found, of_val = (features_of([(of.sources[f], c) for f, c in clips]) for of, clips in chosen)
     lines = warnings(found, Features(state.features, state.scale), source) if source else []
     if what := difference(of_val, found):
         lines.append(f"the embeddings of data.val are not like those of data.train: {what}")

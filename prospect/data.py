@@ -91,9 +91,9 @@ class Corpus:
         """Tokens of each sequence, [number of sequences]."""
         return self.plan.table[:, 6].astype(np.int64)
 
-    def clips(self) -> list[tuple[int, int]]:
-        """The clips that give a sequence, (file, number), in order."""
-        return list(map(tuple, np.unique(self.plan.table[:, :2], axis=0).tolist()))
+    def clips(self) -> np.ndarray:
+        """The clips that give a sequence, [number of clips, 2]: file and number, in order."""
+        return np.unique(self.plan.table[:, :2], axis=0)
 
     def shares(self) -> np.ndarray:
         """Each file's share of the tokens of an epoch, [number of files]."""

@@ -80,7 +80,7 @@ def clips_to_stream(corpus: Corpus, config: Config) -> tuple[list[tuple[int, int
     clips, left_out = [], []
     if config.infer.evidence is not None:
         return clips, left_out
-    for file, index in some_of(corpus.clips()):
+    for file, index in some_of(corpus.clips().tolist()):
         clip, embeddings = corpus.load(file, index)
         try:
             check_streamable(clip, embeddings.shape[1], corpus.tokenizer, config)
