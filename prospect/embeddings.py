@@ -181,9 +181,7 @@ def _check_shape(shape: tuple[int, ...], path: Path) -> None:
 
 def _map_npy(path: Path, stretch: Stretch) -> np.ndarray:
     """A .npy file as a read-only memory map; its header must account for every byte of the file."""
-    with np.errstate(over="ignore"):  # numpy warns when the sizes of a lying header overflow, and then refuses it
-        # Both refuse pickled objects and headers that claim too much.
-        array = map_npy(stretch) if stretch.packed else np.lib.format.open_memmap(path, mode="r")
+    array = map_npy(stretch)  # refuses pickled objects and headers that claim too much
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
         raise refusal(path, f"has dtype {str(array.dtype)[:80]}, wanted float16 or float32")
     _check_shape(array.shape, path)

@@ -48,9 +48,11 @@ def locate(path: Path) -> Stretch:
     try:
         return Stretch(path, 0, path.stat().st_size, packed=False)
     except (FileNotFoundError, NotADirectoryError):
+        name = path.name
         for folder in path.parents:
-            if found := in_pack(folder, path.relative_to(folder).as_posix()):
+            if found := in_pack(folder, name):
                 return found
+            name = f"{folder.name}/{name}"
         raise
 
 
@@ -61,8 +63,9 @@ def in_pack(folder: Path, name: str) -> Stretch | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     wanted = name.encode("utf-8", "surrogateescape")
-    at = bisect.bisect_left(index, wanted, key=lambda row: row["name"])
-    if at == len(index) or index[at]["name"] != wanted:
+    names = index["name"]
+    at = bisect.bisect_left(names, wanted)
+    if at == len(names) or names[at] != wanted:
         return None
     _, part, offset, size = index[at].item()
     return Stretch(folder / PART.format(part), offset, size)
@@ -107,7 +110,7 @@ def stamp(path: Path) -> tuple[int, ...]:
 
 
 def map_npy(stretch: Stretch) -> np.ndarray:
-    """A .npy file inside a pack as a read-only memory map. Raises ValueError for a header that claims too much."""
+    """A .npy file as a read-only memory map. Raises ValueError for a header that claims too much, and for objects."""
     with open(stretch.file, "rb", buffering=0) as file:
         file.seek(stretch.offset)
         try:
