@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
-from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
+from prospect.build import load_corpus, load_tokenizer, make_sample_corpus, new_model, run_directory
 from prospect.check import refuse_without_updates
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
@@ -51,6 +51,7 @@ from prospect.distributed import (
     any_rank,
     gather_objects,
     leave_signals_to_parent,
+    shard_model,
     share_model,
     start_ranks,
     stop_ranks,
@@ -67,7 +68,7 @@ from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_ter
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
 from prospect.validation import autocast, clips_to_stream, note_validation, validate
-from prospect.weights import load_state
+from prospect.weights import fill_model, trained_tensors
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
@@ -106,9 +107,9 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
         left_out = clips_to_stream(val_corpus, config)[1]
         val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
         leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
-        model = build_model(config, tokenizer)
+        model, stored = new_model(config, tokenizer)  # shapes and types; the values follow
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
-    set_trainable(model, config.train, config.run.seed)
+    set_trainable(model, config.train)
     if ranks.main:
         print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
     if dry_run:
@@ -129,15 +130,16 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
         return 0
 
-    # The model on its device, shared between ranks; the optimizer; precision.
-    with together(ranks):
-        if source and not (source / ckpt.SHARDS).is_dir():
-            load_state(model, source)
-    model.to(ranks.device)
+    # The model, shared between ranks: each reads or draws the values of its own share alone. The optimizer; precision.
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:  # dynamic: one graph for all shapes; batch size 1 and evaluation get their own
         for block in model.model.layers:
             block.compile(dynamic=True)
+    shard_model(model, config.train, ranks)
+    with together(ranks):
+        if source and not (source / ckpt.SHARDS).is_dir():
+            stored |= trained_tensors(model, source)
+        fill_model(model, stored, ranks.device, config.run.seed)
     shared = share_model(model, config.train, ranks)
     beta = (config.train.beta1, config.train.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=beta, fused=True)
