@@ -15,6 +15,7 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -92,7 +93,8 @@ def learning_rate(step: int, max_steps: int, config: TrainConfig, peak: float) -
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
+def train(config: Config, ranks: Ranks, dry_run: int) -> int:
+    """Train, and return the exit status. dry_run: describe a run of so many ranks and stop; 0: train."""
     # What to learn from, and the model. Rank 0 makes what is made once: the sample corpus and a trained tokenizer.
     torch.manual_seed(config.run.seed + ranks.rank)
     with together(ranks):
@@ -111,9 +113,11 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
     set_trainable(model, config.train)
     if ranks.main:
-        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
+        described = dataclasses.replace(ranks, world=dry_run or ranks.world)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, described), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
+            print("\n".join(describe_memory(config, model, dry_run)))
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             print("labels of one epoch:", counts_line(label_counts(train_corpus)))
         return 0
@@ -367,18 +371,21 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = "print the resolved config, sizes and label counts, and stop"
     parser.add_argument("--dry-run", action="store_true", help=what)
+    parser.add_argument("--ranks", type=int, help="with --dry-run: for a run of so many, not just those there are")
     arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        remedy = "torchrun --nproc_per_node=N starts N ranks"
+        raise ProspectError("is for --dry-run, and at least 1", where="--ranks", remedy=remedy)
     config = load_config(arguments.config, arguments.overrides)
     backbone = config.model.backbone
     if arguments.dry_run and backbone and not (Path(backbone) / "config.json").exists():
-        print(
-            "\n".join(describe_memory(config))
-        )  # a published backbone that is not on this machine: sizes all the same
+        # A published backbone that is not on this machine: sizes all the same.
+        print("\n".join(describe_memory(config, world=arguments.ranks or 1)))
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
     ranks = start_ranks(config.train.device)
     try:
-        return train(config, ranks, arguments.dry_run)
+        return train(config, ranks, (arguments.ranks or ranks.world) if arguments.dry_run else 0)
     finally:
         stop_ranks(ranks)
 

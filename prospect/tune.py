@@ -60,9 +60,14 @@ def meta_model(config: ModelConfig) -> Prospect:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of a model of this shape by part: backbone, adapters, projector, heads. Nothing is allocated."""
+    """Parameters of a model of this shape by part. Nothing is allocated."""
+    return count_parts(meta_model(config))
+
+
+def count_parts(model: Prospect) -> dict[str, int]:
+    """Parameters by part: backbone, adapters, projector, heads."""
     counts = {"backbone": 0, "adapters": 0, "projector": 0, "heads": 0}
-    for name, parameter in meta_model(config).named_parameters():
+    for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     return counts
 
