@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +30,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import PRECISIONS, SHAPES, model_config
 from prospect.clip_files import parse_clip
+from prospect.clips import Clip
 from prospect.config import Config, torch_dtype
+from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import store_wide_weights_by_column
-from prospect.model import Prospect, init_weights
+from prospect.model import Prospect
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.tune import is_adapter, meta_model
+from prospect.weights import fill_model
 
 LOOKAHEAD = (1, 8, 32)
 STREAMS = 8
-NEVER = 2.0  # a threshold that no probability reaches: every frame is silent
+NEVER = Moments(frozenset(), frozenset())  # every frame is silent
 
 
 def transformers_model(model: Prospect):
-    """LlamaForCausalLM with the same weights."""
+    """LlamaForCausalLM with the same weights, which are not trained with the others."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -53,9 +58,13 @@ def transformers_model(model: Prospect):
                          num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
                          head_dim=c.head_dim, num_key_value_heads=c.num_key_value_heads,
                          rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
-    peer = LlamaForCausalLM(config).to(weight.device, weight.dtype).eval()
+    with torch.device(weight.device):
+        peer = LlamaForCausalLM(config).eval()
     shared = ("model.", "lm_head.")  # by name; the projector and the heads are ours alone
-    peer.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(shared)})
+    state = model.state_dict().items()
+    state = {name: tensor for name, tensor in state if name.startswith(shared) and not is_adapter(name)}
+    peer.load_state_dict(state, assign=True)  # the same memory
+    peer.tie_weights()
     return peer
 
 
@@ -101,6 +110,44 @@ def frame_bytes(model: Prospect, context: int) -> int:
     return size * (weights + 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context)
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Silent frames [F,D] that follow a prompt, and a model of random weights that looks at them."""
+
+    model: Prospect
+    tokenizer: Tokenizer
+    config: Config
+    clip: Clip
+    prompt: list[int]
+    frames: torch.Tensor
+
+    def sessions(self, count: int, graphs: bool = True) -> list[StreamSession]:
+        """So many streams in one cache, their prompts read. graphs: let CUDA graphs run what they can."""
+        cache = make_cache(self.model, self.config, count)
+        if not graphs:
+            cache.graph = None
+        return [
+            StreamSession(self.model, self.tokenizer, self.clip, self.config, cache=cache, stream=n, moments=NEVER)
+            for n in range(count)
+        ]
+
+
+def workload(shape: str, device: str, precision: str, num_frames: int) -> Workload:
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))
+        tokenizer = Tokenizer(folder, "plain")
+    model = meta_model(replace(model_config(shape), image_token_id=tokenizer.image_id)).to(torch_dtype(precision))
+    fill_model(model, {}, device, 0)
+    config = Config()
+    config.data.max_seq_len = num_frames + 512
+    config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5
+    raw = dict(start_frame_idx=0, end_frame_idx=num_frames - 1, conversation=[], inferred_goal="Go on " * 30)
+    clip, _ = parse_clip(raw, "bench", 0)
+    prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
+    frames = torch.randn(num_frames, model.config.vision_dim, generator=torch.Generator().manual_seed(0))
+    return Workload(model.eval(), tokenizer, config, clip, prompt, frames)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,28 +161,11 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device, dtype = arguments.device, torch_dtype(arguments.precision)
 
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))
-        tokenizer = Tokenizer(folder, "plain")
-    shape = model_config(arguments.shape)
-    shape.image_token_id = tokenizer.image_id
-    model = Prospect(shape).eval()
-    init_weights(model, 0)
-    model = model.to(device, dtype)
+    work = workload(arguments.shape, device, arguments.precision, arguments.frames)
+    model, prompt, frames = work.model, work.prompt, work.frames
     peer = transformers_model(model)
     store_wide_weights_by_column(model)  # as load_for_inference does
-    config = Config()
-    config.data.max_seq_len = arguments.frames + 512
-    config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
-    raw = dict(start_frame_idx=0, end_frame_idx=arguments.frames - 1, conversation=[], inferred_goal="Go on " * 30)
-    clip, _ = parse_clip(raw, "bench", 0)
-    prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
-    frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
     bandwidth = read_bandwidth(device, dtype)
-
-    def sessions(count: int) -> list[StreamSession]:
-        cache = make_cache(model, config, count)
-        return [StreamSession(model, tokenizer, clip, config, cache=cache, stream=n) for n in range(count)]
 
     modes = {
         "transformers, growing cache": 1,
@@ -151,7 +181,7 @@ def main() -> None:
             times, speaking = transformers_loop(peer, model, prompt, frames, device, read_lm_head)
             measured.append(times)
         for count, lookahead in [(1, k) for k in LOOKAHEAD] + [(STREAMS, 1)]:
-            times, found = engine(sessions(count), frames, lookahead)
+            times, found = engine(work.sessions(count), frames, lookahead)
             assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (lookahead, found, speaking)
             measured.append(times)
         if round_number:
