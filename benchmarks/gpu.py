@@ -52,6 +52,7 @@ from train import train_step
 
 PAGE = ROOT / "benchmarks" / "GPU.md"
 SECONDS = 480  # that a stage may take
+NEEDED = ("transformers", "peft")  # packages, beside those of requirements.txt
 LABELLED = 0.33  # share of tokens that the LM head learns
 TOKENS = 32  # of a generated turn
 PEAKS = {"H200": 989e12, "H100 80GB HBM3": 989e12, "A100": 312e12}  # dense bf16, FLOP/s, of NVIDIA's data sheets
@@ -423,7 +424,7 @@ def main() -> int:
     scale = TRIAL if arguments.trial else CARD
     if arguments.trial and arguments.out is None:
         raise ProspectError("a trial's figures are nobody's", where="--trial", remedy="--out FOLDER")
-    if missing := [name for name in ("transformers", "peft") if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ProspectError(f"not installed: {', '.join(missing)}", remedy="pip install -r requirements-dev.txt")
     if not arguments.trial and not torch.cuda.is_available():
         raise ProspectError("there is no CUDA device", where="benchmarks/gpu.py", remedy="--trial --out FOLDER")

@@ -98,7 +98,7 @@ def by_hand(case: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]
     return expected
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_ranks_hold_their_rows_of_the_one_model(tmp_path, world):
     """On three ranks rows are dealt out unevenly, and of a head's single row two ranks get nothing."""
     assert finish(launch(write_filled, tmp_path, world=world, log=tmp_path / "log")) == [0] * world
