@@ -133,6 +133,7 @@ def correctness(scale: Scale) -> list[Row]:
             rows.append({"what": f"{what} of a step, {precision}", "difference": difference, "limit": limit})
 
     work, reference = (workload(shape, device, "fp32", scale.frames) for device in (scale.device, "cpu"))
+    work.make_ready()
     expected = probabilities(reference, 1, 1, False)  # [1,F,2]
     for streams, lookahead, graphs in ((1, 1, False), (1, 1, True), (1, 32, True), (scale.streams[1], 1, True)):
         difference = float(np.abs(probabilities(work, streams, lookahead, graphs) - expected).max())
@@ -295,6 +296,8 @@ def streaming(scale: Scale, name: str) -> list[Row]:
     given = {"shape": scale.shapes[name], "frames": len(work.frames), "prompt": len(work.prompt)}
     given["bytes"] = frame_bytes(work.model, len(work.prompt) + len(work.frames) // 2)
     given["bandwidth"] = read_bandwidth(scale.device, torch.bfloat16)
+    peer = transformers_model(work.model)
+    work.make_ready()
     rows = []
     for streams, lookahead, graphs in [*itertools.product(scale.streams, [1], [True, False]), (1, 32, True)]:
         for _ in range(2):  # the first warms up
@@ -304,7 +307,6 @@ def streaming(scale: Scale, name: str) -> list[Row]:
         ahead = f", {lookahead} frames at once" if lookahead > 1 else ""
         row = {"who": f"ours{ahead}", "streams": streams, "graphs": graphs, "seconds": seconds, "speaking": speaking}
         rows.append(given | row | {"shown": streams * len(work.frames)})
-    peer = transformers_model(work.model)
     for read_lm_head in (True, False):
         for _ in range(2):
             seconds, speaking = transformers_loop(
@@ -324,6 +326,8 @@ def generation(scale: Scale, name: str) -> list[Row]:
     """Tokens of turns written in all streams at once, in bf16; then transformers, greedily with a growing cache."""
     work = workload(scale.shapes[name], scale.device, "bf16", scale.frames)
     model, device = work.model, torch.device(scale.device)
+    peer = transformers_model(model)
+    work.make_ready()
     given, rows = {"shape": scale.shapes[name]}, []
     forbidden = torch.tensor([work.tokenizer.image_id, work.tokenizer.end_id], device=device)
     for streams, graphs in itertools.product(scale.streams, [True, False]):
@@ -339,7 +343,6 @@ def generation(scale: Scale, name: str) -> list[Row]:
             for stream in range(streams):  # the turn is forgotten, so that all are written behind as many tokens
                 cache.lengths[stream] = len(work.prompt)
         rows.append(given | {"who": "ours", "streams": streams, "graphs": graphs, "turns": times[1:]})
-    peer = transformers_model(model)
     times = [their_turn(peer, work.prompt, scale.device) for _ in range(scale.steps + 1)]
     return [*rows, given | {"who": "transformers", "streams": 1, "graphs": None, "turns": times[1:]}]
 

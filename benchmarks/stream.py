@@ -112,7 +112,10 @@ def frame_bytes(model: Prospect, context: int) -> int:
 
 @dataclass(frozen=True)
 class Workload:
-    """Silent frames [F,D] that follow a prompt, and a model of random weights that looks at them."""
+    """Silent frames [F,D] that follow a prompt, and a model of random weights that looks at them.
+
+    The model is as it was trained, so that `transformers_model` can take its weights; `make_ready` comes after that.
+    """
 
     model: Prospect
     tokenizer: Tokenizer
@@ -120,6 +123,10 @@ class Workload:
     clip: Clip
     prompt: list[int]
     frames: torch.Tensor
+
+    def make_ready(self) -> None:
+        """What load_for_inference does last."""
+        store_wide_weights_by_column(self.model)
 
     def sessions(self, count: int, graphs: bool = True) -> list[StreamSession]:
         """So many streams in one cache, their prompts read. graphs: let CUDA graphs run what they can."""
@@ -164,7 +171,7 @@ def main() -> None:
     work = workload(arguments.shape, device, arguments.precision, arguments.frames)
     model, prompt, frames = work.model, work.prompt, work.frames
     peer = transformers_model(model)
-    store_wide_weights_by_column(model)  # as load_for_inference does
+    work.make_ready()
     bandwidth = read_bandwidth(device, dtype)
 
     modes = {
