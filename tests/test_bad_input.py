@@ -29,7 +29,7 @@ from prospect.config import _BOUNDS
 from prospect.data import Corpus, collate
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
-from prospect.model import LoraConfig
+from prospect.model import LoraConfig, find_targets
 from prospect.stream import StreamSession
 from prospect.tokenizer import Piece, Tokenizer
 from prospect.tune import add_lora
@@ -729,15 +729,15 @@ def test_rows_and_image_tokens_that_differ_in_number(trained):
 
 def test_padding_that_real_tokens_would_see(trained):
     """Padding belongs on the right: causal attention is all that hides it."""
-    config, tokenizer, model = load_for_inference(trained / "runs" / "tiny" / "last")
+    config, tokenizer, _ = load_for_inference(trained / "runs" / "tiny" / "last")
     corpus = Corpus(config.data.val, config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
     batch = collate([corpus[(0, 0)], corpus[(0, 1)]], tokenizer.pad_id)
     assert not batch["attention_mask"].all()
-    model(batch["input_ids"], batch["image_embeds"], labels=batch)
+    find_targets(batch)
     by_token = [key for key, value in batch.items() if torch.is_tensor(value) and key != "image_embeds"]  # [B,T]
     turned = batch | {key: batch[key].flip(1) for key in by_token}
     with pytest.raises(ProspectError, match="padding before a token"):
-        model(turned["input_ids"], turned["image_embeds"], labels=turned)
+        find_targets(turned)
 
 
 def test_an_adapter_wider_than_the_model(trained):

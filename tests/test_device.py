@@ -3,16 +3,27 @@
 What is not covered is said there.
 """
 
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pytest
 import test_naive
 import torch
 from conftest import raw_clip, read
-from device_counts import Counts, PretendedCard, pretended_card
+from device_counts import Counts, PretendedCard, counted, pretended_card
 from test_stream import VISION, random_model, stream_config
+from tiny import tiny_config, write_tiny_corpus
 
+import train
+from prospect import validation
+from prospect.distributed import Ranks
 from prospect.stream import Frame, StreamSession, advance, make_cache
 
+REAL_AUTOCAST, REAL_STEP = train.autocast, train.train_step
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
@@ -80,6 +91,62 @@ def test_backward_on_the_card_has_the_cpus_gradient(card):
     found = gradient(card.device)
     assert found.device == card.device and torch.equal(found.cpu(), expected)
     assert "masked_scatter_backward" in card.report()  # it selects by a mask
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+WAYS = {
+    "fp32": [],
+    "bf16, checkpointing, accumulation": [
+        "train.precision=bf16", "train.activation_checkpointing=true", "train.gradient_accumulation_steps=2",
+        "loss.bce=focal", "model.tie_word_embeddings=true",
+    ],
+}  # fmt: skip
+MICRO_BATCH = Counts(copies=7, waits=0)  # tokens, frames, and five kinds of targets, all from pinned memory
+STEP = Counts(copies=1, waits=1)  # besides: losses and norm, by which the step is taken or not
+
+
+def trained(folder: Path, device: torch.device, *overrides: str) -> list[dict]:
+    """metrics.jsonl of a tiny run, without what a clock has put there."""
+    write_tiny_corpus(folder)
+    config = tiny_config(folder, "train.max_steps=4", "train.eval_every=4", "train.save_every=4", *overrides)
+    assert train.train(config, Ranks(0, 1, device), dry_run=False) == 0
+    lines = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def counted_steps(card: PretendedCard, run: Callable[[], list[dict]]) -> tuple[list[dict], list[Counts]]:
+    """What a run gives, and what passes in each step, up to the next one: its line in the log is part of it."""
+    begun = []
+
+    def step(*arguments):
+        begun.append(len(card.events))
+        return REAL_STEP(*arguments)
+
+    with mock.patch.object(train, "train_step", step):
+        found = run()
+    return found, [counted(card.events[first:last]) for first, last in itertools.pairwise(begun)]
+
+
+def compare_runs(way: str, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    expected = trained(folder / "cpu", cpu, *WAYS[way])
+    with pretended_card() as card:
+        found, steps = counted_steps(card, lambda: trained(folder / "card", card.device, *WAYS[way]))
+    assert len(found) == len(expected) == 5
+    for ours, theirs in zip(found, expected):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4 if way == "fp32" else 0.02), (ours["step"], name)
+    micro_batches = 1 if way == "fp32" else 2
+    assert steps == [Counts(micro_batches * MICRO_BATCH.copies + STEP.copies, STEP.waits)] * 3, card.report()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_on_the_card_is_that_on_the_cpu_and_a_micro_batch_never_waits(way, tmp_path, monkeypatch):
+    """The whole loop: data, forward, backward, clipping, AdamW, log, validation, checkpoint."""
+    for module in (train, validation):  # autocast to cuda turns itself off without one
+        monkeypatch.setattr(module, "autocast", lambda config, device: REAL_AUTOCAST(config, torch.device("cpu")))
+    compare_runs(way, tmp_path)
 
 
 # ---- streaming -----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from prospect import validation
 from prospect.build import build_model, load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
 from prospect.data import DataOrder, collate
-from prospect.model import count_labels
+from prospect.model import count_labels, find_targets
 from prospect.sequence import LABEL_KEYS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -175,7 +175,9 @@ def test_the_four_micro_batches_differ_a_hundredfold(uneven):
     corpus = load_corpus(config, load_tokenizer(config), "train")
     order = DataOrder(corpus.lengths(), config.data.batch_tokens, config.run.seed)
     assert sorted(map(len, order.batches(0))) == [1, 1, 1, 1]
-    counts = [[int(n) for n in count_labels(collate([corpus[(0, index)]], 0)).values()][:6] for index in range(4)]
+    counts = [
+        [int(n) for n in count_labels(collate([corpus[(0, index)]], 0)["targets"]).values()][:6] for index in range(4)
+    ]
     assert counts[0] == [0] * 6
     assert 0 < 100 * counts[1][0] <= counts[2][0]
 
@@ -185,7 +187,7 @@ def test_no_frame_and_no_label_leave_every_parameter_with_a_gradient(uneven):
     config = tiny_config(uneven, *ONE_STEP)
     model = build_model(config, load_tokenizer(config))
     nothing = {key: torch.full((1, 3), -100) for key in LABEL_KEYS}
-    sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), labels=nothing)
+    sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), targets=find_targets(nothing))
     assert [value.item() for value in sums.values()] == [0.0] * 7
     sum(sums.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
