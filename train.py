@@ -15,6 +15,7 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
-from prospect.build import build_model, load_corpus, load_tokenizer, make_sample_corpus, run_directory
+from prospect.build import load_corpus, load_tokenizer, make_sample_corpus, new_model, run_directory
 from prospect.check import refuse_without_updates
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
@@ -52,6 +53,7 @@ from prospect.distributed import (
     any_rank,
     gather_objects,
     leave_signals_to_parent,
+    shard_model,
     share_model,
     start_ranks,
     stop_ranks,
@@ -68,7 +70,7 @@ from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_ter
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
 from prospect.validation import autocast, clips_to_stream, note_validation, validate
-from prospect.weights import load_state
+from prospect.weights import fill_model, trained_tensors
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
@@ -92,7 +94,8 @@ def learning_rate(step: int, max_steps: int, config: TrainConfig, peak: float) -
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
+def train(config: Config, ranks: Ranks, dry_run: int) -> int:
+    """Train, and return the exit status. dry_run: describe a run of so many ranks and stop; 0: train."""
     # What to learn from, and the model. Rank 0 makes what is made once: the sample corpus and a trained tokenizer.
     torch.manual_seed(config.run.seed + ranks.rank)
     with together(ranks):
@@ -107,13 +110,15 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
         left_out = clips_to_stream(val_corpus, config)[1]
         val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
         leaks = check_leaks(train_corpus.origins, val_corpus.origins, config.data.allow_leaks)
-        model = build_model(config, tokenizer)
+        model, stored = new_model(config, tokenizer)  # shapes and types; the values follow
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
-    set_trainable(model, config.train, config.run.seed)
+    set_trainable(model, config.train)
     if ranks.main:
-        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
+        described = dataclasses.replace(ranks, world=dry_run or ranks.world)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, described), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
+            print("\n".join(describe_memory(config, model, dry_run)))
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             print("labels of one epoch:", counts_line(label_counts(train_corpus)))
         return 0
@@ -130,15 +135,16 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
         return 0
 
-    # The model on its device, shared between ranks; the optimizer; precision.
-    with together(ranks):
-        if source and not (source / ckpt.SHARDS).is_dir():
-            load_state(model, source)
-    model.to(ranks.device)
+    # The model, shared between ranks: each reads or draws the values of its own share alone. The optimizer; precision.
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:  # dynamic: one graph for all shapes; batch size 1 and evaluation get their own
         for block in model.model.layers:
             block.compile(dynamic=True)
+    shard_model(model, config.train, ranks)
+    with together(ranks):
+        if source and not (source / ckpt.SHARDS).is_dir():
+            stored |= trained_tensors(model, source)
+        fill_model(model, stored, ranks.device, config.run.seed)
     shared = share_model(model, config.train, ranks)
     beta = (config.train.beta1, config.train.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=beta, fused=True)
@@ -365,18 +371,21 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = "print the resolved config, sizes and label counts, and stop"
     parser.add_argument("--dry-run", action="store_true", help=what)
+    parser.add_argument("--ranks", type=int, help="with --dry-run: for a run of so many, not just those there are")
     arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        remedy = "torchrun --nproc_per_node=N starts N ranks"
+        raise ProspectError("is for --dry-run, and at least 1", where="--ranks", remedy=remedy)
     config = load_config(arguments.config, arguments.overrides)
     backbone = config.model.backbone
     if arguments.dry_run and backbone and not (Path(backbone) / "config.json").exists():
-        print(
-            "\n".join(describe_memory(config))
-        )  # a published backbone that is not on this machine: sizes all the same
+        # A published backbone that is not on this machine: sizes all the same.
+        print("\n".join(describe_memory(config, world=arguments.ranks or 1)))
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
     ranks = start_ranks(config.train.device)
     try:
-        return train(config, ranks, arguments.dry_run)
+        return train(config, ranks, (arguments.ranks or ranks.world) if arguments.dry_run else 0)
     finally:
         stop_ranks(ranks)
 

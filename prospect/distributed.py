@@ -14,12 +14,14 @@ through gloo, so that asking never waits for a GPU.
 
 import contextlib
 import ctypes
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from prospect.config import TrainConfig, torch_dtype
@@ -137,15 +139,20 @@ def together(ranks: Ranks) -> Iterator[None]:
 
 
 def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """What the training loop calls instead of `model`: a DDP wrapper around it, or with FSDP the model itself, sharded.
+    """What the training loop calls instead of `model`: a DDP wrapper around it, or with FSDP the model itself.
 
     The losses are part of the model's forward, so either way every parameter's use is seen.
     """
-    if ranks.world == 1:
+    if ranks.world == 1 or config.parallel == "fsdp":
         return model
-    if config.parallel == "ddp":
-        # Without device_ids: with them DDP would move the labels to the device, but they are needed on the host.
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    # Without device_ids: with them DDP would move the labels to the device, but they are needed on the host.
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def shard_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> None:
+    """With FSDP: make every parameter of a model on the meta device this rank's rows of it, before it has values."""
+    if ranks.world == 1 or config.parallel == "ddp":
+        return
     # Weights are gathered and used in the 16-bit type, gradients summed over ranks in fp32. A block's inputs keep
     # their type: the angles of RoPE stay in fp32, as on one rank.
     dtype = None if config.precision == "fp32" else torch_dtype(config.precision)
@@ -156,7 +163,6 @@ def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module
     # The root holds the rest: embeddings, projector, LM head, decision heads. It stays gathered until backward is done
     # with it, because evaluation reads the heads after forward.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    return model
 
 
 def without_sync(model: nn.Module) -> contextlib.AbstractContextManager:
@@ -178,12 +184,26 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's shard of a tensor that every rank has in full, laid out like `parameter`."""
-    tensor = tensor.to(parameter.device)
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return tensor
+def own_rows(like: Tensor) -> slice | EllipsisType:
+    """Which rows of a full tensor this rank holds where it is laid out like `like`: under FSDP a share, else all."""
+    if not isinstance(like, DTensor):
+        return ...
+    share = math.ceil(len(like) / like.device_mesh.size())  # as torch.chunk deals them out: the last ranks may get none
+    first = min(share * like.device_mesh.get_local_rank(), len(like))
+    return slice(first, min(first + share, len(like)))
+
+
+def laid_out(rows: Tensor, like: Tensor) -> Tensor:
+    """This rank's `own_rows` of a tensor as that tensor, laid out like `like`."""
+    if not isinstance(like, DTensor):
+        return rows
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(rows, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor, or any other tensor: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- being stopped -------------------------------------------------------------------------------

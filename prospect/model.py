@@ -19,7 +19,7 @@ S tokens in the cache.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -467,26 +467,34 @@ def repeats(ids: list[int]) -> bool:
     return False
 
 
-def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> None:
-    """Weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep their size.
+def drawn_weights(model: Prospect, seed: int, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep
+    their size.
 
     What adds to the residual stream is scaled down by sqrt(2 layers) more (GPT-2). A fixed 0.02, right for models some
     thousands wide, starves one of width 128: its attention stays flat and names are learned many times slower.
-    names: only these parameters, the new parts of a model whose transformer is pretrained.
+    names: only these parameters, all or the new parts of a model whose transformer is pretrained. Drawn whole, on the
+    CPU and in fp32, whatever of it is kept where: the values depend on shapes and seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
     residual = ("o_proj.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         if parameter.ndim < 2:
-            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+            yield name, torch.full(parameter.shape, 1.0 if "norm" in name else 0.0)
             continue
         std = parameter.shape[1] ** -0.5
         if name.endswith(residual):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
-        drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)  # on the CPU: alike everywhere
-        parameter.data.copy_(drawn)
+        yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+
+def init_weights(model: Prospect, seed: int) -> None:
+    """Fill a model that has memory with `drawn_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, value in drawn_weights(model, seed, parameters):
+        parameters[name].data.copy_(value)
 
 
 # ---- the four losses -----------------------------------------------------------------------------

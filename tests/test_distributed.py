@@ -21,11 +21,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import finish, launch, run_training, tiny_config, train_here, write_tiny_config, write_tiny_corpus
+from tiny import (
+    filled_model,
+    finish,
+    launch,
+    run_training,
+    tiny_config,
+    train_here,
+    write_tiny_config,
+    write_tiny_corpus,
+)
 
 import train
 from prospect import validation
-from prospect.build import build_model, load_corpus, load_tokenizer
+from prospect.build import load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
 from prospect.data import DataOrder, collate
 from prospect.model import count_labels, find_targets
@@ -87,7 +96,7 @@ def plain_autograd(folder: Path, *overrides: str) -> tuple[dict[str, float], lis
     config = tiny_config(folder, *ONE_STEP, *overrides)
     tokenizer = load_tokenizer(config)
     corpus = load_corpus(config, tokenizer, "train")
-    model = build_model(config, tokenizer)
+    model = filled_model(config, tokenizer)
     batch = collate([corpus[(0, index)] for index in range(len(corpus))], tokenizer.pad_id)
     hidden = model(batch["input_ids"], batch["image_embeds"])
     logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
@@ -185,7 +194,7 @@ def test_the_four_micro_batches_differ_a_hundredfold(uneven):
 def test_no_frame_and_no_label_leave_every_parameter_with_a_gradient(uneven):
     """Else a rank with such a micro-batch would leave the others waiting for its share of the gradients."""
     config = tiny_config(uneven, *ONE_STEP)
-    model = build_model(config, load_tokenizer(config))
+    model = filled_model(config, load_tokenizer(config))
     nothing = {key: torch.full((1, 3), -100) for key in LABEL_KEYS}
     sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), targets=find_targets(nothing))
     assert [value.item() for value in sums.values()] == [0.0] * 7
