@@ -27,6 +27,7 @@ from prospect import check, evaluate
 from prospect.clip_files import ClipFile
 from prospect.config import _BOUNDS
 from prospect.data import Corpus, collate
+from prospect.distributed import pick_device
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
 from prospect.model import LoraConfig, find_targets
@@ -392,6 +393,43 @@ def test_a_bad_override(override, said, corpus, monkeypatch, capsys):
     line = refused(train.main, monkeypatch, capsys, write_tiny_config(corpus), *override.split())
     assert said in line
     assert not list(corpus.glob("runs/*/step-*")) and not list(corpus.glob("runs/*/metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "device, local_world, said",
+    [
+        (
+            "cuda:1",
+            4,
+            "config: cuda:1 would be the one device of 4 ranks (train.device=cuda: each rank takes one of its own)",
+        ),
+        ("cuda:2", 1, "config: there is no cuda:2, this machine has 2 CUDA device(s)"),
+        ("auto", 3, "torchrun: 3 ranks, but this machine has 2 CUDA device(s) (--nproc_per_node=2)"),
+    ],
+)
+def test_a_device_that_ranks_cannot_have(device, local_world, said, corpus, monkeypatch, capsys):
+    """On a pretended machine of two devices; of several ranks, which all find the same, the first says it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", str(local_world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    config = write_tiny_config(corpus, f"train.device={device}")
+    assert said in refused(train.main, monkeypatch, capsys, config)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if local_world > 1:
+        status, out, err = run(train.main, monkeypatch, capsys, config)
+        assert (status, out, err) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    "wanted, local_rank, local_world, index", [("auto", 1, 2, 1), ("cuda", 0, 1, 0), ("cuda:1", 0, 1, 1)]
+)
+def test_a_device_that_is_there(wanted, local_rank, local_world, index, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device(wanted, local_rank, local_world) == torch.device("cuda", index) == chosen[0]
 
 
 @pytest.mark.slow
