@@ -81,13 +81,7 @@ def start_ranks(device: str) -> Ranks:
     """Join the other ranks, with nccl between GPUs and gloo between hosts."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        place = pick_device(device, local_rank, local_world)
-    except ProspectError:
-        if local_rank > 0:  # the first says it for all
-            sys.exit(2)
-        raise
+    place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if world > 1:
         # torchrun's store outlives the workers: without a prefix of their own, restarted workers would find the
         # addresses of dead ones in it and wait for them.
