@@ -174,8 +174,7 @@ def shard_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> None:
     matrices = replace(policy, param_dtype=dtype)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     for block in model.model.layers:
-        for part in (block.self_attn, block.mlp):
-            fully_shard(part, mesh=mesh, mp_policy=matrices)
+        fully_shard([block.self_attn, block.mlp], mesh=mesh, mp_policy=matrices)  # gathered together
     # The root holds the rest: norms, embeddings, projector, LM head, decision heads. It stays gathered until backward
     # is done with it, because evaluation reads the heads after forward.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
