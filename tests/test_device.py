@@ -1,0 +1,127 @@
+"""The real code with its tensors on a pretended card (tests/device_counts.py): on the right device, and never waiting.
+
+What is not covered is said there.
+"""
+
+import numpy as np
+import pytest
+import test_naive
+import torch
+from conftest import raw_clip, read
+from device_counts import Counts, PretendedCard, pretended_card
+from test_stream import VISION, random_model, stream_config
+
+from prospect.stream import Frame, StreamSession, advance, make_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
+
+
+@pytest.fixture
+def card():
+    with pretended_card() as card:
+        yield card
+
+
+# ---- the card that is pretended ------------------------------------------------------------------
+
+SEEN = {
+    "a copy": (lambda card, x: torch.ones(2).to(card), Counts(1, 1)),
+    "a copy called non_blocking, but not pinned": (
+        lambda card, x: torch.ones(2).to(card, non_blocking=True), Counts(1, 1)),
+    "a pinned copy that blocks": (lambda card, x: torch.ones(2).pin_memory().to(card), Counts(1, 1)),
+    "a pinned copy": (lambda card, x: torch.ones(2).pin_memory().to(card, non_blocking=True), Counts(1, 0)),
+    "copy_ to the card": (lambda card, x: x.copy_(torch.ones(3)), Counts(1, 1)),
+    "copy_ to the host": (lambda card, x: torch.ones(3).copy_(x), Counts(1, 1)),
+    "pinned copy_ to the card": (lambda card, x: x.copy_(torch.ones(3).pin_memory(), non_blocking=True), Counts(1, 0)),
+    "a list made a tensor": (lambda card, x: torch.tensor([1, 2], device=card), Counts(1, 1)),
+    "cpu": (lambda card, x: x.cpu(), Counts(1, 1)),
+    "to cpu": (lambda card, x: x.to("cpu", torch.float64), Counts(1, 1)),
+    "like a tensor of the host": (lambda card, x: x.to(torch.ones(1)), Counts(1, 1)),
+    "tolist": (lambda card, x: x.tolist(), Counts(1, 1)),
+    "item": (lambda card, x: x[0].item(), Counts(0, 1)),
+    "float": (lambda card, x: float(x.sum()), Counts(0, 1)),
+    "if": (lambda card, x: bool((x > 0).any()), Counts(0, 1)),
+    "nonzero": (lambda card, x: x.nonzero(), Counts(0, 1)),
+    "a mask as an index": (lambda card, x: x[x > 0], Counts(0, 1)),
+    "an index of the host": (lambda card, x: x[torch.tensor([0, 1])], Counts(1, 1)),
+    "an index of the host, written": (lambda card, x: x.__setitem__(torch.tensor([0]), 1.0), Counts(1, 1)),
+    "a tensor where it already is": (lambda card, x: x.to(card).to(x), Counts(0, 0)),
+    "a tensor made there": (lambda card, x: torch.arange(3, device=card) + x.new_zeros(()), Counts(0, 0)),
+    "a number of the host": (lambda card, x: x * torch.tensor(2.0), Counts(0, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", SEEN)
+def test_what_passes_between_host_and_card_is_counted(card, what):
+    x = torch.arange(3.0, device=card.device)
+    action, expected = SEEN[what]
+    action(card.device, x)
+    assert card.counts() == expected, card.report()
+    assert x.device == card.device and (x + 1).device == card.device and x.cpu().device.type == "cpu"
+
+
+def test_tensors_of_the_host_and_of_the_card_do_not_mix(card):
+    x = torch.ones(3, device=card.device)
+    for action in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(1)]), lambda: torch.ones(3)[x.long()]):
+        with pytest.raises(AssertionError, match="of the host"):
+            action()
+
+
+def test_backward_on_the_card_has_the_cpus_gradient(card):
+    def gradient(device: torch.device) -> torch.Tensor:
+        weight = torch.linspace(-1, 1, 12).view(4, 3).to(device).requires_grad_()
+        embeds = torch.zeros(5, 3, device=device).index_select(0, torch.arange(4, device=device))
+        mask = torch.tensor([True, False, True, True]).to(device)
+        (embeds.masked_scatter(mask[:, None], weight) ** 2).sum().backward()
+        return weight.grad
+
+    expected = gradient(torch.device("cpu"))
+    card.events.clear()
+    found = gradient(card.device)
+    assert found.device == card.device and torch.equal(found.cpu(), expected)
+    assert "masked_scatter_backward" in card.report()  # it selects by a mask
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+LONGER = [pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 10, 15)]
+
+
+@pytest.mark.parametrize("seed", [18, *LONGER])
+def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_dir, seed):
+    """Live and as whole clips, side by side, looking ahead, with texts generated, constrained and fed again."""
+    case = test_naive.random_case(seed, tokenizer_dir).stream_naively()
+    with pretended_card() as card:
+        case.model.to(card.device)
+        test_naive.compare_ways(case)
+
+
+def stream_on(card: PretendedCard, tokenizer, streams: int) -> list[StreamSession]:
+    """Sessions on the card, one frame already seen by each, that stay silent."""
+    config = stream_config()
+    model = random_model(tokenizer, 0, dst_state_head=True).to(card.device)
+    clip = read(raw_clip([], 0, 40, inferred_goal="Build it"))
+    cache = make_cache(model, config, streams)
+    sessions = [StreamSession(model, tokenizer, clip, config, cache=cache, stream=s) for s in range(streams)]
+    advance(sessions, [frames(1) for _ in sessions])
+    card.events.clear()
+    return sessions
+
+
+def frames(count: int) -> list[Frame]:
+    return [Frame(torch.from_numpy(row)) for row in np.ones((count, VISION), np.float32)]
+
+
+SILENT = {"one": (1, 1), "looking ahead": (1, 8), "several streams": (3, 1)}
+SILENT_COUNTS = {"one": Counts(4, 4), "looking ahead": Counts(4, 4), "several streams": Counts(6, 6)}
+
+
+@pytest.mark.parametrize("way", SILENT)
+def test_a_silent_frame_copies_and_waits_this_often(card, plain, way):
+    streams, ahead = SILENT[way]
+    sessions = stream_on(card, plain, streams)
+    records = advance(sessions, [frames(ahead) for _ in sessions])
+    assert [len(taken) for taken in records] == [ahead] * streams
+    assert not any(record.speaking_decision or record.dst_update_decision for taken in records for record in taken)
+    assert card.counts() == SILENT_COUNTS[way], card.report()
