@@ -136,7 +136,9 @@ def main() -> None:
 
     def sessions(count: int) -> list[StreamSession]:
         cache = make_cache(model, config, count)
-        return [StreamSession(model, tokenizer, clip, config, cache=cache, stream=n, moments=NEVER) for n in range(count)]
+        return [
+            StreamSession(model, tokenizer, clip, config, cache=cache, stream=n, moments=NEVER) for n in range(count)
+        ]
 
     modes = {
         "transformers, growing cache": 1,
