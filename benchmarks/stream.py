@@ -32,8 +32,8 @@ from prospect.clip_files import parse_clip
 from prospect.config import Config, torch_dtype
 from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect, init_weights
+from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
@@ -124,7 +124,7 @@ def main() -> None:
     init_weights(model, 0)
     model = model.to(device, dtype)
     peer = transformers_model(model)
-    store_wide_weights_by_column(model)  # as load_for_inference does
+    prepare(model)  # as load_for_inference does
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
     config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5

@@ -301,6 +301,7 @@ class Llama(nn.Module):
         # Always a real tensor, also when the weights are built on the meta device, and never part of a checkpoint.
         self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
         self.activation_checkpointing = False
+        self.prepared: list[Callable] | None = None  # the layers as streaming runs them (prospect/prepared.py)
 
     def _apply(self, fn, recurse=True):
         """What .to, .half and .cuda call: the frequencies may move but stay in fp32 (in bf16 a position would blur)."""
@@ -321,7 +322,7 @@ class Llama(nn.Module):
         return self.blocks(x, slots.rope, cache, slots)
 
     def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
-        for block in self.layers:
+        for block in self.layers if cache is None or self.prepared is None else self.prepared:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rope, cache, slots, use_reentrant=False)
             else:
