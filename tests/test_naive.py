@@ -23,6 +23,7 @@ from prospect.decisions import reference_moments
 from prospect.dst import STATES
 from prospect.errors import ProspectError
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, RopeScaling
+from prospect.prepared import prepare
 from prospect.sequence import Sample, clip_prompt, prompt_pieces
 from prospect.stream import Job, StreamSession, advance, make_cache, stream_jobs
 from prospect.tokenizer import Piece, Tokenizer
@@ -237,8 +238,11 @@ def compare_record(ours: dict, theirs: dict, name: str, where: str) -> None:
 
 
 def compare_ways(case: Case) -> None:
-    """Live, and as whole clips."""
-    compare(case, live(case), "live")
+    """Live, and as whole clips; by then at the latest with the layers that streaming uses."""
+    if case.draw.random() < 0.5:
+        prepare(case.model)
+    compare(case, live(case), f"live, prepared: {case.model.model.prepared is not None}")
+    prepare(case.model)
     lookahead, streams = (1, 2, 7, 32)[int(case.draw.integers(4))], int(case.draw.integers(1, 4))
     compare(case, as_jobs(case, lookahead, streams), f"look-ahead {lookahead}, {streams} streams")
 
