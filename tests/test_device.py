@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import test_naive
 import torch
+import torch.nn.functional as F
 from conftest import raw_clip, read
 from device_counts import Counts, PretendedCard, counted, pretended_card
 from test_stream import VISION, random_model, stream_config
@@ -167,10 +168,10 @@ def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_di
         test_naive.compare_ways(case)
 
 
-def stream_on(card: PretendedCard, tokenizer, streams: int) -> list[StreamSession]:
+def stream_on(card: PretendedCard, tokenizer, streams: int, dtype=torch.float32) -> list[StreamSession]:
     """Sessions on the card, one frame already seen by each, that stay silent."""
     config = stream_config()
-    model = random_model(tokenizer, 0, dst_state_head=True).to(card.device)
+    model = random_model(tokenizer, 0, dst_state_head=True).to(card.device, dtype)
     clip = read(raw_clip([], 0, 40, inferred_goal="Build it"))
     cache = make_cache(model, config, streams)
     sessions = [StreamSession(model, tokenizer, clip, config, cache=cache, stream=s) for s in range(streams)]
@@ -227,3 +228,41 @@ def test_a_written_token_copies_itself_and_its_place_in_and_waits_once(card, pla
     three, eight = counts(3), counts(8)
     assert eight.copies - three.copies == 5 * (4 if constrained else 3), card.report()
     assert eight.waits - three.waits == 5, card.report()
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def cuda_kernel(q, k, v, mask=None, *, is_causal=False, enable_gqa=False) -> str | None:
+    """Which fused kernel of CUDA takes these, by the conditions in torch 2.11's transformers/cuda/sdp_utils.cpp.
+
+    None: only the math kernel does, which writes down all scores, T x S for every head. Flash attention needs a card of
+    capability 8.0 or more. Those know bf16; fp16 may be on an older one.
+    """
+    dense = all(x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v)) and q.shape[-1] <= 256
+    square = not is_causal or q.shape[2] == k.shape[2]
+    heads = q.shape[1] == k.shape[1] == v.shape[1]
+    if dense and square and mask is None and q.dtype == torch.bfloat16 and (heads or enable_gqa):
+        return "flash"
+    if dense and square and heads and (mask is None or mask.dtype == q.dtype):
+        return "memory-efficient"
+    return None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_attention_of_grouped_queries_has_a_fused_kernel_on_cuda(card, plain, dtype, monkeypatch):
+    """Training, the prompt, one silent frame, several ahead, several streams."""
+    attention, kernels = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, *mask, **options):
+        kernels.append(cuda_kernel(q, k, v, *mask, **options))
+        return attention(q, k, v, *mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = random_model(plain, 0).to(card.device, dtype)
+    model(torch.ones(2, 9, dtype=torch.long, device=card.device))
+    assert kernels == ["flash" if dtype == torch.bfloat16 else "memory-efficient"] * 2  # layers
+    for streams, ahead in SILENT.values():
+        sessions = stream_on(card, plain, streams, dtype)
+        advance(sessions, [frames(ahead) for _ in sessions])
+    assert len(kernels) > 20 and None not in kernels

@@ -20,7 +20,7 @@ from test_naive import Case
 import train
 from prospect import data, decisions, sequence, stream
 from prospect.errors import ProspectError
-from prospect.model import KVCache, Llama, Prospect, labelled, loss_sums, loss_terms
+from prospect.model import KVCache, Prospect, labelled, loss_sums, loss_terms, rope_tables
 from prospect.stream import StreamSession, Unit
 
 pytestmark = pytest.mark.slow
@@ -238,8 +238,8 @@ WAITS = [
     Bug("frames are placed by a mask", Prospect.joint_embed,
         "return embeds.flatten(0, 1).index_copy(0, places, frames.to(embeds.dtype)).view_as(embeds)",
         "return embeds.masked_scatter(is_image[..., None], frames.to(embeds.dtype))"),
-    Bug("positions are made on the host", Llama.forward, "torch.arange(T, device=x.device)",
-        "torch.arange(T).to(x.device)"),
+    Bug("positions are made on the host", rope_tables, "torch.arange(num_positions, device=frequencies.device)",
+        "torch.arange(num_positions).to(frequencies.device)"),
     Bug("copies that block", data.to_device, "non_blocking=True", "non_blocking=False"),
     Bug("batches that are not pinned", train.load_batches, 'ranks.device.type == "cuda"', "False"),
     Bug("more is copied than a forward reads", data.to_device, '("input_ids", "image_embeds")',
