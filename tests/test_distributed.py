@@ -186,9 +186,9 @@ def test_fsdp_in_bf16_has_the_gradient_of_one_rank(backbone, tmp_path, tune):
     shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
     overrides = lora(tmp_path) if tune == "lora" else []
     overrides += ["train.precision=bf16", "train.lora_dropout=0", "train.max_steps=1"]
-    assert one_step(tmp_path, *overrides, "run.name=one", "train.gradient_accumulation_steps=2") == 0
+    assert one_step(tmp_path, *overrides, "run.name=one", "train.gradient_accumulation_steps=4") == 0
     expected = load_file(tmp_path / "gradient.safetensors")
-    overrides += ["run.name=two", "train.parallel=fsdp"]
+    overrides += ["run.name=two", "train.parallel=fsdp", "train.gradient_accumulation_steps=2"]
     assert finish(launch(one_step, tmp_path, *overrides, world=2, log=tmp_path / "log")) == [0, 0]
     found = load_file(tmp_path / "gradient.safetensors")
     assert found.keys() == expected.keys() and any(value.any() for value in expected.values())
