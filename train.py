@@ -45,6 +45,7 @@ from prospect.data import (
     label_counts,
     padding_share,
     received,
+    to_device,
 )
 from prospect.distributed import (
     Ranks,
@@ -202,7 +203,7 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
                     with together(ranks):
                         if ranks.main:
                             log.write(step_line(step, state, optimizer.param_groups[0]["lr"]))
-                            shown = {short: f"{float(step.terms[name]):.3f}" for short, name in SHOWN_LOSSES.items()}
+                            shown = {short: f"{step.terms[name]:.3f}" for short, name in SHOWN_LOSSES.items()}
                             bar.set_postfix(shown, refresh=False)
                 bar.update()
             else:
@@ -222,9 +223,9 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
 class Step:
     """One optimizer step. Losses and counts are of all ranks; `micro` and `sums` are this rank's micro-batches."""
 
-    terms: dict[str, Tensor]  # the losses by name, see loss_terms
-    loss: Tensor  # their weighted total
-    norm: Tensor  # of the whole gradient, before clipping
+    terms: dict[str, float]  # the losses by name, see loss_terms
+    loss: float  # their weighted total
+    norm: float  # of the whole gradient, before clipping
     counts: dict[str, Tensor]  # labels by LOSS_CLASSES, "tokens", and "padded": tokens with padding
     finite: bool  # else the optimizer's step was left out
     micro: list[dict]  # the batches
@@ -247,26 +248,28 @@ def train_step(
     # Labels are counted before any backward: every term is divided by its count over the whole step.
     counts = sum_named(added(tally(batch) for batch in micro), ranks)
     sums = []
-    for number, batch in enumerate(micro):
-        batch = to_device(batch, ranks.device)
-        last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
-        with contextlib.nullcontext() if last else without_sync(model):
-            with autocast(config.train, ranks.device):
-                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, loss=config.loss)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
-            scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
-        sums.append({name: value.detach() for name, value in of_batch.items()})
+    with autocast(config.train, ranks.device):  # around them all: its 16-bit copy of each weight is made once a step
+        for number, batch in enumerate(micro):
+            batch = to_device(batch, ranks.device)
+            last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
+            with contextlib.nullcontext() if last else without_sync(model):
+                of_batch = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"], loss=config.loss)
+                with torch.autocast(ranks.device.type, enabled=False):
+                    loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
+                    scaler.scale(loss * ranks.world).backward()  # averaged over ranks, while the counts are summed
+            sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))
     terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss)
     loss = total_loss(terms, config.loss.weights())
-    finite = bool(torch.isfinite(loss + norm))  # the same on every rank, for both are over all ranks
+    loss, norm, *losses = torch.stack([loss, norm, *terms.values()]).tolist()  # the step's one wait for the device
+    finite = math.isfinite(loss) and math.isfinite(norm)  # the same on every rank, for both are over all ranks
     if finite:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return Step(terms, loss, norm, counts, finite, micro, sums, time.perf_counter() - started)
+    return Step(dict(zip(terms, losses)), loss, norm, counts, finite, micro, sums, time.perf_counter() - started)
 
 
 def step_line(step: Step, state: TrainState, rate: float) -> dict:
@@ -274,11 +277,11 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
     return {
         "step": state.step,
         "epoch": state.epoch,
-        "loss": float(step.loss),
-        **{name: float(value) for name, value in step.terms.items()},
+        "loss": step.loss,
+        **step.terms,
         "counts": {name: int(step.counts[name]) for name in LOSS_CLASSES},
         "lr": rate,
-        "grad_norm": float(step.norm),
+        "grad_norm": step.norm,
         "padding": 1 - float(step.counts["tokens"] / step.counts["padded"]),
         "tokens_per_second": float(step.counts["tokens"]) / step.seconds,
     }
@@ -287,15 +290,13 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
 # ---- pieces of the loop --------------------------------------------------------------------------
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Inputs to the device; labels stay on the host, where finding them waits for nothing (see loss_sums)."""
-    return batch | {key: batch[key].to(device, non_blocking=True) for key in ("input_ids", "image_embeds")}
-
-
 def tally(batch: dict) -> dict[str, Tensor]:
     """What a micro-batch adds to its step's counts: labels by LOSS_CLASSES, tokens, and tokens with padding."""
     mask = batch["attention_mask"]
-    return count_labels(batch) | {"tokens": mask.sum().double(), "padded": torch.tensor(float(mask.numel())).double()}
+    return count_labels(batch["targets"]) | {
+        "tokens": mask.sum().double(),
+        "padded": torch.tensor(float(mask.numel())).double(),
+    }
 
 
 def load_batches(corpus: Corpus, order: DataOrder, state: TrainState, config: Config, ranks: Ranks) -> Iterator[dict]:
@@ -325,7 +326,7 @@ def skipped_step(
     of_ranks = gather_objects((bad, [contents(batch) for batch in step.micro]), ranks)
     lists = [shown for bad, _ in of_ranks for shown in bad] or [shown for _, every in of_ranks for shown in every]
     names = "; ".join(sorted({sequence for shown in lists for sequence in shown}))
-    finite_loss = bool(torch.isfinite(step.loss))
+    finite_loss = math.isfinite(step.loss)
     what = f"the {'gradient' if finite_loss else 'loss'} of step {number} is not finite (clips {names})"
     overflow = scaler.is_enabled() and finite_loss
     if skips_in_a_row > MAX_SKIPS or (config.train.nonfinite == "stop" and not overflow):

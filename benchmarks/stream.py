@@ -34,8 +34,8 @@ from prospect.clips import Clip
 from prospect.config import Config, torch_dtype
 from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect
+from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
@@ -126,7 +126,7 @@ class Workload:
 
     def make_ready(self) -> None:
         """What load_for_inference does last."""
-        store_wide_weights_by_column(self.model)
+        prepare(self.model)
 
     def sessions(self, count: int, graphs: bool = True) -> list[StreamSession]:
         """So many streams in one cache, their prompts read. graphs: let CUDA graphs run what they can."""

@@ -69,10 +69,10 @@ def memory_of(model: Prospect, config: Config, world: int) -> Memory:
     """What a run of a model takes on each of `world` GPUs. What of it is frozen, and in which type, is already set.
 
     What is trained takes 16 bytes per parameter (weight, gradient and AdamW's two moments in fp32) and in bf16 or fp16
-    two more, the copy that autocast computes with. FSDP divides the 16 by the ranks and has no such copy. It gathers
-    instead, in the type of the arithmetic, all that is not in a block (weights and gradient, until backward is done)
-    and two blocks' weights and one's gradient; and in fp32 the larger of those gradients while ranks add it up. With
-    activation checkpointing only a block's input is kept, and one block at a time is recomputed.
+    two more, the copy that autocast computes with. FSDP divides the 16 by the ranks. It gathers all that is not in a
+    block (weights, gradient and autocast's copy, until backward is done); in the type of the arithmetic two blocks'
+    weights and one's gradient; and in fp32 the larger of those gradients while ranks add it up. With activation
+    checkpointing only a block's input is kept, and one block at a time is recomputed.
     """
     t, shape = config.train, model.config
     sharded = t.parallel == "fsdp" and world > 1
@@ -81,7 +81,9 @@ def memory_of(model: Prospect, config: Config, world: int) -> Memory:
     block, block_trained = numbers(model.model.layers[0].parameters())
     layers, size = shape.num_hidden_layers, torch_dtype(t.precision).itemsize
     root, root_trained = total - layers * block, trained - layers * block_trained
-    gathered = size * (root + root_trained + 2 * block + block_trained) + 4 * max(root_trained, block_trained)
+    of_trained = 8 if t.precision == "fp32" else 10  # weight and gradient, and autocast's copy
+    gathered = storage_dtype(t).itemsize * (root - root_trained) + of_trained * root_trained
+    gathered += size * (2 * block + block_trained) + 4 * max(root_trained, block_trained)
 
     kind = "lora with dropout" if t.tune == "lora" and t.lora_dropout else t.tune
     by_hidden, by_inner = BLOCK_BYTES_FP32 if t.precision == "fp32" else BLOCK_BYTES[kind]

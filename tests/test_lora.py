@@ -403,10 +403,11 @@ REST = BACKBONE - 32 * BLOCK + OURS  # embeddings, LM head, the last norm, proje
 @pytest.mark.parametrize(
     ("overrides", "world", "expected"),
     [
-        # 16 bytes of every parameter divided by 8. In bf16: the rest's weights and gradient, two blocks, one's
-        # gradient. In fp32: the gradient of the rest. Tokens: 32 inputs of blocks in fp32, and one block.
+        # 16 bytes of every parameter divided by 8. The rest's weights and gradient in fp32, and its bf16 copy; in bf16
+        # two blocks, one's gradient. In fp32: the gradient of the rest. Tokens: 32 inputs of blocks in fp32, and one
+        # block.
         (["tune=full", "parallel=fsdp", "precision=bf16"], 8, Memory(
-            0, 2 * (BACKBONE + OURS), 2 * (2 * REST + 3 * BLOCK) + 4 * REST,
+            0, 2 * (BACKBONE + OURS), (4 + 4 + 2) * REST + 2 * 3 * BLOCK + 4 * REST,
             2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
         (["tune=full", "parallel=fsdp", "precision=fp32"], 8, Memory(
             0, 2 * (BACKBONE + OURS), 4 * (2 * REST + 3 * BLOCK) + 4 * REST,
@@ -417,7 +418,7 @@ REST = BACKBONE - 32 * BLOCK + OURS  # embeddings, LM head, the last norm, proje
             0, 18 * (BACKBONE + OURS), 0, 2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
         (["tune=lora", "parallel=fsdp", "precision=bf16"], 4, Memory(
             2 * BACKBONE / 4, 4 * (32 * ADAPTERS + OURS),
-            2 * (REST + OURS + 2 * (BLOCK + ADAPTERS) + ADAPTERS) + 4 * OURS,
+            2 * (REST - OURS) + 10 * OURS + 2 * (2 * (BLOCK + ADAPTERS) + ADAPTERS) + 4 * OURS,
             2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
         (["tune=lora", "parallel=ddp", "precision=fp16"], 4, Memory(
             2 * BACKBONE, 18 * (32 * ADAPTERS + OURS), 0, 2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
