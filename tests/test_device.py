@@ -3,15 +3,21 @@
 What is not covered is said there.
 """
 
+import collections
+
 import numpy as np
 import pytest
 import test_naive
 import torch
 from conftest import raw_clip, read
 from device_counts import Counts, PretendedCard, pretended_card
+from test_model import make_model
+from test_model import test_rows_at_different_positions_and_rollback as streams_at_different_positions
 from test_stream import VISION, random_model, stream_config
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prospect import graph
+from prospect.model import KVCache
 from prospect.stream import Frame, StreamSession, advance, make_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
@@ -161,3 +167,41 @@ def test_a_written_token_copies_itself_and_its_place_in_and_waits_once(card, pla
     three, eight = counts(3), counts(8)
     assert eight.copies - three.copies == 5 * (4 if constrained else 3), card.report()
     assert eight.waits - three.waits == 5, card.report()
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_on_the_card_has_shapes_for_a_fused_kernel(card, monkeypatch, dtype):
+    """Flash attention groups queries, in 16 bits and without a mask; the memory-efficient kernel takes fp32 and a mask
+    of the queries' type, and no groups. Whatever is neither falls to the kernel that holds all T x S scores."""
+    calls = collections.Counter()
+
+    def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
+        flash = attn_mask is None and q.dtype == torch.bfloat16
+        efficient = q.shape[1] == k.shape[1] and (attn_mask is None or attn_mask.dtype == q.dtype)
+        assert flash or efficient, (q.shape, k.shape, attn_mask is None)
+        calls["masked" if attn_mask is not None else "causal", q.shape[2] > 2] += 1
+        return attention(q, k, v, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = make_model().to(card.device, dtype)
+    ids = torch.arange(4, 16).to(card.device)[None]
+    with torch.inference_mode():
+        full = model(ids)
+        for streams in ([0], [0, 1], [0, 2]):
+            cache = KVCache(model.config, 3, 64, card.device, dtype)
+            parts = [ids[:, begin:end].repeat(len(streams), 1) for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12))]
+            hidden = torch.cat([model(part, cache=cache, streams=streams) for part in parts], dim=1)
+            for row in hidden:
+                torch.testing.assert_close(
+                    row.cpu(), full[0].cpu(), atol=0.05 if dtype == torch.bfloat16 else 1e-5, rtol=0
+                )
+    assert set(calls) == {("masked", True), ("masked", False), ("causal", True)}
+
+
+def test_attention_on_a_cpu_is_fused_too():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        streams_at_different_positions()
