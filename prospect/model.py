@@ -128,9 +128,8 @@ class KVCache:
         shape = (config.num_hidden_layers, streams, config.num_key_value_heads, capacity + 1, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, streams, K, S, E]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.layers = [
-            (k, v, k.view(-1, config.head_dim), v.view(-1, config.head_dim)) for k, v in zip(self.keys, self.values)
-        ]
+        by_layer = [(self.keys[layer], self.values[layer]) for layer in range(config.num_hidden_layers)]
+        self.layers = [(k, v, k.view(-1, config.head_dim), v.view(-1, config.head_dim)) for k, v in by_layer]
         self.lengths = [0] * streams  # tokens held for each stream; kept on the host, where the engine decides
         self.capacity = capacity
         self.places = torch.arange(capacity + 1, device=device)
