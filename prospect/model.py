@@ -19,7 +19,7 @@ S tokens in the cache.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -233,14 +233,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """q [B,T,N,E] over k and v [B,K,S,E] -> [B,T,N*E]. mask [B,1,T,S] is added to the scores; None: causal, S = T.
 
-    In shapes for which every device has a fused kernel. CUDA's take groups of queries in 16 bits and without a mask
-    only: elsewhere keys and values are repeated, or, for one token, the G queries of a key are G rows of one product.
+    In shapes for which every device has a fused kernel. CUDA's take groups of queries without a mask and in 16 bits
+    only, and fp16 may be on a card too old for that one: elsewhere keys and values are repeated, or, for one token, the
+    G queries of a key are G rows of one product.
     """
     B, T, N, E = q.shape
     K = k.shape[1]
     if T == 1:
         return F.scaled_dot_product_attention(q.view(B, K, N // K, E), k, v, mask).reshape(B, 1, N * E)
-    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+    if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
         k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)  # [B,N,S,E]
     grouped = k.shape[1] != N
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -341,7 +342,7 @@ class Prospect(nn.Module):
     """Projector, transformer, LM head and the two decision heads.
 
     `model(input_ids, image_embeds)` gives hidden states [B,T,H]; `model.lm_head`, `model.speaking_decision_head` and
-    `model.dst_update_head` read them. With `labels` it gives loss sums by name instead (see `loss_sums`): training
+    `model.dst_update_head` read them. With `targets` it gives loss sums by name instead (see `loss_sums`): training
     goes through forward as a whole, so that DDP and FSDP see every parameter's use.
     """
 
@@ -369,8 +370,8 @@ class Prospect(nn.Module):
         """Token embeddings [B,T,H] in which the k-th <image> token, in reading order, is the k-th projected frame row.
 
         image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `make_sample` has
-        checked by clip. Raises ProspectError for any other number. Nothing here waits for a GPU: the mask is filled in
-        order, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
+        checked by clip. Raises ProspectError for any other number. Nothing here, nor its backward, waits for a GPU: how
+        many places there are is known, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
 
         input_ids None: frames alone, image_embeds [B,T,D] -> [B,T,H].
         """
@@ -387,34 +388,31 @@ class Prospect(nn.Module):
         if image_embeds is None:
             return embeds
         frames = self.mm_projector(image_embeds.to(self.mm_projector[0].weight.dtype))  # [F,H]
-        return embeds.masked_scatter(is_image[..., None], frames.to(embeds.dtype))
+        places = is_image.flatten().nonzero_static(size=rows)[:, 0]  # [F], indices into B*T
+        return embeds.flatten(0, 1).index_copy(0, places, frames.to(embeds.dtype)).view_as(embeds)
 
     def forward(
         self,
         input_ids: Tensor | None,
         image_embeds: Tensor | None = None,
         *,
-        labels: dict[str, Tensor] | None = None,
+        targets: dict[str, Tensor] | None = None,
         loss: LossConfig | None = None,
         cache: KVCache | None = None,
         streams: list[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with labels (each [B,T]), sums by LOSS_CLASSES.
+        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with targets, sums by LOSS_CLASSES.
 
+        targets: what is learned, by label key (see `find_targets`).
         loss: how they are weighed, None for the defaults.
         cache: keys and values of what came before; the new tokens follow them, in all of its streams or in `streams`.
-        Raises ProspectError where rows and <image> tokens differ in number, or labels' attention_mask shows padding
-        that is not on the right.
+        Every tensor is on the model's device. Raises ProspectError where rows and <image> tokens differ in number.
         """
-        mask = None if labels is None else labels.get("attention_mask")  # [B,T], on the host as the labels are
-        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
-            what = "a sequence has padding before a token, which would be seen"
-            raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
         embeds = self.joint_embed(input_ids, image_embeds)
         hidden = self.model(embeds, cache, streams)
-        if labels is None:
+        if targets is None:
             return hidden
-        return loss_sums(self, hidden, labels, loss or LossConfig())
+        return loss_sums(self, hidden, targets, loss or LossConfig())
 
     def decision_probabilities(self, hidden: Tensor, decision: str, end_id: int) -> dict[str, Tensor]:
         """How strongly each head wants to act at hidden [..., H]: "speaking" and, with task state, "dst", each [...].
@@ -509,26 +507,34 @@ def repeats(ids: list[int]) -> bool:
     return False
 
 
-def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> None:
-    """Weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep their size.
+def drawn_weights(model: Prospect, seed: int, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep
+    their size.
 
     What adds to the residual stream is scaled down by sqrt(2 layers) more (GPT-2). A fixed 0.02, right for models some
     thousands wide, starves one of width 128: its attention stays flat and names are learned many times slower.
-    names: only these parameters, the new parts of a model whose transformer is pretrained.
+    names: only these parameters, all or the new parts of a model whose transformer is pretrained. Drawn whole, on the
+    CPU and in fp32, whatever of it is kept where: the values depend on shapes and seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
     residual = ("o_proj.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         if parameter.ndim < 2:
-            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+            yield name, torch.full(parameter.shape, 1.0 if "norm" in name else 0.0)
             continue
         std = parameter.shape[1] ** -0.5
         if name.endswith(residual):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
-        drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)  # on the CPU: alike everywhere
-        parameter.data.copy_(drawn)
+        yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+
+def init_weights(model: Prospect, seed: int) -> None:
+    """Fill a model that has memory with `drawn_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, value in drawn_weights(model, seed, parameters):
+        parameters[name].data.copy_(value)
 
 
 # ---- the four losses -----------------------------------------------------------------------------
@@ -543,6 +549,13 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
 #     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
 #     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head
 LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
+SHIFTED = {
+    "speaking_gen_labels": True,
+    "speaking_labels": False,
+    "dst_gen_labels": True,
+    "dst_update_labels": False,
+    "dst_state_labels": False,
+}  # by label key: whether a label is learned at the position before it
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once
 
 
@@ -562,23 +575,34 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     return rows * T + columns, wanted[rows, columns]
 
 
-def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
+def find_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is learned, by label key: [2,n], flat indices into B*T (see `labelled`) above the labels that stand there.
+
+    labels: the five keys, each [B,T], and perhaps `attention_mask`. On the CPU, when a batch is made: to find positions
+    on a GPU, the host would have to wait for their number. Raises ProspectError for padding that is not on the right.
+    """
+    mask = labels.get("attention_mask")  # [B,T]
+    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+        what = "a sequence has padding before a token, which would be seen"
+        raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
+    return {key: torch.stack(labelled(labels[key], shift=shift)) for key, shift in SHIFTED.items()}
+
+
+def loss_sums(model: Prospect, hidden: Tensor, targets: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
     """Summed losses of one micro-batch by LOSS_CLASSES, fp32 scalars.
 
-    hidden [B,T,H]; labels: `speaking_gen_labels`, `speaking_labels`, `dst_gen_labels`, `dst_update_labels` and, for a
-    model with the state head, `dst_state_labels`, each [B,T]. Leave the labels on the CPU: then finding the labelled
-    positions waits for no device. A class without a label sums to exactly 0 but stays connected to the graph, so that
-    on every rank every parameter has a gradient.
+    hidden [B,T,H]; targets: of `find_targets`, on hidden's device. Waits for no device. A class without a label sums to
+    exactly 0 but stays connected to the graph, so that on every rank every parameter has a gradient.
     """
     flat = hidden.flatten(0, 1)  # [B*T, H]
 
-    def read(key: str, shift: bool) -> tuple[Tensor, Tensor]:
-        index, label = labelled(labels[key], shift=shift)
-        return flat.index_select(0, index.to(flat.device)), label.to(flat.device)  # [n,H], [n]
+    def read(key: str) -> tuple[Tensor, Tensor]:
+        index, label = targets[key]
+        return flat.index_select(0, index), label  # [n,H], [n]
 
     def generation(keys: list[str]) -> list[Tensor]:
         """All keys' labels go through the LM head together: its weight is read once, and its gradient made once."""
-        states, targets = zip(*[read(key, shift=True) for key in keys])
+        states, targets = zip(*[read(key) for key in keys])
         counts = [len(part) for part in targets]
         states, targets = torch.cat(states), torch.cat(targets)  # [n,H], [n]
         losses = []  # one part, even of no label
@@ -592,7 +616,7 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: 
     def decision(head: nn.Linear | None, key: str) -> tuple[Tensor, Tensor]:
         if head is None:
             return nothing, nothing
-        states, label = read(key, shift=False)
+        states, label = read(key)
         logits, label = head(states).float().squeeze(-1), label.float()
         losses = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
         if loss.bce == "focal":
@@ -609,7 +633,7 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: 
     else:
         [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
     if model.dst_state_head is not None:
-        states, state = read("dst_state_labels", shift=False)
+        states, state = read("dst_state_labels")
         losses = token_losses(model.dst_state_head, states, state)
         sums["dst_state"] = (focal(losses, loss.focal_gamma) if loss.dst_state_focal else losses).sum()
     return sums
@@ -628,21 +652,24 @@ def focal(losses: Tensor, gamma: float) -> Tensor:
     return (-torch.expm1(-losses)).clamp(min=1e-12) ** gamma * losses
 
 
-def count_labels(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How many labels of each of LOSS_CLASSES a micro-batch has, float64 scalars, to add up over ranks."""
+def count_labels(targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How many labels of each of LOSS_CLASSES a micro-batch has, float64 scalars on the host, to add up over ranks.
 
-    def count(key: str, *, shift: bool, value: int | None = None) -> Tensor:
-        _, found = labelled(labels[key], shift=shift)
-        return torch.tensor(float(len(found) if value is None else (found == value).sum()), dtype=torch.float64)
+    targets: of `find_targets`, on the host.
+    """
+
+    def count(key: str, value: int | None = None) -> Tensor:
+        _, label = targets[key]
+        return torch.tensor(float(len(label) if value is None else (label == value).sum()), dtype=torch.float64)
 
     return {
-        "speaking_gen": count("speaking_gen_labels", shift=True),
-        "speaking_pos": count("speaking_labels", shift=False, value=1),
-        "speaking_neg": count("speaking_labels", shift=False, value=0),
-        "dst_gen": count("dst_gen_labels", shift=True),
-        "dst_pos": count("dst_update_labels", shift=False, value=1),
-        "dst_neg": count("dst_update_labels", shift=False, value=0),
-        "dst_state": count("dst_state_labels", shift=False),
+        "speaking_gen": count("speaking_gen_labels"),
+        "speaking_pos": count("speaking_labels", 1),
+        "speaking_neg": count("speaking_labels", 0),
+        "dst_gen": count("dst_gen_labels"),
+        "dst_pos": count("dst_update_labels", 1),
+        "dst_neg": count("dst_update_labels", 0),
+        "dst_state": count("dst_state_labels"),
     }
 
 
@@ -656,10 +683,10 @@ def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], loss: LossCon
     """The losses, each a sum over its own count: of a whole optimizer step when `counts` are.
 
     sums, counts: scalars by LOSS_CLASSES. A term without a label is exactly 0. `loss.bce`: mean and focal divide by
-    all labels; balanced is the mean of the positives' mean and the negatives' mean.
+    all labels; balanced is the mean of the positives' mean and the negatives' mean. Counts stay on the host: there a
+    scalar is a number, which an operation takes to the GPU with it.
     """
-    device = sums["speaking_gen"].device
-    s, n = sums, {name: counts[name].to(device, torch.float32) for name in LOSS_CLASSES}
+    s, n = sums, {name: counts[name].float() for name in LOSS_CLASSES}
 
     def binary(head: str) -> Tensor:
         pos, neg = f"{head}_pos", f"{head}_neg"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prospect.config import Config
-from prospect.data import Corpus, collate
+from prospect.data import Corpus, collate, to_device
 from prospect.metrics import (
     DecisionCounts,
     HeadTrace,
@@ -72,9 +72,10 @@ def teacher_forced(
     device = model.lm_head.weight.device
     samples: list[Sample] = [corpus[(0, index)] for index in batch]
     tensors = collate(samples, corpus.tokenizer.pad_id)
+    on_device = to_device(tensors, device)
     with autocast or contextlib.nullcontext():
-        hidden = model(tensors["input_ids"].to(device), tensors["image_embeds"].to(device))
-        sums = loss_sums(model, hidden, tensors, config.loss)
+        hidden = model(on_device["input_ids"], on_device["image_embeds"])
+        sums = loss_sums(model, hidden, on_device["targets"], config.loss)
     sequences = []
     for b, (index, sample) in enumerate(zip(batch, samples)):
         states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
@@ -86,7 +87,7 @@ def teacher_forced(
         entry = corpus.entries[index]
         labels = reference_labels(corpus, index)
         sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found, labels))
-    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), sequences)
+    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors["targets"]), sequences)
 
 
 def reference_labels(corpus: Corpus, index: int) -> dict[str, np.ndarray]:

@@ -7,8 +7,9 @@
     assert card.counts() == Counts(copies=0, waits=0), card.report()
 
 A tensor on the card is a CPU tensor of the class OnCard, which says that its device is cuda:0. So values are real,
-loops that depend on them take their real course, and results can be compared with the CPU's bit for bit, through
-backward and the optimizer too. (Torch's FakeTensorMode has no values, and its backward asks for a real device.)
+loops that depend on them take their real course, and results can be compared with the CPU's (to rounding: for tensors
+of a class of their own torch sums some products in another order), through backward and the optimizer too. Torch's
+FakeTensorMode has no values, and its backward asks for a real device.
 An operation on tensors of the host and of the card is refused, as CUDA refuses it. What passes between them is noted:
 
     copy in, out   host to card, card to host. Waits, unless it is non_blocking and the host's memory is pinned
@@ -85,6 +86,10 @@ class Counts:
     waits: int  # copies that wait, and values that the host needs
 
 
+def counted(events: list[Event]) -> Counts:
+    return Counts(sum(event.kind != "wait" for event in events), sum(event.waits for event in events))
+
+
 class PretendedCard(TorchDispatchMode):
     """While entered, torch takes device="cuda:0" and `events` has every copy and wait, in order."""
 
@@ -96,8 +101,7 @@ class PretendedCard(TorchDispatchMode):
         self.pinned: dict[int, Tensor] = {}  # by the address of their memory, kept so that it is not used again
 
     def counts(self) -> Counts:
-        copies = sum(event.kind != "wait" for event in self.events)
-        return Counts(copies, sum(event.waits for event in self.events))
+        return counted(self.events)
 
     def report(self) -> str:
         """The events, alike ones together: what to print where counts are not the expected ones."""
@@ -178,9 +182,16 @@ def pretended_card() -> Iterator[PretendedCard]:
         [device] = {tensor.device for tensors in lists for tensor in tensors if tensor is not None}
         return {(device, dtype): value for (_, dtype), value in group(lists, with_indices).items()}
 
+    pretended = [
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()),  # what draws on the card draws there
+        (torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state)),
+        (torch.accelerator, "is_available", lambda: True),  # else a DataLoader does not pin
+        (torch._C, "_group_tensors_by_device_and_dtype", grouped),
+    ]
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.cuda, "_lazy_init", lambda: None))
-        stack.enter_context(mock.patch.object(torch._C, "_group_tensors_by_device_and_dtype", grouped))
+        for owner, name, stand_in in pretended:
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
         for types in (in_clipping, in_optimizers):  # those for which foreach and fused kernels are used
             types.append(OnCard)
             stack.callback(types.remove, OnCard)

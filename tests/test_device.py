@@ -3,23 +3,30 @@
 What is not covered is said there.
 """
 
-import collections
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import test_naive
 import torch
+import torch.nn.functional as F
 from conftest import raw_clip, read
-from device_counts import Counts, PretendedCard, pretended_card
-from test_model import make_model
+from device_counts import Counts, PretendedCard, counted, pretended_card
 from test_model import test_rows_at_different_positions_and_rollback as streams_at_different_positions
 from test_stream import VISION, random_model, stream_config
+from tiny import tiny_config, write_tiny_corpus
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prospect import graph
-from prospect.model import KVCache
+import train
+from prospect import graph, validation
+from prospect.distributed import Ranks
 from prospect.stream import Frame, StreamSession, advance, make_cache
 
+REAL_AUTOCAST, REAL_STEP = train.autocast, train.train_step
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
@@ -91,6 +98,62 @@ def test_backward_on_the_card_has_the_cpus_gradient(card):
     assert "masked_scatter_backward" in card.report()  # it selects by a mask
 
 
+# ---- training ----------------------------------------------------------------------------------
+
+WAYS = {
+    "fp32": [],
+    "bf16, checkpointing, accumulation": [
+        "train.precision=bf16", "train.activation_checkpointing=true", "train.gradient_accumulation_steps=2",
+        "loss.bce=focal", "model.tie_word_embeddings=true",
+    ],
+}  # fmt: skip
+MICRO_BATCH = Counts(copies=7, waits=0)  # tokens, frames, and five kinds of targets, all from pinned memory
+STEP = Counts(copies=1, waits=1)  # besides: losses and norm, by which the step is taken or not
+
+
+def trained(folder: Path, device: torch.device, *overrides: str) -> list[dict]:
+    """metrics.jsonl of a tiny run, without what a clock has put there."""
+    write_tiny_corpus(folder)
+    config = tiny_config(folder, "train.max_steps=4", "train.eval_every=4", "train.save_every=4", *overrides)
+    assert train.train(config, Ranks(0, 1, device), dry_run=False) == 0
+    lines = [json.loads(line) for line in (folder / "runs/tiny/metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def counted_steps(card: PretendedCard, run: Callable[[], list[dict]]) -> tuple[list[dict], list[Counts]]:
+    """What a run gives, and what passes in each step, up to the next one: its line in the log is part of it."""
+    begun = []
+
+    def step(*arguments):
+        begun.append(len(card.events))
+        return REAL_STEP(*arguments)
+
+    with mock.patch.object(train, "train_step", step):
+        found = run()
+    return found, [counted(card.events[first:last]) for first, last in itertools.pairwise(begun)]
+
+
+def compare_runs(way: str, folder: Path) -> None:
+    cpu = torch.device("cpu")
+    expected = trained(folder / "cpu", cpu, *WAYS[way])
+    with pretended_card() as card:
+        found, steps = counted_steps(card, lambda: trained(folder / "card", card.device, *WAYS[way]))
+    assert len(found) == len(expected) == 5
+    for ours, theirs in zip(found, expected):
+        for name, value in theirs.items():
+            assert ours[name] == pytest.approx(value, rel=1e-4 if way == "fp32" else 0.02), (ours["step"], name)
+    micro_batches = 1 if way == "fp32" else 2
+    assert steps == [Counts(micro_batches * MICRO_BATCH.copies + STEP.copies, STEP.waits)] * 3, card.report()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_on_the_card_is_that_on_the_cpu_and_a_micro_batch_never_waits(way, tmp_path, monkeypatch):
+    """The whole loop: data, forward, backward, clipping, AdamW, log, validation, checkpoint."""
+    for module in (train, validation):  # autocast to cuda turns itself off without one
+        monkeypatch.setattr(module, "autocast", lambda config, device: REAL_AUTOCAST(config, torch.device("cpu")))
+    compare_runs(way, tmp_path)
+
+
 # ---- streaming -----------------------------------------------------------------------------------
 
 
@@ -107,10 +170,10 @@ def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_di
         test_naive.compare_ways(case)
 
 
-def stream_on(card: PretendedCard, tokenizer, streams: int) -> list[StreamSession]:
+def stream_on(card: PretendedCard, tokenizer, streams: int, dtype=torch.float32) -> list[StreamSession]:
     """Sessions on the card, one frame already seen by each, that stay silent."""
     config = stream_config()
-    model = random_model(tokenizer, 0, dst_state_head=True).to(card.device)
+    model = random_model(tokenizer, 0, dst_state_head=True).to(card.device, dtype)
     clip = read(raw_clip([], 0, 40, inferred_goal="Build it"))
     cache = make_cache(model, config, streams)
     sessions = [StreamSession(model, tokenizer, clip, config, cache=cache, stream=s) for s in range(streams)]
@@ -172,32 +235,39 @@ def test_a_written_token_copies_itself_and_its_place_in_and_waits_once(card, pla
 # ---- attention -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_on_the_card_has_shapes_for_a_fused_kernel(card, monkeypatch, dtype):
-    """Flash attention groups queries, in 16 bits and without a mask; the memory-efficient kernel takes fp32 and a mask
-    of the queries' type, and no groups. Whatever is neither falls to the kernel that holds all T x S scores."""
-    calls = collections.Counter()
+def cuda_kernel(q, k, v, mask=None, *, is_causal=False, enable_gqa=False) -> str | None:
+    """Which fused kernel of CUDA takes these, by the conditions in torch 2.11's transformers/cuda/sdp_utils.cpp.
 
-    def watched(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
-        flash = attn_mask is None and q.dtype == torch.bfloat16
-        efficient = q.shape[1] == k.shape[1] and (attn_mask is None or attn_mask.dtype == q.dtype)
-        assert flash or efficient, (q.shape, k.shape, attn_mask is None)
-        calls["masked" if attn_mask is not None else "causal", q.shape[2] > 2] += 1
-        return attention(q, k, v, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
+    None: only the math kernel does, which writes down all scores, T x S for every head. Flash attention needs a card of
+    capability 8.0 or more. Those know bf16; fp16 may be on an older one.
+    """
+    dense = all(x.stride(-1) == 1 and x.dtype == q.dtype for x in (q, k, v)) and q.shape[-1] <= 256
+    square = not is_causal or q.shape[2] == k.shape[2]
+    heads = q.shape[1] == k.shape[1] == v.shape[1]
+    if dense and square and mask is None and q.dtype == torch.bfloat16 and (heads or enable_gqa):
+        return "flash"
+    if dense and square and heads and (mask is None or mask.dtype == q.dtype):
+        return "memory-efficient"
+    return None
 
-    attention = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    model = make_model().to(card.device, dtype)
-    ids = torch.arange(4, 16).to(card.device)[None]
-    with torch.inference_mode():
-        full = model(ids)
-        for streams in ([0], [0, 1], [0, 2]):
-            cache = KVCache(model.config, 3, 64, card.device, dtype)
-            parts = [ids[:, begin:end].repeat(len(streams), 1) for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12))]
-            hidden = torch.cat([model(part, cache=cache, streams=streams) for part in parts], dim=1)
-            tolerance = 0.05 if dtype == torch.bfloat16 else 1e-5
-            torch.testing.assert_close(hidden.cpu(), full.cpu().expand_as(hidden), atol=tolerance, rtol=0)
-    assert set(calls) == {("masked", True), ("masked", False), ("causal", True)}
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_attention_of_grouped_queries_has_a_fused_kernel_on_cuda(card, plain, dtype, monkeypatch):
+    """Training, the prompt, one silent frame, several ahead, several streams."""
+    attention, kernels = F.scaled_dot_product_attention, []
+
+    def spy(q, k, v, *mask, **options):
+        kernels.append(cuda_kernel(q, k, v, *mask, **options))
+        return attention(q, k, v, *mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = random_model(plain, 0).to(card.device, dtype)
+    model(torch.ones(2, 9, dtype=torch.long, device=card.device))
+    assert kernels == ["flash" if dtype == torch.bfloat16 else "memory-efficient"] * 2  # layers
+    for streams, ahead in SILENT.values():
+        sessions = stream_on(card, plain, streams, dtype)
+        advance(sessions, [frames(ahead) for _ in sessions])
+    assert len(kernels) > 20 and None not in kernels
 
 
 def test_attention_on_a_cpu_is_fused_too():

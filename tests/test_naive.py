@@ -24,7 +24,7 @@ from prospect.dst import STATES
 from prospect.errors import ProspectError
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, RopeScaling
 from prospect.prepared import prepare
-from prospect.sequence import LABEL_KEYS, Sample, clip_prompt, prompt_pieces
+from prospect.sequence import Sample, clip_prompt, prompt_pieces
 from prospect.stream import Job, StreamSession, advance, make_cache, stream_jobs
 from prospect.tokenizer import Piece, Tokenizer
 
@@ -323,8 +323,7 @@ def compare_losses(seed: int, tokenizer: Tokenizer) -> None:
     samples = [sample_of(random_clip(draw, f"clip{number}", 12), tokenizer, rate=1.0) for number in range(3)]
     batch = collate([replace(sample, image_embeds=sample.image_embeds / 100) for sample in samples], tokenizer.pad_id)
     with torch.no_grad():
-        labels = {key: batch[key] for key in LABEL_KEYS}
-        found = model(batch["input_ids"], batch["image_embeds"], labels=labels)
+        found = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"])
     by_hand = [losses_by_hand(model, replace(one, image_embeds=one.image_embeds / 100)) for one in samples]
     for name in LOSS_CLASSES:
         assert found[name].item() == pytest.approx(sum(sums[name] for sums in by_hand), rel=1e-4, abs=1e-4), name
