@@ -44,6 +44,7 @@ from prospect.weights import fill_model
 
 LOOKAHEAD = (1, 8, 32)
 STREAMS = 8
+TOKENS = 14  # of a reply; from 16 on one that repeats itself, as a random model does, would be cut
 NEVER = Moments(frozenset(), frozenset())  # every frame is silent
 
 
@@ -100,6 +101,36 @@ def engine(sessions: list[StreamSession], frames: torch.Tensor, lookahead: int) 
         times.append(time.perf_counter() - started)
         at += len(records)
     return times, records[-1].speaking_prob
+
+
+def transformers_reply(peer, prompt: list[int], tokens: int, device: str) -> tuple[float, list[int]]:
+    """Seconds of `tokens` more tokens behind the prompt, by generate with its static cache, and all ids."""
+    feed = torch.tensor([prompt], device=device)
+    times = []
+    for count in (1, 1 + tokens):  # the difference leaves out the prompt
+        options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        synchronise(device)
+        started = time.perf_counter()
+        ids = peer.generate(feed, attention_mask=torch.ones_like(feed), cache_implementation="static", **options)
+        synchronise(device)
+        times.append(time.perf_counter() - started)
+    return times[1] - times[0], ids[0, len(prompt) :].tolist()
+
+
+def engine_reply(session: StreamSession, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """The same behind a session's prompt."""
+    times = []
+    for count in (1, 1 + tokens):
+        session.cache.lengths[session.stream] = len(prompt) - 1
+        started = time.perf_counter()
+        [turn] = session.model.fast_greedy_generate(
+            prompt[-1:], session.cache, [session.stream], end_ids=session.end_ids[:1], max_new_tokens=count,
+            forbidden=torch.tensor([], dtype=torch.long, device=session.cache.keys.device),
+        )  # fmt: skip
+        synchronise(session.cache.keys.device.type)
+        times.append(time.perf_counter() - started)
+    assert turn.cut == "limit", turn.cut
+    return times[1] - times[0], turn.ids
 
 
 def frame_bytes(model: Prospect, context: int) -> int:
@@ -181,6 +212,7 @@ def main() -> None:
         f"engine, K=1, {STREAMS} streams": STREAMS,
     }
     per_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds per frame, of each round
+    replies: list[tuple[float, float]] = []  # seconds for TOKENS tokens, of each round: theirs, ours
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
         measured = []
@@ -196,6 +228,14 @@ def main() -> None:
                 shown = len(frames) * (STREAMS if "streams" in name else 1)
                 per_frame[name].append(sum(times) / shown * 1e3)
                 steps[name] += [1e3 * t for t in times]
+
+        (theirs, expected), (ours, ids) = (
+            transformers_reply(peer, prompt, TOKENS, device),
+            engine_reply(sessions(1)[0], prompt, TOKENS),
+        )
+        assert ids == expected or dtype != torch.float32, (ids, expected)
+        if round_number:
+            replies.append((theirs, ours))
 
     need = frame_bytes(model, len(prompt) + len(frames) // 2)
     print(
@@ -214,6 +254,12 @@ def main() -> None:
         if name == "engine, K=1":  # the others read a weight once for many frames
             share = f"{need / (median / 1e3) / bandwidth:.0%}"
         print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {speed_up} | {share} |")
+    theirs, ours = [TOKENS / statistics.median(times) for times in zip(*replies)]
+    ratios = [their_time / our_time for their_time, our_time in replies]
+    speed_up = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})"
+    print(
+        f"a reply, tokens/s: transformers' generate with its static cache {theirs:.0f}, engine {ours:.0f}, {speed_up}"
+    )
 
 
 if __name__ == "__main__":
