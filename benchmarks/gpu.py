@@ -303,7 +303,7 @@ def streaming(scale: Scale, name: str) -> list[Row]:
         for _ in range(2):  # the first warms up
             sessions = work.sessions(streams, graphs)
             seconds, speaking = engine(sessions, work.frames, lookahead)
-        graphs = getattr(sessions[0].cache, "graph", None) is not None
+        graphs = sessions[0].cache.graph is not None
         ahead = f", {lookahead} frames at once" if lookahead > 1 else ""
         row = {"who": f"ours{ahead}", "streams": streams, "graphs": graphs, "seconds": seconds, "speaking": speaking}
         rows.append(given | row | {"shown": streams * len(work.frames)})
@@ -332,7 +332,7 @@ def generation(scale: Scale, name: str) -> list[Row]:
     forbidden = torch.tensor([work.tokenizer.image_id, work.tokenizer.end_id], device=device)
     for streams, graphs in itertools.product(scale.streams, [True, False]):
         cache = work.sessions(streams, graphs)[0].cache
-        graphs, times = getattr(cache, "graph", None) is not None, []
+        graphs, times = cache.graph is not None, []
         for _ in range(scale.steps + 1):
             started = time.perf_counter()
             turns = model.fast_greedy_generate(

@@ -231,7 +231,7 @@ def main() -> None:
 
         (theirs, expected), (ours, ids) = (
             transformers_reply(peer, prompt, TOKENS, device),
-            engine_reply(sessions(1)[0], prompt, TOKENS),
+            engine_reply(work.sessions(1)[0], prompt, TOKENS),
         )
         assert ids == expected or dtype != torch.float32, (ids, expected)
         if round_number:

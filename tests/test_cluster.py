@@ -29,10 +29,10 @@ def test_the_table_is_what_a_dry_run_computes():
 
 def test_a_cell_of_the_table_by_hand():
     # Llama-3.1-8B on 8 cards as tests/test_lora.py adds it up by hand, but of 4,096 tokens in place of 2,048, and with
-    # embeddings 2048 wide in place of 1152, whose weights take 2 bytes, 4 gathered and 4 while they are summed.
-    expected = 16.1036 + 9.8863 + 2 * 1.5603 + 10 * 896 * 4096 / 1e9 + 4096 / 3 * 128256 * 10 / 1e9
+    # embeddings 2048 wide in place of 1152, whose weights take 16 / 8 bytes, and 14 gathered.
+    expected = 16.1036 + 16.3195 + 2 * 1.5603 + 16 * 896 * 4096 / 1e9 + 4096 / 3 * 128256 * 10 / 1e9
     assert abs(HARDWARE["gigabytes"]("Llama-3.1-8B", "full")[True, 8] - expected) < 0.001
-    assert re.search(rf"Llama-3.1-8B \| all \| yes \|.*\| {expected:.1f}: 40 GB \|\n", PAGE)
+    assert re.search(rf"Llama-3.1-8B \| all \| yes \|.*\| {expected:.1f}: 80 GB \|\n", PAGE)
     assert [HARDWARE["cell"](needed) for needed in (21.6, 21.7, 127.0)] == ["21.6: 24 GB", "21.7: 40 GB", "127.0: none"]
 
 
@@ -83,7 +83,8 @@ def test_a_slurm_job_that_is_out_of_time_saves_is_requeued_and_resumes(tmp_path)
     (tools / "python").symlink_to(sys.executable)
     environment = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_NODELIST": "node[1-2]",
     }  # fmt: skip
     command = ["bash", str(write_script(tmp_path)), str(config)]
     steps = "train.max_steps=100000"
