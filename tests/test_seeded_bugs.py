@@ -92,7 +92,8 @@ STREAMING = [
         "[*[image_id] * len(self.rows), *self.before_ids, *self.after_ids]"),
     Bug("a user's text is heard twice", StreamSession.feed, "self.pending = []", "pass"),
     Bug("a user's text does not call for an answer", StreamSession.see, "bool(frame.user)", "False"),
-    Bug("heads are read one token early", stream.advance,
+    Bug("heads are read one token early, of frames alone", stream.look, "[:, each - 1 :: each]", "[:, each - 2 :: each]"),
+    Bug("heads are read one token early", stream.look,
         "torch.from_numpy(end - 1)", "torch.from_numpy(end - 2).clamp(min=0)"),
     Bug("the reply comes before the update", stream.advance,
         'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")\n'
@@ -105,7 +106,7 @@ STREAMING = [
     Bug("one head's firing does not reach the other", decisions.decide,
         "update = update or nearly(evidence.dst, infer)", "pass"),
     Bug("control tokens inside a text", Prospect.fast_greedy_generate,
-        "index_fill(1, forbidden,", "index_fill(1, forbidden[:0],"),
+        "index_fill_(1, forbidden,", "index_fill_(1, forbidden[:0],"),
     Bug("a text one token longer than allowed", Prospect.fast_greedy_generate,
         "len(turn.ids) == max_new_tokens", "len(turn.ids) > max_new_tokens"),
     Bug("updates that were legal at the clip's start", stream.constraint,
