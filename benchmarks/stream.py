@@ -6,7 +6,8 @@
 Needs transformers (requirements-dev.txt). The loop is the usual one of streaming assistants: each frame's projected
 embedding goes through LlamaForCausalLM with a DynamicCache, which grows by concatenation, and the LM head is read at
 every frame; a variant reads two heads instead. The engine reads its two heads, with a cache allocated once: frame by
-frame (K=1), with look-ahead, and frame by frame for several streams at once.
+frame (K=1), with look-ahead, and frame by frame for several streams at once; on CUDA as a graph and without. Then both
+write a reply, transformers with generate and its static cache: the same tokens.
 
 All of them stream the same frames after the same prompt, one after the other within each round, so that other load
 slows them alike. The table shows, over the rounds, the median of milliseconds per frame, the 95th percentile of single
@@ -34,7 +35,7 @@ from prospect.clips import Clip
 from prospect.config import Config, torch_dtype
 from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.model import Prospect
+from prospect.model import KVCache, Prospect
 from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
@@ -159,14 +160,18 @@ class Workload:
         """What load_for_inference does last."""
         prepare(self.model)
 
-    def sessions(self, count: int, graphs: bool = True) -> list[StreamSession]:
-        """So many streams in one cache, their prompts read. graphs: let CUDA graphs run what they can."""
+    def cache(self, count: int, graphs: bool = True) -> KVCache:
+        """A cache for so many streams. graphs: let CUDA graphs run what they can."""
         cache = make_cache(self.model, self.config, count)
         if not graphs:
             cache.graph = None
+        return cache
+
+    def sessions(self, cache: KVCache) -> list[StreamSession]:
+        """A session in every stream of a cache, their prompts read. What a graph has recorded of the cache stays."""
         return [
             StreamSession(self.model, self.tokenizer, self.clip, self.config, cache=cache, stream=n, moments=NEVER)
-            for n in range(count)
+            for n in range(len(cache.lengths))
         ]
 
 
@@ -205,12 +210,13 @@ def main() -> None:
     work.make_ready()
     bandwidth = read_bandwidth(device, dtype)
 
-    modes = {
-        "transformers, growing cache": 1,
-        "the same, two heads in place of the LM head": 1,
-        **{f"engine, K={k}": k for k in LOOKAHEAD},
-        f"engine, K=1, {STREAMS} streams": STREAMS,
-    }
+    ways = {f"engine, K={k}": (1, k) for k in LOOKAHEAD} | {f"engine, K=1, {STREAMS} streams": (STREAMS, 1)}
+    caches = {name: work.cache(count) for name, (count, _) in ways.items()}
+    if device == "cuda":  # the same, launched kernel by kernel
+        for name in ("engine, K=1", f"engine, K=1, {STREAMS} streams"):
+            ways[f"{name}, no graph"] = ways[name]
+            caches[f"{name}, no graph"] = work.cache(ways[name][0], graphs=False)
+    modes = ["transformers, growing cache", "the same, two heads in place of the LM head", *ways]
     per_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds per frame, of each round
     replies: list[tuple[float, float]] = []  # seconds for TOKENS tokens, of each round: theirs, ours
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
@@ -219,9 +225,9 @@ def main() -> None:
         for read_lm_head in (True, False):
             times, speaking = transformers_loop(peer, model, prompt, frames, device, read_lm_head)
             measured.append(times)
-        for count, lookahead in [(1, k) for k in LOOKAHEAD] + [(STREAMS, 1)]:
-            times, found = engine(work.sessions(count), frames, lookahead)
-            assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (lookahead, found, speaking)
+        for name, (_, lookahead) in ways.items():
+            times, found = engine(work.sessions(caches[name]), frames, lookahead)
+            assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (name, found, speaking)
             measured.append(times)
         if round_number:
             for name, times in zip(modes, measured):
@@ -229,10 +235,8 @@ def main() -> None:
                 per_frame[name].append(sum(times) / shown * 1e3)
                 steps[name] += [1e3 * t for t in times]
 
-        (theirs, expected), (ours, ids) = (
-            transformers_reply(peer, prompt, TOKENS, device),
-            engine_reply(work.sessions(1)[0], prompt, TOKENS),
-        )
+        theirs, expected = transformers_reply(peer, prompt, TOKENS, device)
+        ours, ids = engine_reply(work.sessions(caches["engine, K=1"])[0], prompt, TOKENS)
         assert ids == expected or dtype != torch.float32, (ids, expected)
         if round_number:
             replies.append((theirs, ours))
@@ -251,15 +255,13 @@ def main() -> None:
         median, p95 = statistics.median(values), float(np.percentile(steps[name], 95))
         speed_up = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})"
         share = ""
-        if name == "engine, K=1":  # the others read a weight once for many frames
+        if ways.get(name) == (1, 1):  # the others read a weight once for many frames
             share = f"{need / (median / 1e3) / bandwidth:.0%}"
         print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {speed_up} | {share} |")
     theirs, ours = [TOKENS / statistics.median(times) for times in zip(*replies)]
     ratios = [their_time / our_time for their_time, our_time in replies]
-    speed_up = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})"
-    print(
-        f"a reply, tokens/s: transformers' generate with its static cache {theirs:.0f}, engine {ours:.0f}, {speed_up}"
-    )
+    print(f"a reply: transformers' generate with its static cache {theirs:.0f} tokens/s, engine {ours:.0f}, "
+          f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})")  # fmt: skip
 
 
 if __name__ == "__main__":

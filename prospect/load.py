@@ -19,6 +19,7 @@ from prospect.prepared import prepare
 from prospect.sequence import prompt_parts
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
+from prospect.tune import merge_lora
 
 # Of a trained checkpoint these settings may be changed; the others made it what it is, and would change nothing.
 APPLY = (
@@ -49,7 +50,9 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
     dtype = torch_dtype(config.infer.precision)
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype)
+    merge_lora(model)
+    model.eval()
     prepare(model)
     return config, tokenizer, model
 

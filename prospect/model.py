@@ -324,6 +324,7 @@ class Llama(nn.Module):
         frequencies = self.rope_frequencies
         super()._apply(fn, recurse)
         self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
+        self.prepared = None  # it was made of the weights as they were
         return self
 
     def forward(self, x: Tensor, cache: KVCache | None = None, streams: list[int] | None = None) -> Tensor:

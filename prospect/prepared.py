@@ -15,10 +15,12 @@ from prospect.model import Block, KVCache, Prospect, Slots, attend, rms_norm, ro
 
 @torch.no_grad()
 def prepare(model: Prospect) -> None:
-    """Make a model ready to stream, last of all: when it has its device and type, and no adapters any more.
+    """Make a model ready to stream, when it has its device and type, and no adapters any more.
 
-    Names and values stay. The layers' weights become parts of the merged ones, so nothing is stored twice.
+    Names and values stay. The layers' weights become parts of the merged ones, so nothing is stored twice. Where the
+    model is moved afterwards (`.to`), it streams with its plain layers again.
     """
+    assert model.config.lora is None, "adapters are merged first"
     model.model.prepared = [PreparedBlock(block) for block in model.model.layers]
     if model.lm_head.weight is not model.model.embed_tokens.weight:  # a tied one's rows are looked up
         model.lm_head.weight.data = stored(model.lm_head.weight)
