@@ -96,7 +96,7 @@ def test_backward_on_the_card_has_the_cpus_gradient(card):
     assert "masked_scatter_backward" in card.report()  # it selects by a mask
 
 
-# ---- training ----------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------
 
 WAYS = {
     "fp32": [],
