@@ -128,6 +128,8 @@ class KVCache:
         shape = (config.num_hidden_layers, streams, config.num_key_value_heads, capacity + 1, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, streams, K, S, E]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        by_layer = [(self.keys[layer], self.values[layer]) for layer in range(config.num_hidden_layers)]
+        self.layers = [(k, v, k.view(-1, config.head_dim), v.view(-1, config.head_dim)) for k, v in by_layer]
         self.lengths = [0] * streams  # tokens held for each stream; kept on the host, where the engine decides
         self.capacity = capacity
         self.places = torch.arange(capacity + 1, device=device)
@@ -170,12 +172,10 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         """Write k, v [B,T,K,E] into their slots and return what those streams hold up to slots.end, [B,K,S,E] each."""
-        held = []
-        for kept, new in ((self.keys[layer], k), (self.values[layer], v)):
-            E = kept.shape[-1]
-            kept.view(-1, E).index_copy_(0, slots.rows, new.reshape(-1, E).to(kept.dtype))
-            held.append(kept[slots.streams, :, : slots.end])
-        return held[0], held[1]
+        keys, values, key_rows, value_rows = self.layers[layer]
+        key_rows.index_copy_(0, slots.rows, k.reshape(-1, k.shape[-1]).to(keys.dtype))
+        value_rows.index_copy_(0, slots.rows, v.reshape(-1, v.shape[-1]).to(values.dtype))
+        return keys[slots.streams, :, : slots.end], values[slots.streams, :, : slots.end]
 
 
 def sent(values: list | Tensor, device: torch.device) -> Tensor:
@@ -194,9 +194,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [B,T,H] -> [B,T,H]
-        normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

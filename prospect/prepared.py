@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from prospect.model import Block, KVCache, Prospect, Slots, attend, rotate
+from prospect.model import Block, KVCache, Prospect, Slots, attend, rms_norm, rotate
 
 
 @torch.no_grad()
@@ -58,7 +58,13 @@ class PreparedBlock:
 
     def __init__(self, block: Block):
         attention, mlp = block.self_attn, block.mlp
-        self.block, self.attention = block, attention
+        self.norms = [(norm.weight, norm.eps) for norm in (block.input_layernorm, block.post_attention_layernorm)]
+        self.layer, self.N, self.K, self.E = (
+            attention.layer,
+            attention.num_heads,
+            attention.num_kv_heads,
+            attention.head_dim,
+        )
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = Product(attention.o_proj)
         self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
@@ -66,11 +72,11 @@ class PreparedBlock:
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, slots: Slots) -> Tensor:
         B, T, H = x.shape
-        N, K, E = self.attention.num_heads, self.attention.num_kv_heads, self.attention.head_dim
+        N, K, E = self.N, self.K, self.E
         x = x.view(B * T, H)
-        qkv = self.qkv(self.block.input_layernorm(x)).view(B, T, N + 2 * K, E)
+        qkv = self.qkv(rms_norm(x, *self.norms[0])).view(B, T, N + 2 * K, E)
         qk = rotate(qkv[:, :, : N + K], *rope)
-        k, v = cache.update(self.attention.layer, qk[:, :, N:], qkv[:, :, N + K :], slots)  # [B,K,S,E]
+        k, v = cache.update(self.layer, qk[:, :, N:], qkv[:, :, N + K :], slots)  # [B,K,S,E]
         x = self.o.added_to(x, attend(qk[:, :, :N], k, v, slots.mask).view(B * T, N * E))
-        gate, up = self.gate_up(self.block.post_attention_layernorm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(rms_norm(x, *self.norms[1])).chunk(2, dim=-1)
         return self.down.added_to(x, F.silu(gate) * up).view(B, T, H)

@@ -455,9 +455,8 @@ def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list
         input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
         read_at = torch.zeros((len(sessions), K), dtype=torch.long)
         for b, (chunk, end) in enumerate(zip(chunks, ends)):
-            input_ids[b, : end[-1]] = torch.tensor(
-                [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
-            )
+            ids = [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
+            input_ids[b, : len(ids)] = torch.tensor(ids)
             read_at[b, : len(end)] = torch.from_numpy(end - 1)
         image_embeds = sent(torch.cat(rows), device)
         hidden = session.model(sent(input_ids, device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]

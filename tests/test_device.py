@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from conftest import raw_clip, read
 from device_counts import Counts, PretendedCard, counted, pretended_card
+from test_model import test_rows_at_different_positions_and_rollback as streams_at_different_positions
 from test_stream import VISION, random_model, stream_config
 from tiny import tiny_config, write_tiny_corpus
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from prospect import graph, validation
@@ -266,3 +268,8 @@ def test_every_attention_of_grouped_queries_has_a_fused_kernel_on_cuda(card, pla
         sessions = stream_on(card, plain, streams, dtype)
         advance(sessions, [frames(ahead) for _ in sessions])
     assert len(kernels) > 20 and None not in kernels
+
+
+def test_attention_on_a_cpu_is_fused_too():
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        streams_at_different_positions()

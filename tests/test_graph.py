@@ -57,21 +57,22 @@ def test_a_hundred_frames_are_one_graph(plain, monkeypatch, backend):
 
 @torch.inference_mode()
 def test_streams_that_do_not_run_keep_what_they_hold(plain, monkeypatch):
-    """Also one that is full, and one that holds what is not finite."""
+    """Also one that is full, and one whose last frame was not finite."""
     monkeypatch.setattr(graph, "recorded", lambda forward: forward)
     model = random_model(plain, 0)
     cache = make_cache(model, stream_config(data={"max_seq_len": 20}), 4)
     ids = torch.randint(65, 90, (4, 20), generator=torch.Generator().manual_seed(0))
     for row, length in enumerate((20, 7, 3)):
         model(ids[row : row + 1, :length], cache=cache, streams=[row])
-    cache.keys[:, 3] = cache.values[:, 3] = torch.nan
     held = cache.keys.clone(), cache.values.clone()
     cache.graph = graph.ForwardGraph(model.model, cache)
+    model.model(torch.full((1, 2, model.config.hidden_size), torch.nan), cache, [3])
+    cache.clear(3)
     hidden = model(ids[[2, 1], 10:12], cache=cache, streams=[2, 1])
     for row, length in enumerate((20, 7, 3)):
         for now, before in zip((cache.keys, cache.values), held):
             assert torch.equal(now[:, row, :, :length], before[:, row, :, :length]), row
-    assert cache.lengths == [20, 9, 5, 0]
+    assert cache.lengths == [20, 9, 5, 0] and cache.keys[:, 3].isfinite().all()
     for b, (row, length) in enumerate(((2, 3), (1, 7))):
         whole = torch.cat((ids[row, :length], ids[row, 10:12]))[None]
         torch.testing.assert_close(hidden[b], model(whole)[0, -2:], atol=1e-5, rtol=1e-5)

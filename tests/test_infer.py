@@ -25,7 +25,7 @@ from prospect.checkpoint import TrainState, write_state
 from prospect.config import DataConfig
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
-from prospect.model import Prospect
+from prospect.model import KVCache, Prospect
 from prospect.prepared import prepare
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
@@ -134,6 +134,7 @@ def test_prompts_of_a_shape_that_training_never_had_are_noted_once(corpus, check
     assert told(as_trained | {"goal": 0.0}, "--stdin") == f"{start}a goal in val0 {none}\n"
 
 
+@torch.inference_mode()
 def test_prepared_weights_are_the_same_weights(checkpoint):
     _, _, model = load_for_inference(checkpoint)
     untouched = Prospect.from_pretrained(checkpoint)
@@ -149,7 +150,9 @@ def test_prepared_weights_are_the_same_weights(checkpoint):
         assert {part.weight.untyped_storage().data_ptr() for part in parts} == {merged.untyped_storage().data_ptr()}
     assert block.mlp.down_proj.weight.is_contiguous() and model.model.embed_tokens.weight.is_contiguous()
     ids = torch.arange(10, 15)[None]  # text alone
-    torch.testing.assert_close(model.lm_head(model(ids)), untouched.lm_head(untouched(ids)), atol=1e-5, rtol=1e-5)
+    for cache in (None, KVCache(model.config, 1, 5, ids.device, torch.float32)):
+        hidden = model(ids, cache=cache)
+        torch.testing.assert_close(model.lm_head(hidden), untouched.lm_head(untouched(ids)), atol=1e-5, rtol=1e-5)
 
     tied = Prospect(replace(model.config, tie_word_embeddings=True, backbone=""))
     prepare(tied)
