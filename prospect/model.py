@@ -243,7 +243,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q.view(B, K, N // K, E), k, v, mask).reshape(B, 1, N * E)
     if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
         k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)  # [B,N,S,E]
-    grouped = k.shape[1] != N
+    grouped = True if k.shape[1] != N else False  # a branch: of `!=` alone torch.compile may make a symbol
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(B, T, N * E)
 

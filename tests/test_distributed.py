@@ -196,6 +196,30 @@ def test_fsdp_in_bf16_has_the_gradient_of_one_rank(backbone, tmp_path, tune):
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
 
 
+def compiled_step(folder: Path, *overrides: str) -> int:
+    """One step with blocks as Dynamo's graphs, run as they are; and why they end, in FOLDER/breaks."""
+    compile_module = nn.Module.compile
+    nn.Module.compile = lambda self, **options: compile_module(self, backend="eager", **options)
+    try:
+        return one_step(folder, "train.compile=true", *overrides)
+    finally:
+        nn.Module.compile = compile_module
+        (folder / "breaks").write_text("\n---\n".join(torch._dynamo.utils.counters["graph_break"]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_under_fsdp_break_only_where_weights_are_gathered(backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
+    assert one_step(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2") == 0
+    expected = load_file(tmp_path / "gradient.safetensors")
+    ways = ("run.name=two", "train.parallel=fsdp")
+    assert finish(launch(compiled_step, tmp_path, *ways, world=2, log=tmp_path / "log"), 200) == [0, 0]
+    for name, value in load_file(tmp_path / "gradient.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    [reason] = (tmp_path / "breaks").read_text().split("\n---\n")
+    assert "the function `disable`" in reason
+
+
 def test_ddp_sends_nothing_at_a_forward(uneven):
     """Its default is to broadcast every buffer before each; RoPE's frequencies never change."""
     config = tiny_config(uneven)
