@@ -1,8 +1,9 @@
 """What streaming starts from: a checkpoint ready to run, and a clip ready to be streamed."""
 
 import functools
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -50,7 +51,8 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
     dtype = torch_dtype(config.infer.precision)
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype).eval()
+    device = pick_device(config.infer.device, int(os.environ.get("LOCAL_RANK", 0)))
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype).eval()
     store_wide_weights_by_column(model)
     return config, tokenizer, model
 
@@ -79,14 +81,14 @@ def trained_on(directory: str | Path) -> Features:
 
 
 def unlike_training(
-    directory: str | Path, clips: Sequence[Clip], config: Config, features: Features | None = None
+    directory: str | Path, clips: Iterable[Clip], config: Config, features: Features | None = None
 ) -> list[str]:
     """How clips, and their features where given, differ from what a checkpoint was trained on: a line each, or none."""
     found = prompts_unlike_training(directory, clips, config)
     return found if features is None else [*warnings(features, trained_on(directory), directory), *found]
 
 
-def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config: Config) -> list[str]:
+def prompts_unlike_training(directory: str | Path, clips: Iterable[Clip], config: Config) -> list[str]:
     """One line, or none: which parts the clips' prompts have that no training clip had, or lack that every one had.
 
     Nothing is said about a checkpoint that does not know what it was trained on, since it is older.
