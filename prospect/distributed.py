@@ -67,6 +67,13 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
     return kind
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ProspectError for bf16 on a GPU older than Ampere: torch would imitate it, many times slower."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        what, remedy = f"{device} has no bf16", "train.precision=fp16; for streaming infer.precision=fp16"
+        raise ProspectError(what, where="config", remedy=remedy)
+
+
 def start_ranks(device: str, patience: datetime.timedelta | None = None) -> Ranks:
     """Join the other ranks, with nccl between GPUs and gloo between hosts.
 

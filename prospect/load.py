@@ -13,7 +13,7 @@ from prospect.clip_files import Source, load_embeddings
 from prospect.clips import Clip
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.decisions import SETTINGS
-from prospect.distributed import pick_device
+from prospect.distributed import check_precision, pick_device
 from prospect.embeddings import check_finite
 from prospect.errors import ProspectError
 from prospect.features import Features, warnings
@@ -21,6 +21,7 @@ from prospect.model import Prospect
 from prospect.sequence import prompt_parts
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
+from prospect.tune import merge_lora
 
 # Of a trained checkpoint these settings may be changed; the others made it what it is, and would change nothing.
 APPLY = (
@@ -32,7 +33,8 @@ APPLY = (
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
 
-    Raises ProspectError for an override that does not apply to a checkpoint.
+    Adapters are added to their weights, so that a frame costs what it costs without them. Raises ProspectError for an
+    override that does not apply to a checkpoint, and where the GPU cannot compute in the precision asked for.
 
     Decisions that the configuration leaves open (thresholds, evidence) are those found best on validation, stored in
     the checkpoint. They were found for the checkpoint's own infer.decision; for another they are one half.
@@ -50,9 +52,13 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
         if getattr(config.infer, setting) is None:
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
-    dtype = torch_dtype(config.infer.precision)
+    config.infer.precision = config.infer.precision or config.train.precision
     device = pick_device(config.infer.device, int(os.environ.get("LOCAL_RANK", 0)))
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype).eval()
+    check_precision(config.infer.precision, device)
+    dtype = torch_dtype(config.infer.precision)
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype)
+    merge_lora(model)
+    model.eval()
     store_wide_weights_by_column(model)
     return config, tokenizer, model
 
