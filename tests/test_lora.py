@@ -437,6 +437,8 @@ def test_the_configs_fit_the_cards_they_name(name, trained, card):
     for number in memory.replace(":", ",").split(", ")[1:]:  # the parts, as the file's own comment gives them
         value = number.split()[0]
         assert float(value) == 0 or f"{value} GB" in text, (value, name)
+    config.train.precision = {"bf16": "fp16", "fp16": "bf16"}[config.train.precision]  # on another card
+    assert describe_memory(config) == [parameters, memory]
 
 
 # ---- streaming -----------------------------------------------------------------------------------
