@@ -18,8 +18,7 @@ is certified to be quiet where nothing happens (prospect/quiet.py).
 docs/metrics.md says what each number means. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
 interrupted. Nor do they depend on the number of ranks: under torchrun the clips are dealt out by length
-(prospect/jobs.py), each rank writes the records of its own, and rank 0 prints. An interrupted evaluation may resume
-with another number of ranks.
+(prospect/jobs.py), each rank writes the records of its own, and rank 0 prints. It may resume with another number.
 """
 
 import argparse
@@ -39,7 +38,6 @@ from prospect.checkpoint import flatten, read_state
 from prospect.clip_files import ClipFile, fit_rows
 from prospect.clips import Clip
 from prospect.config import Config, to_dict
-from prospect.data import Corpus, as_streamed
 from prospect.distributed import (
     Ranks,
     failed_elsewhere,
@@ -245,7 +243,7 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
-    checkpoint, jobs, quiet, corpus = arguments.checkpoint, None, None, None
+    checkpoint, jobs, quiet = arguments.checkpoint, None, None
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
     with together(ranks):
         check_arguments(arguments)
@@ -254,16 +252,13 @@ def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
                 print_again(arguments)
             return
         config, tokenizer, model = load_for_inference(checkpoint, arguments.overrides + strategy)
-        if arguments.sweep:
-            vision_dim, seed = config.model.vision_dim, config.run.seed
-            corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
         if ranks.main:
             quiet = load_jobs([arguments.quiet], config, tokenizer) if arguments.quiet else None
             jobs = load_jobs(arguments.data, config, tokenizer, checkpoint)
     jobs, quiet = from_main((jobs, quiet), ranks)
     if arguments.sweep:
         with together(ranks):
-            sweep(checkpoint, corpus, jobs, model, tokenizer, config, ranks)
+            sweep(checkpoint, jobs, model, tokenizer, config, ranks)
     elif arguments.quiet:
         most = MAX_FALSE_ALARMS if arguments.max_false_alarms is None else arguments.max_false_alarms
         with together(ranks):
@@ -303,7 +298,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
 def evaluate(
     arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect, jobs: Jobs, ranks: Ranks
 ) -> None:
-    """Stream and score the clips, print the table, and with --out write everything down."""
+    """Stream and score the clips, each rank its share; print the table, and with --out write everything down."""
     checkpoint, out, skipped = arguments.checkpoint, arguments.out, []
     with together(ranks):
         similarity = load_similarity(arguments.similarity)
@@ -317,15 +312,14 @@ def evaluate(
 
     def streamed(jobs: Jobs, folder: str) -> dict[str, ClipScore]:
         """The scores by clip, on rank 0. Records go into a folder of `out`, and are taken over from there."""
-        records_dir, taken_over, scores = None, 0, []
+        records_dir, taken_over, scores = None if out is None else out / folder, 0, []
         with together(ranks):
-            if out is not None and ranks.main:
-                (out / folder).mkdir(exist_ok=True)
-                taken_over = sum(records_file(out / folder, place.id).exists() for place in jobs.places)
-            if taken_over:
-                print(f"{taken_over} of {len(jobs)} clips are streamed already, in {out / folder}", flush=True)
+            if records_dir is not None and ranks.main:
+                records_dir.mkdir(exist_ok=True)
+                taken_over = sum(records_file(records_dir, place.id).exists() for place in jobs.places)
+                if taken_over:
+                    print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
         started, mine = time.perf_counter(), jobs.share(ranks)
-        records_dir = None if out is None else out / folder
         with together(ranks):
             scoring = stream_and_score(
                 model, tokenizer, mine, config, similarity, skipped, streams=arguments.streams, records_dir=records_dir

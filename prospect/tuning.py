@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from prospect.checkpoint import read_config, read_state
 from prospect.config import Config
-from prospect.data import Corpus, ordered_batches
+from prospect.data import Corpus, as_streamed, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.distributed import Ranks, gather_objects
 from prospect.errors import ProspectError
@@ -128,14 +128,15 @@ def best_tried(tried: list[Tried], target: str) -> Tried:
 # ---- on any clips --------------------------------------------------------------------------------
 
 
-def sweep(
-    checkpoint: Path, corpus: Corpus, jobs: Jobs, model: Prospect, tokenizer: Tokenizer, config: Config, ranks: Ranks
-) -> None:
+def sweep(checkpoint: Path, jobs: Jobs, model: Prospect, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> None:
     """Choose the decisions: thresholds from a teacher-forced pass, evidence on streamed clips. Print and store them.
 
-    A checkpoint's decisions belong to its own infer.decision. Those found for the other are only printed.
+    Every rank takes its share of the clips. A checkpoint's decisions belong to its own infer.decision. Those found for
+    the other are only printed.
     """
-    gather = functools.partial(gather_objects, ranks=ranks)
+    gather, data = functools.partial(gather_objects, ranks=ranks), as_streamed(config.data)
+    files = [str(source.file.path) for source in jobs.sources]
+    corpus = Corpus(files, data, tokenizer, jobs.vision_dim, rate=1.0, seed=config.run.seed)
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))[ranks.rank :: ranks.world]
     bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
     odds, report = teacher_forced_odds(model, corpus, config, bar, gather)
