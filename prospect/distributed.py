@@ -121,6 +121,15 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     return bool(all_sum(torch.tensor(float(flag)), ranks) > 0)
 
 
+def to_main(value: Any, ranks: Ranks) -> list[Any]:
+    """The value of every rank, in rank order, on rank 0; on the others nothing."""
+    if ranks.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world if ranks.main else []
+    dist.gather_object(value, gathered or None)
+    return gathered
+
+
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     """The value of every rank, in rank order, on every rank."""
     if ranks.world == 1:
@@ -132,19 +141,10 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
 
 def from_main(value: Any, ranks: Ranks) -> Any:
     """Rank 0's value, on every rank."""
-    values = [value]
+    given = [value]
     if ranks.world > 1:
-        dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def to_main(value: Any, ranks: Ranks) -> list[Any]:
-    """The value of every rank, in rank order, on rank 0; on the others nothing."""
-    if ranks.world == 1:
-        return [value]
-    gathered: list[Any] = [None] * ranks.world if ranks.main else []
-    dist.gather_object(value, gathered or None)
-    return gathered
+        dist.broadcast_object_list(given)
+    return given[0]
 
 
 @contextlib.contextmanager
