@@ -263,6 +263,17 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class GELU(nn.Module):
+    """GELU(x), computed with its axes in another order, so that torch does not hand it to oneDNN on a CPU.
+
+    oneDNN compiles a kernel for each new number of rows and keeps the last 1,024 of them, up to 280 kB each: a stream
+    or a training whose numbers of frames vary would grow by hundreds of megabytes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [...,H] -> [...,H]
+        return F.gelu(x.movedim(-1, 0)).movedim(0, -1)
+
+
 class Llama(nn.Module):
     """The transformer between the embeddings and the heads."""
 
@@ -315,7 +326,7 @@ class Prospect(nn.Module):
         super().__init__()
         self.config = config
         H = config.hidden_size
-        self.mm_projector = nn.Sequential(nn.Linear(config.vision_dim, H), nn.GELU(), nn.Linear(H, H))
+        self.mm_projector = nn.Sequential(nn.Linear(config.vision_dim, H), GELU(), nn.Linear(H, H))
         self.model = Llama(config)
         self.lm_head = nn.Linear(H, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
