@@ -6,7 +6,8 @@
 Needs transformers (requirements-dev.txt). The loop is the usual one of streaming assistants: each frame's projected
 embedding goes through LlamaForCausalLM with a DynamicCache, which grows by concatenation, and the LM head is read at
 every frame; a variant reads two heads instead. The engine reads its two heads, with a cache allocated once: frame by
-frame (K=1), with look-ahead, and frame by frame for several streams at once.
+frame (K=1), with look-ahead, and frame by frame for several streams at once; on CUDA as a graph and without. Then both
+write a reply, transformers with generate and its static cache: the same tokens.
 
 All of them stream the same frames after the same prompt, one after the other within each round, so that other load
 slows them alike. The table shows, over the rounds, the median of milliseconds per frame, the 95th percentile of single
@@ -30,16 +31,18 @@ from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import PRECISIONS, SHAPES, model_config
 from prospect.clip_files import parse_clip
 from prospect.config import Config, torch_dtype
+from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import store_wide_weights_by_column
 from prospect.model import Prospect, init_weights
+from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
 
 LOOKAHEAD = (1, 8, 32)
 STREAMS = 8
-NEVER = 2.0  # a threshold that no probability reaches: every frame is silent
+TOKENS = 14  # of a reply; from 16 on one that repeats itself, as a random model does, would be cut
+NEVER = Moments(frozenset(), frozenset())  # every frame is silent
 
 
 def transformers_model(model: Prospect):
@@ -93,6 +96,36 @@ def engine(sessions: list[StreamSession], frames: torch.Tensor, lookahead: int) 
     return times, records[-1].speaking_prob
 
 
+def transformers_reply(peer, prompt: list[int], tokens: int, device: str) -> tuple[float, list[int]]:
+    """Seconds of `tokens` more tokens behind the prompt, by generate with its static cache, and all ids."""
+    feed = torch.tensor([prompt], device=device)
+    times = []
+    for count in (1, 1 + tokens):  # the difference leaves out the prompt
+        options = dict(max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
+        synchronise(device)
+        started = time.perf_counter()
+        ids = peer.generate(feed, attention_mask=torch.ones_like(feed), cache_implementation="static", **options)
+        synchronise(device)
+        times.append(time.perf_counter() - started)
+    return times[1] - times[0], ids[0, len(prompt) :].tolist()
+
+
+def engine_reply(session: StreamSession, prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+    """The same behind a session's prompt."""
+    times = []
+    for count in (1, 1 + tokens):
+        session.cache.lengths[session.stream] = len(prompt) - 1
+        started = time.perf_counter()
+        [turn] = session.model.fast_greedy_generate(
+            prompt[-1:], session.cache, [session.stream], end_ids=session.end_ids[:1], max_new_tokens=count,
+            forbidden=torch.tensor([], dtype=torch.long, device=session.cache.keys.device),
+        )  # fmt: skip
+        synchronise(session.cache.keys.device.type)
+        times.append(time.perf_counter() - started)
+    assert turn.cut == "limit", turn.cut
+    return times[1] - times[0], turn.ids
+
+
 def frame_bytes(model: Prospect, context: int) -> int:
     """Bytes that one frame must read: all weights but the token embeddings, and the keys and values of the context."""
     c, size = model.config, model.lm_head.weight.element_size()
@@ -123,42 +156,56 @@ def main() -> None:
     init_weights(model, 0)
     model = model.to(device, dtype)
     peer = transformers_model(model)
-    store_wide_weights_by_column(model)  # as load_for_inference does
+    prepare(model)  # as load_for_inference does
     config = Config()
     config.data.max_seq_len = arguments.frames + 512
-    config.infer.speaking_threshold = config.infer.dst_threshold = NEVER
+    config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5
     raw = dict(start_frame_idx=0, end_frame_idx=arguments.frames - 1, conversation=[], inferred_goal="Go on " * 30)
     clip, _ = parse_clip(raw, "bench", 0)
     prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
     frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
     bandwidth = read_bandwidth(device, dtype)
 
-    def sessions(count: int) -> list[StreamSession]:
-        cache = make_cache(model, config, count)
-        return [StreamSession(model, tokenizer, clip, config, cache=cache, stream=n) for n in range(count)]
+    ways = {f"engine, K={k}": (1, k) for k in LOOKAHEAD} | {f"engine, K=1, {STREAMS} streams": (STREAMS, 1)}
+    caches = {name: make_cache(model, config, count) for name, (count, _) in ways.items()}
+    if device == "cuda":  # the same, launched kernel by kernel
+        for name in ("engine, K=1", f"engine, K=1, {STREAMS} streams"):
+            ways[f"{name}, no graph"], caches[f"{name}, no graph"] = (
+                ways[name],
+                make_cache(model, config, ways[name][0]),
+            )
+            caches[f"{name}, no graph"].graph = None
 
-    modes = {
-        "transformers, growing cache": 1,
-        "the same, two heads in place of the LM head": 1,
-        **{f"engine, K={k}": k for k in LOOKAHEAD},
-        f"engine, K=1, {STREAMS} streams": STREAMS,
-    }
+    def sessions(name: str) -> list[StreamSession]:
+        cache, count = caches[name], ways[name][0]
+        return [
+            StreamSession(model, tokenizer, clip, config, cache=cache, stream=n, moments=NEVER) for n in range(count)
+        ]
+
+    modes = ["transformers, growing cache", "the same, two heads in place of the LM head", *ways]
     per_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds per frame, of each round
+    replies: list[tuple[float, float]] = []  # seconds for TOKENS tokens, of each round: theirs, ours
     steps: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds of single steps, of all rounds
     for round_number in range(arguments.rounds + 1):  # the first warms up and checks that all see the same
         measured = []
         for read_lm_head in (True, False):
             times, speaking = transformers_loop(peer, model, prompt, frames, device, read_lm_head)
             measured.append(times)
-        for count, lookahead in [(1, k) for k in LOOKAHEAD] + [(STREAMS, 1)]:
-            times, found = engine(sessions(count), frames, lookahead)
-            assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (lookahead, found, speaking)
+        for name, (_, lookahead) in ways.items():
+            times, found = engine(sessions(name), frames, lookahead)
+            assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (name, found, speaking)
             measured.append(times)
         if round_number:
             for name, times in zip(modes, measured):
                 shown = len(frames) * (STREAMS if "streams" in name else 1)
                 per_frame[name].append(sum(times) / shown * 1e3)
                 steps[name] += [1e3 * t for t in times]
+
+        theirs, expected = transformers_reply(peer, prompt, TOKENS, device)
+        ours, ids = engine_reply(sessions("engine, K=1")[0], prompt, TOKENS)
+        assert ids == expected or dtype != torch.float32, (ids, expected)
+        if round_number:
+            replies.append((theirs, ours))
 
     need = frame_bytes(model, len(prompt) + len(frames) // 2)
     print(
@@ -174,9 +221,13 @@ def main() -> None:
         median, p95 = statistics.median(values), float(np.percentile(steps[name], 95))
         speed_up = f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})"
         share = ""
-        if name == "engine, K=1":  # the others read a weight once for many frames
+        if ways.get(name) == (1, 1):  # the others read a weight once for many frames
             share = f"{need / (median / 1e3) / bandwidth:.0%}"
         print(f"| {name} | {median:.2f} | {p95:.2f} | {1e3 / median:.0f} | {speed_up} | {share} |")
+    theirs, ours = [TOKENS / statistics.median(times) for times in zip(*replies)]
+    ratios = [their_time / our_time for their_time, our_time in replies]
+    print(f"a reply: transformers' generate with its static cache {theirs:.0f} tokens/s, engine {ours:.0f}, "
+          f"{statistics.median(ratios):.1f}x ({min(ratios):.1f}..{max(ratios):.1f})")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 
 from benchmarks.limits import matmul_flops, synchronise
 from prospect.config import LossConfig, torch_dtype
+from prospect.data import to_device
 from prospect.errors import ProspectError, run_entry_point
-from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, init_weights, loss_terms
+from prospect.model import IGNORE, ModelConfig, Prospect, count_labels, find_targets, init_weights, loss_terms
 from prospect.weights import save_model
 
 
@@ -88,23 +89,26 @@ def make_batch(shape: str, labelled: float, device: str) -> dict[str, torch.Tens
         gen[b, learned] = ids[b, learned]
     ids[~mask] = 0
     half = torch.arange(T) % 2 == 0  # replies and updates: disjoint text
-    return {
-        "input_ids": ids.to(device), "attention_mask": mask.to(device),
-        "image_embeds": torch.randn(int((ids == 1).sum()), D, generator=draw).half().to(device),
+    labels = {
         "speaking_gen_labels": gen.masked_fill(~half, IGNORE), "speaking_labels": speaking,
         "dst_gen_labels": gen.masked_fill(half, IGNORE), "dst_update_labels": speaking,
         "dst_state_labels": torch.full((B, T), IGNORE),
     }  # fmt: skip
+    batch = {
+        "input_ids": ids, "attention_mask": mask.to(device), **labels, "targets": find_targets(labels),
+        "image_embeds": torch.randn(int((ids == 1).sum()), D, generator=draw).half(),
+    }  # fmt: skip
+    return to_device(batch, torch.device(device))
 
 
 def our_step(directory: str, batch: dict, device: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], float]:
     model = Prospect.from_pretrained(directory, dtype=dtype).to(device).train()
     model.model.activation_checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    counts = count_labels(batch)
+    counts = count_labels(batch["targets"])
 
     def step() -> float:
-        sums = model(batch["input_ids"], batch["image_embeds"], labels=batch)
+        sums = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"])
         loss = sum(loss_terms(sums, counts, LossConfig()).values())
         loss.backward()
         optimizer.step()

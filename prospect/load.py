@@ -6,8 +6,6 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from prospect.checkpoint import read_config, read_state
 from prospect.clip_files import Source, load_embeddings
 from prospect.clips import Clip
@@ -18,6 +16,7 @@ from prospect.embeddings import check_finite
 from prospect.errors import ProspectError
 from prospect.features import Features, warnings
 from prospect.model import Prospect
+from prospect.prepared import prepare
 from prospect.sequence import prompt_parts
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
@@ -58,8 +57,7 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
     dtype = torch_dtype(config.infer.precision)
     model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype)
     merge_lora(model)
-    model.eval()
-    store_wide_weights_by_column(model)
+    prepare(model.eval())
     return config, tokenizer, model
 
 
@@ -107,22 +105,6 @@ def prompts_unlike_training(directory: str | Path, clips: Iterable[Clip], config
             lacks, had = ("no", "every") if share else ("a", "no")
             found.append(f"{lacks} {part} in {odd[0]}{more} ({had} training clip had one)")
     return [f"prompts are not as in training: {'; '.join(found)}"] if found else []
-
-
-def store_wide_weights_by_column(model: Prospect) -> None:
-    """On a CPU in fp32, store weights [out,in] with out > in column after column: the same numbers, other strides.
-
-    A silent frame multiplies every weight by a single row and so takes as long as reading them. A product with one row
-    reads few long columns faster than many short rows, 1.7 times at 1408 x 512. A tied LM head stays: its rows are
-    looked up.
-    """
-    looked_up = model.model.embed_tokens.weight
-    for layer in model.modules():
-        if not isinstance(layer, torch.nn.Linear) or layer.weight is looked_up:
-            continue
-        weight = layer.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.float32 and layer.out_features > layer.in_features:
-            weight.data = weight.data.t().contiguous().t()
 
 
 def load_job(source: Source, index: int, vision_dim: int) -> tuple[Job, str | None]:

@@ -21,7 +21,7 @@ Speaking by a head beside the LM head, and the strategies drop_all, drop_middle 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -34,8 +34,9 @@ from prospect.context import SUMMARY_REQUEST, stream_room, summary_tokens, user_
 from prospect.decisions import Evidence, Moments, decide
 from prospect.dst import STATES, State, UpdateError, apply_update, legal_continuations, legal_updates, parse_update
 from prospect.errors import ProspectError
+from prospect.graph import ForwardGraph
 from prospect.memory import check_fits
-from prospect.model import Generated, KVCache, Prospect
+from prospect.model import Generated, KVCache, Prospect, sent
 from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
 from prospect.tokenizer import Piece, Tokenizer
 
@@ -285,8 +286,8 @@ class StreamSession:
     def _run(self, ids: list[int], rows: Tensor | None) -> None:
         """Put tokens, and the embedding rows [F,D] of the <image>s among them, into the cache."""
         device = self.cache.keys.device
-        rows = None if rows is None else rows.to(device)
-        self.model(torch.tensor([ids], device=device), rows, cache=self.cache, streams=[self.stream])
+        rows = None if rows is None else sent(rows, device)
+        self.model(sent([ids], device), rows, cache=self.cache, streams=[self.stream])
 
     def _slide(self, needed: int) -> tuple[str, list[Unit]]:
         """The prompt and the units of the next window, as prospect.data.plan_windows begins it."""
@@ -388,9 +389,14 @@ def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
     """A cache for so many streams. Raises ProspectError when this machine cannot hold it."""
     weight, capacity, c = model.lm_head.weight, config.data.max_seq_len, model.config
     if weight.device.type == "cpu":
-        needed = 2 * c.num_hidden_layers * streams * c.num_key_value_heads * capacity * c.head_dim * weight.itemsize
+        needed = (
+            2 * c.num_hidden_layers * streams * c.num_key_value_heads * (capacity + 1) * c.head_dim * weight.itemsize
+        )
         check_fits(needed, f"{streams} stream(s) of {capacity} tokens", "lower data.max_seq_len, or --streams")
-    return KVCache(c, streams, capacity, weight.device, weight.dtype)
+    cache = KVCache(c, streams, capacity, weight.device, weight.dtype)
+    if weight.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose casts of the weights would be recorded, too
+        cache.graph = ForwardGraph(model.model, cache)
+    return cache
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -408,23 +414,12 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
         taken                    f1 f2 f3 f4             the cache is cut behind f4, the text is written there
     """
     session = sessions[0]
-    device = session.cache.keys.device
     chunks, events = zip(*[fitting(session, frames) for session, frames in zip(sessions, upcoming)])
 
-    # One right-padded forward; decisions are read at each frame's last <image>.
+    # One forward; decisions are read at each frame's last <image>.
     starts = [session.num_tokens for session in sessions]
     ends = [np.cumsum([unit.num_tokens for unit in chunk]) for chunk in chunks]  # tokens up to and with each frame
-    T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
-    input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
-    read_at = torch.zeros((len(sessions), K), dtype=torch.long)
-    for b, (chunk, end) in enumerate(zip(chunks, ends)):
-        input_ids[b, : end[-1]] = torch.tensor([id for unit in chunk for id in unit.ids(session.tokenizer.image_id)])
-        read_at[b, : len(end)] = torch.from_numpy(end - 1)
-    image_embeds = torch.cat([unit.rows for chunk in chunks for unit in chunk]).to(device)  # [F,D]
-    streams = [session.stream for session in sessions]
-    hidden = session.model(input_ids.to(device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
-    hidden = hidden.gather(1, read_at.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
-    heads = read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)  # [B][K]
+    heads = look(sessions, chunks, ends)  # [B][K]
 
     # Frames are taken one after another, up to the first at which something is to be written.
     records: list[list[FrameRecord]] = []
@@ -442,6 +437,31 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
     write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")
     write([pair for pair in last if pair[1].speaking_decision], "assistant")
     return records
+
+
+def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list[np.ndarray]) -> list[list["Heads"]]:
+    """Run the frames of each session's chunk, and read the heads at them, as lists [B][K]. ends: of each frame."""
+    session, device = sessions[0], sessions[0].cache.keys.device
+    streams = [session.stream for session in sessions]
+    rows = [torch.cat([unit.rows for unit in chunk]) for chunk in chunks]  # [F,D] each
+    each, K = len(chunks[0][0].rows), len(chunks[0])
+    if all(len(chunk) == K and all(unit.num_tokens == len(unit.rows) == each for unit in chunk) for chunk in chunks):
+        # Frames alone, alike in every stream: neither ids nor padding.
+        hidden = session.model(None, sent(torch.stack(rows), device), cache=session.cache, streams=streams)  # [B,T,H]
+        hidden = hidden[:, each - 1 :: each]  # [B,K,H]
+    else:
+        # Right-padded to the longest.
+        T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
+        input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
+        read_at = torch.zeros((len(sessions), K), dtype=torch.long)
+        for b, (chunk, end) in enumerate(zip(chunks, ends)):
+            ids = [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
+            input_ids[b, : len(ids)] = torch.tensor(ids)
+            read_at[b, : len(end)] = torch.from_numpy(end - 1)
+        image_embeds = sent(torch.cat(rows), device)
+        hidden = session.model(sent(input_ids, device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
+        hidden = hidden.gather(1, sent(read_at, device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
+    return read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from prospect.config import Config
-from prospect.data import Corpus, collate
+from prospect.data import Corpus, collate, to_device
 from prospect.errors import ProspectError
 from prospect.metrics import (
     DecisionCounts,
@@ -105,11 +105,10 @@ def teacher_forced(
     """
     device = model.lm_head.weight.device
     batch = batch if isinstance(batch, ForcedBatch) else make_batch(corpus, batch)
-    tensors = batch.tensors
+    on_device = to_device(batch.tensors, device)
     with autocast or contextlib.nullcontext():
-        inputs = [tensors[key].to(device, non_blocking=True) for key in ("input_ids", "image_embeds")]
-        hidden = model(*inputs)
-        sums = loss_sums(model, hidden, tensors, config.loss)
+        hidden = model(on_device["input_ids"], on_device["image_embeds"])
+        sums = loss_sums(model, hidden, on_device["targets"], config.loss)
     for b, (sequence, positions) in enumerate(zip(batch.sequences, batch.positions)):
         states = hidden[b, positions.to(device, non_blocking=True)]  # [F,H]
         parts = [
@@ -117,7 +116,8 @@ def teacher_forced(
             for part in states.split(FRAMES_AT_ONCE)
         ]
         sequence.probabilities = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
-    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors), batch.sequences)
+    counts = count_labels(batch.tensors["targets"])
+    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, counts, batch.sequences)
 
 
 def reference_labels(corpus: Corpus, index: int) -> dict[str, np.ndarray]:

@@ -18,7 +18,7 @@ from prospect.distributed import check_precision
 from prospect.errors import ProspectError
 from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
-from prospect.memory import describe_memory
+from prospect.memory import Memory, describe_memory, memory_of, planned_model
 from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
 from prospect.stream import streamed_clips
 from prospect.tune import (
@@ -32,7 +32,7 @@ from prospect.tune import (
     set_trainable,
     storage_dtype,
 )
-from prospect.weights import load_model, load_state, read_config, save_model
+from prospect.weights import fill_model, load_model, open_model, read_config, save_model, trained_tensors
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -290,9 +290,9 @@ def test_a_checkpoint_holds_only_what_was_trained(tmp_path, tune):
     again = load_model(tmp_path).eval()
     assert torch.equal(answer(again), answer(model.eval()))
 
-    fresh = load(seed=9)
-    set_trainable(fresh, config, seed=9)
-    load_state(fresh, tmp_path)
+    fresh, stored = open_model(BACKBONES / "llama-3.2", {"vision_dim": 16, "image_token_id": 288}, torch.float32)
+    set_trainable(fresh, config)
+    fill_model(fresh, stored | trained_tensors(fresh, tmp_path), "cpu", seed=9)  # what a resumed run does
     assert torch.equal(answer(fresh.eval()), answer(model))
 
 
@@ -398,6 +398,43 @@ def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, 
     config.train = lora_config(tune=tune, precision=precision, lora_dropout=dropout)
     announced = float(describe_memory(config)[1].split(" activations")[0].split()[-1]) * 1e9
     assert 0.9 < announced / (per_layer * 10 * 10_000) < 1.1
+
+
+# Llama-3.1-8B, 2,048 tokens with activation checkpointing, in parameters. A block: q and o, k and v, the MLP, norms.
+BLOCK = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096  # 218,112,000, 32 times
+ADAPTERS = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # of rank 16 in a block
+OURS = 1152 * 4096 + 4096 + 4096 * 4096 + 4096 + 5 * 4097  # the projector and three heads
+BACKBONE = 32 * BLOCK + 2 * 128256 * 4096 + 4096
+REST = BACKBONE - 32 * BLOCK + OURS  # embeddings, LM head, the last norm, projector, heads
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        # 16 bytes of every parameter divided by 8. The rest's weights and gradient in fp32, and its bf16 copy; in bf16
+        # two blocks, one's gradient. In fp32: the gradient of the rest. Tokens: 32 inputs of blocks in fp32, and one
+        # block.
+        (["tune=full", "parallel=fsdp", "precision=bf16"], 8, Memory(
+            0, 2 * (BACKBONE + OURS), (4 + 4 + 2) * REST + 2 * 3 * BLOCK + 4 * REST,
+            2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=full", "parallel=fsdp", "precision=fp32"], 8, Memory(
+            0, 2 * (BACKBONE + OURS), 4 * (2 * REST + 3 * BLOCK) + 4 * REST,
+            2048 * (32 * 4 * 4096 + 32 * 4096 + 16 * 14336))),
+        (["tune=full", "parallel=ddp", "precision=bf16"], 8, Memory(
+            0, 18 * (BACKBONE + OURS), 0, 2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=full", "parallel=fsdp", "precision=bf16"], 1, Memory(  # a single rank shares with nobody
+            0, 18 * (BACKBONE + OURS), 0, 2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=lora", "parallel=fsdp", "precision=bf16"], 4, Memory(
+            2 * BACKBONE / 4, 4 * (32 * ADAPTERS + OURS),
+            2 * (REST - OURS) + 10 * OURS + 2 * (2 * (BLOCK + ADAPTERS) + ADAPTERS) + 4 * OURS,
+            2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
+        (["tune=lora", "parallel=ddp", "precision=fp16"], 4, Memory(
+            2 * BACKBONE, 18 * (32 * ADAPTERS + OURS), 0, 2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
+    ],
+)  # fmt: skip
+def test_memory_of_each_gpu_by_hand(overrides, world, expected):
+    config = load_config(CONFIGS / "llama-3.1-8b.yaml", [f"train.{override}" for override in overrides])
+    assert memory_of(planned_model(config), config, world) == expected
 
 
 @pytest.mark.parametrize(

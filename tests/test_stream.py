@@ -133,6 +133,8 @@ class Tape:
         if cache is None:
             return
         ids, embeds = inputs[0], iter(inputs[1] if len(inputs) > 1 and inputs[1] is not None else [])
+        if ids is None:  # frames alone
+            ids, embeds = torch.full(inputs[1].shape[:2], self.image_id), iter(inputs[1].flatten(0, 1))
         for row, new in zip(options["streams"], ids.tolist()):
             held = self.rows.get(row, [])[: cache.lengths[row]]  # what was rolled back is gone
             assert len(held) == cache.lengths[row]
