@@ -183,7 +183,8 @@ class InferConfig:
     max_update_tokens: int = 40
     constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
     lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights, cache and arithmetic
+    # of weights, cache and arithmetic; null: as trained (train.precision), so that what trains on a card streams on it
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
     device: str = "auto"  # auto: cuda when there is one, else cpu
 
 

@@ -1,8 +1,9 @@
 """What streaming starts from: a checkpoint ready to run, and a clip ready to be streamed."""
 
 import functools
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from prospect.checkpoint import read_config, read_state
@@ -10,7 +11,7 @@ from prospect.clip_files import Source, load_embeddings
 from prospect.clips import Clip
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.decisions import SETTINGS
-from prospect.distributed import pick_device
+from prospect.distributed import check_precision, pick_device
 from prospect.embeddings import check_finite
 from prospect.errors import ProspectError
 from prospect.features import Features, warnings
@@ -31,7 +32,8 @@ APPLY = (
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
 
-    Raises ProspectError for an override that does not apply to a checkpoint.
+    Adapters are added to their weights, so that a frame costs what it costs without them. Raises ProspectError for an
+    override that does not apply to a checkpoint, and where the GPU cannot compute in the precision asked for.
 
     Decisions that the configuration leaves open (thresholds, evidence) are those found best on validation, stored in
     the checkpoint. They were found for the checkpoint's own infer.decision; for another they are one half.
@@ -49,11 +51,13 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
         if getattr(config.infer, setting) is None:
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
+    config.infer.precision = config.infer.precision or config.train.precision
+    device = pick_device(config.infer.device, int(os.environ.get("LOCAL_RANK", 0)))
+    check_precision(config.infer.precision, device)
     dtype = torch_dtype(config.infer.precision)
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype)
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype)
     merge_lora(model)
-    model.eval()
-    prepare(model)
+    prepare(model.eval())
     return config, tokenizer, model
 
 
@@ -81,14 +85,14 @@ def trained_on(directory: str | Path) -> Features:
 
 
 def unlike_training(
-    directory: str | Path, clips: Sequence[Clip], config: Config, features: Features | None = None
+    directory: str | Path, clips: Iterable[Clip], config: Config, features: Features | None = None
 ) -> list[str]:
     """How clips, and their features where given, differ from what a checkpoint was trained on: a line each, or none."""
     found = prompts_unlike_training(directory, clips, config)
     return found if features is None else [*warnings(features, trained_on(directory), directory), *found]
 
 
-def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config: Config) -> list[str]:
+def prompts_unlike_training(directory: str | Path, clips: Iterable[Clip], config: Config) -> list[str]:
     """One line, or none: which parts the clips' prompts have that no training clip had, or lack that every one had.
 
     Nothing is said about a checkpoint that does not know what it was trained on, since it is older.
