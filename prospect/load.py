@@ -52,7 +52,7 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
     config.infer.precision = config.infer.precision or config.train.precision
-    local_rank, local_world = (int(os.environ.get(name, one)) for name, one in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = pick_device(config.infer.device, local_rank, local_world)
     check_precision(config.infer.precision, device)
     dtype = torch_dtype(config.infer.precision)
