@@ -393,5 +393,10 @@ def main() -> int:
         stop_ranks(ranks)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What `prospect-train` runs, once the project is installed."""
     run_entry_point(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -52,7 +52,8 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
     config.infer.precision = config.infer.precision or config.train.precision
-    device = pick_device(config.infer.device, int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = pick_device(config.infer.device, local_rank, local_world)
     check_precision(config.infer.precision, device)
     dtype = torch_dtype(config.infer.precision)
     model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype)
@@ -87,8 +88,8 @@ def trained_on(directory: str | Path) -> Features:
 def unlike_training(
     directory: str | Path, clips: Iterable[Clip], config: Config, features: Features | None = None
 ) -> list[str]:
-    """How clips, and their features where given, differ from what a checkpoint was trained on: a line each, or none."""
-    found = prompts_unlike_training(directory, clips, config)
+    """How a stream of the clips, and their features where given, would differ from training: a line each, or none."""
+    found = [*prompts_unlike_training(directory, clips, config), *untaught_strategy(config)]
     return found if features is None else [*warnings(features, trained_on(directory), directory), *found]
 
 
@@ -105,6 +106,22 @@ def prompts_unlike_training(directory: str | Path, clips: Iterable[Clip], config
             lacks, had = ("no", "every") if share else ("a", "no")
             found.append(f"{lacks} {part} in {odd[0]}{more} ({had} training clip had one)")
     return [f"prompts are not as in training: {'; '.join(found)}"] if found else []
+
+
+def untaught_strategy(config: Config) -> list[str]:
+    """One line, or none: whether a full context starts again in a shape that training never showed."""
+    strategy, summaries, dst = config.infer.strategy, config.data.summaries, config.data.dst
+    taught = {
+        "none": True,
+        "slide": summaries < 1,
+        "drop_all": not dst,  # the prompt tells the state with which the stream began
+        "drop_middle": False,
+        "summarize_and_drop": summaries > 0 and not dst,  # likewise
+        "summarize_with_dst": summaries > 0,
+    }[strategy]
+    how = f"data.summaries={summaries:g}, data.dst={str(dst).lower()}"
+    line = f"infer.strategy={strategy}: training showed no context that starts again as a full one will ({how})"
+    return [] if taught else [line]
 
 
 def load_job(source: Source, index: int, vision_dim: int) -> tuple[Job, str | None]:
