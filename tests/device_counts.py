@@ -184,7 +184,6 @@ def pretended_card() -> Iterator[PretendedCard]:
 
     pretended = [
         (torch.cuda, "_lazy_init", lambda: None),
-        (torch.cuda, "is_bf16_supported", lambda including_emulation: True),
         (torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()),  # what draws on the card draws there
         (torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state)),
         (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
