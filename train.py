@@ -15,6 +15,7 @@ Exit status: 0 done, 2 a user's error, 75 stopped by SIGTERM or SIGINT with ever
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect import checkpoint as ckpt
-from prospect.build import build_model, load_corpora, load_tokenizer, make_sample_corpus, run_directory
+from prospect.build import load_corpora, load_tokenizer, make_sample_corpus, new_model, run_directory
 from prospect.check import refuse_without_updates
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, load_config, to_dict
@@ -44,13 +45,16 @@ from prospect.data import (
     label_counts,
     padding_share,
     received,
+    to_device,
 )
 from prospect.distributed import (
     Ranks,
     StopRequest,
     any_rank,
+    check_precision,
     gather_objects,
     leave_signals_to_parent,
+    shard_model,
     share_model,
     start_ranks,
     stop_ranks,
@@ -66,7 +70,7 @@ from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_ter
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
 from prospect.validation import autocast, clips_to_stream, note_validation, validate
-from prospect.weights import load_state
+from prospect.weights import fill_model, trained_tensors
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
 COMPILED_LENGTHS = 64  # with train.compile, sequences are padded to a multiple of this
@@ -90,10 +94,12 @@ def learning_rate(step: int, max_steps: int, config: TrainConfig, peak: float) -
 # ---- the loop ------------------------------------------------------------------------------------
 
 
-def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
+def train(config: Config, ranks: Ranks, dry_run: int) -> int:
+    """Train, and return the exit status. dry_run: describe a run of so many ranks and stop; 0: train."""
     # What to learn from, and the model. Rank 0 makes what is made once: the sample corpus and a trained tokenizer.
     torch.manual_seed(config.run.seed + ranks.rank)
     with together(ranks):
+        check_precision(config.train.precision, ranks.device)
         if ranks.main:
             make_sample_corpus(config)
             load_tokenizer(config)
@@ -105,13 +111,15 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
         check_reserved(tokenizer, config)
         left_out = clips_to_stream(val_corpus, config)[1]
         val_corpus.warnings += [f"not streamed in validation: {line}" for line in left_out]
-        model = build_model(config, tokenizer)
+        model, stored = new_model(config, tokenizer)  # shapes and types; the values follow
     order = DataOrder(train_corpus.lengths(), config.data.batch_tokens, config.run.seed)
-    set_trainable(model, config.train, config.run.seed)
+    set_trainable(model, config.train)
     if ranks.main:
-        print("\n".join([describe(config, model, train_corpus, val_corpus, order, ranks), *leaks]), flush=True)
+        described = dataclasses.replace(ranks, world=dry_run or ranks.world)
+        print("\n".join([describe(config, model, train_corpus, val_corpus, order, described), *leaks]), flush=True)
     if dry_run:
         if ranks.main:
+            print("\n".join(describe_memory(config, model, dry_run)))
             print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
             print("labels of one epoch:", counts_line(label_counts(train_corpus)))
         return 0
@@ -128,15 +136,16 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
             print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
         return 0
 
-    # The model on its device, shared between ranks; the optimizer; precision.
-    with together(ranks):
-        if source and not (source / ckpt.SHARDS).is_dir():
-            load_state(model, source)
-    model.to(ranks.device)
+    # The model, shared between ranks: each reads or draws the values of its own share alone. The optimizer; precision.
     model.model.activation_checkpointing = config.train.activation_checkpointing
     if config.train.compile:  # dynamic: one graph for all shapes; batch size 1 and evaluation get their own
         for block in model.model.layers:
             block.compile(dynamic=True)
+    shard_model(model, config.train, ranks)
+    with together(ranks):
+        if source and not (source / ckpt.SHARDS).is_dir():
+            stored |= trained_tensors(model, source)
+        fill_model(model, stored, ranks.device, config.run.seed)
     shared = share_model(model, config.train, ranks)
     beta = (config.train.beta1, config.train.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.train), betas=beta, fused=True)
@@ -195,7 +204,7 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
                     with together(ranks):
                         if ranks.main:
                             log.write(step_line(step, state, optimizer.param_groups[0]["lr"]))
-                            shown = {short: f"{float(step.terms[name]):.3f}" for short, name in SHOWN_LOSSES.items()}
+                            shown = {short: f"{step.terms[name]:.3f}" for short, name in SHOWN_LOSSES.items()}
                             bar.set_postfix(shown, refresh=False)
                 bar.update()
             else:
@@ -215,9 +224,9 @@ def train(config: Config, ranks: Ranks, dry_run: bool) -> int:
 class Step:
     """One optimizer step. Losses and counts are of all ranks; `micro` and `sums` are this rank's micro-batches."""
 
-    terms: dict[str, Tensor]  # the losses by name, see loss_terms
-    loss: Tensor  # their weighted total
-    norm: Tensor  # of the whole gradient, before clipping
+    terms: dict[str, float]  # the losses by name, see loss_terms
+    loss: float  # their weighted total
+    norm: float  # of the whole gradient, before clipping
     counts: dict[str, Tensor]  # labels by LOSS_CLASSES, "tokens", and "padded": tokens with padding
     finite: bool  # else the optimizer's step was left out
     micro: list[dict]  # the batches
@@ -240,26 +249,28 @@ def train_step(
     # Labels are counted before any backward: every term is divided by its count over the whole step.
     counts = sum_named(added(tally(batch) for batch in micro), ranks)
     sums = []
-    for number, batch in enumerate(micro):
-        batch = to_device(batch, ranks.device)
-        last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
-        with contextlib.nullcontext() if last else without_sync(model):
-            with autocast(config.train, ranks.device):
-                of_batch = model(batch["input_ids"], batch["image_embeds"], labels=batch, loss=config.loss)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
-            scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
-        sums.append({name: value.detach() for name, value in of_batch.items()})
+    with autocast(config.train, ranks.device):  # around them all: its 16-bit copy of each weight is made once a step
+        for number, batch in enumerate(micro):
+            batch = to_device(batch, ranks.device)
+            last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
+            with contextlib.nullcontext() if last else without_sync(model):
+                of_batch = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"], loss=config.loss)
+                with torch.autocast(ranks.device.type, enabled=False):
+                    loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
+                    scaler.scale(loss * ranks.world).backward()  # averaged over ranks, while the counts are summed
+            sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))
     terms = loss_terms(sum_named(added(sums), ranks), counts, config.loss)
     loss = total_loss(terms, config.loss.weights())
-    finite = bool(torch.isfinite(loss + norm))  # the same on every rank, for both are over all ranks
+    loss, norm, *losses = torch.stack([loss, norm, *terms.values()]).tolist()  # the step's one wait for the device
+    finite = math.isfinite(loss) and math.isfinite(norm)  # the same on every rank, for both are over all ranks
     if finite:
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return Step(terms, loss, norm, counts, finite, micro, sums, time.perf_counter() - started)
+    return Step(dict(zip(terms, losses)), loss, norm, counts, finite, micro, sums, time.perf_counter() - started)
 
 
 def step_line(step: Step, state: TrainState, rate: float) -> dict:
@@ -267,11 +278,11 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
     return {
         "step": state.step,
         "epoch": state.epoch,
-        "loss": float(step.loss),
-        **{name: float(value) for name, value in step.terms.items()},
+        "loss": step.loss,
+        **step.terms,
         "counts": {name: int(step.counts[name]) for name in LOSS_CLASSES},
         "lr": rate,
-        "grad_norm": float(step.norm),
+        "grad_norm": step.norm,
         "padding": 1 - float(step.counts["tokens"] / step.counts["padded"]),
         "tokens_per_second": float(step.counts["tokens"]) / step.seconds,
     }
@@ -280,15 +291,13 @@ def step_line(step: Step, state: TrainState, rate: float) -> dict:
 # ---- pieces of the loop --------------------------------------------------------------------------
 
 
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Inputs to the device; labels stay on the host, where finding them waits for nothing (see loss_sums)."""
-    return batch | {key: batch[key].to(device, non_blocking=True) for key in ("input_ids", "image_embeds")}
-
-
 def tally(batch: dict) -> dict[str, Tensor]:
     """What a micro-batch adds to its step's counts: labels by LOSS_CLASSES, tokens, and tokens with padding."""
     mask = batch["attention_mask"]
-    return count_labels(batch) | {"tokens": mask.sum().double(), "padded": torch.tensor(float(mask.numel())).double()}
+    return count_labels(batch["targets"]) | {
+        "tokens": mask.sum().double(),
+        "padded": torch.tensor(float(mask.numel())).double(),
+    }
 
 
 def load_batches(corpus: Corpus, order: DataOrder, state: TrainState, config: Config, ranks: Ranks) -> Iterator[dict]:
@@ -318,7 +327,7 @@ def skipped_step(
     of_ranks = gather_objects((bad, [contents(batch) for batch in step.micro]), ranks)
     lists = [shown for bad, _ in of_ranks for shown in bad] or [shown for _, every in of_ranks for shown in every]
     names = "; ".join(sorted({sequence for shown in lists for sequence in shown}))
-    finite_loss = bool(torch.isfinite(step.loss))
+    finite_loss = math.isfinite(step.loss)
     what = f"the {'gradient' if finite_loss else 'loss'} of step {number} is not finite (clips {names})"
     overflow = scaler.is_enabled() and finite_loss
     if skips_in_a_row > MAX_SKIPS or (config.train.nonfinite == "stop" and not overflow):
@@ -364,21 +373,29 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     what = "print the resolved config, sizes and label counts, and stop"
     parser.add_argument("--dry-run", action="store_true", help=what)
+    parser.add_argument("--ranks", type=int, help="with --dry-run: for a run of so many, not just those there are")
     arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        remedy = "torchrun --nproc_per_node=N starts N ranks"
+        raise ProspectError("is for --dry-run, and at least 1", where="--ranks", remedy=remedy)
     config = load_config(arguments.config, arguments.overrides)
     backbone = config.model.backbone
     if arguments.dry_run and backbone and not (Path(backbone) / "config.json").exists():
-        print(
-            "\n".join(describe_memory(config))
-        )  # a published backbone that is not on this machine: sizes all the same
+        # A published backbone that is not on this machine: sizes all the same.
+        print("\n".join(describe_memory(config, world=arguments.ranks or 1)))
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         return 0
     ranks = start_ranks(config.train.device)
     try:
-        return train(config, ranks, arguments.dry_run)
+        return train(config, ranks, (arguments.ranks or ranks.world) if arguments.dry_run else 0)
     finally:
         stop_ranks(ranks)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What `prospect-train` runs, once the project is installed."""
     run_entry_point(main)
+
+
+if __name__ == "__main__":
+    command()

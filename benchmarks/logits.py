@@ -27,7 +27,7 @@ from prospect.model import IGNORE, LM_CHUNK, Prospect, loss_sums
 
 
 def ours(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
-    return sum(loss_sums(model, hidden, batch, LossConfig()).values())
+    return sum(loss_sums(model, hidden, batch["targets"], LossConfig()).values())
 
 
 def theirs(model: Prospect, hidden: torch.Tensor, batch: dict) -> torch.Tensor:

@@ -11,12 +11,13 @@ from prospect.data import Corpus, as_streamed
 from prospect.distributed import Ranks, from_main, together
 from prospect.errors import ProspectError
 from prospect.memory import check_model_fits
-from prospect.model import ModelConfig, Prospect, init_weights
+from prospect.model import ModelConfig, Prospect
 from prospect.plan import Plan, Wanted, plan_both
 from prospect.sample import write_sample
 from prospect.sequence import clip_prompt, lay_out
 from prospect.tokenizer import SPOKEN, Tokenizer, train_tokenizer
-from prospect.tune import storage_dtype
+from prospect.tune import meta_model, storage_dtype
+from prospect.weights import Stored, open_model
 
 
 def run_directory(config: Config) -> Path:
@@ -115,22 +116,18 @@ def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def build_model(config: Config, tokenizer: Tokenizer) -> Prospect:
-    """A new model: from the backbone's weights, or from scratch. The same on every rank: all randomness is seeded."""
+def new_model(config: Config, tokenizer: Tokenizer) -> tuple[Prospect, dict[str, Stored]]:
+    """A new model on the meta device, and where the backbone stores its tensors; `fill_model` draws all others."""
     if config.model.backbone is None:
         check_model_fits(model_shape(config, tokenizer))
-        model = Prospect(model_shape(config, tokenizer))
-        init_weights(model, config.run.seed)
-        return model
-    model = Prospect.from_pretrained(
-        config.model.backbone,
-        vision_dim=config.model.vision_dim,
-        image_token_id=tokenizer.image_id,
-        speaking_head=config.model.speaking_head,
-        dst=config.data.dst,
-        dst_state_head=config.model.dst_state_head and config.data.dst,
-        dtype=storage_dtype(config.train),
-        seed=config.run.seed,
-    )
+        return meta_model(model_shape(config, tokenizer)), {}
+    settings = {
+        "vision_dim": config.model.vision_dim,
+        "image_token_id": tokenizer.image_id,
+        "speaking_head": config.model.speaking_head,
+        "dst": config.data.dst,
+        "dst_state_head": config.model.dst_state_head and config.data.dst,
+    }
+    model, stored = open_model(config.model.backbone, settings, storage_dtype(config.train))
     tokenizer.check_vocabulary(model.config.vocab_size)
-    return model
+    return model, stored

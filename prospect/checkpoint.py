@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from prospect.config import Config, TrainConfig, make_config, to_dict, without_retired
 from prospect.data import Corpus
-from prospect.distributed import Ranks, gather_objects, shard_like, together, whole
+from prospect.distributed import Ranks, gather_objects, local, own_rows, together, whole
 from prospect.errors import ProspectError, run_entry_point
 from prospect.features import CLIPS, Features, difference, evenly, features_of, warnings
 from prospect.files import WRITING, read_json, to_disk, tree_to_disk, write_json, write_text
@@ -53,7 +53,7 @@ from prospect.model import Prospect
 from prospect.sequence import generator
 from prospect.tokenizer import Tokenizer
 from prospect.tune import checkpoint_names
-from prospect.weights import hf_config, parse_config, save_state
+from prospect.weights import hf_config, parse_config, save_state, tensors_of
 
 NEWER = ("best_by", "best_value", "features", "scale", "prompts")  # fields that an older checkpoint lacks
 STEP_NAME = re.compile(r"step-(\d{6,})")
@@ -339,13 +339,21 @@ def write_optimizer(directory: Path, moments: dict[str, Tensor]) -> None:
     save_file({name: value.cpu().contiguous() for name, value in moments.items()}, directory / "optimizer.safetensors")
 
 
-def read_optimizer(directory: Path) -> dict[str, Tensor]:
-    return read_tensors(directory / "optimizer.safetensors")
+def read_optimizer(directory: Path, moments: dict[str, Tensor]) -> None:
+    """Fill `moments` in place, on each rank the rows that it holds. Raises ProspectError for another model's."""
+    with reading(path := directory / "optimizer.safetensors"), safe_open(path, framework="pt") as file:
+        if set(file.keys()) != moments.keys():
+            what = "optimizer.safetensors is of another model"
+            raise ProspectError(what, where=str(directory), remedy="use another checkpoint")
+        for name, moment in moments.items():
+            local(moment).copy_(file.get_slice(name)[own_rows(moment)])
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a safetensors file, as one ProspectError."""
     try:
-        return load_file(path)
+        yield
     except (OSError, SafetensorError) as error:
         remedy = "resume from another checkpoint"
         raise ProspectError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
@@ -366,7 +374,8 @@ def write_rng(directory: Path, states: list[dict[str, Tensor]]) -> None:
 
 
 def set_rng_state(directory: Path, rank: int, device: torch.device) -> None:
-    states = read_tensors(directory / "rng.safetensors")
+    with reading(path := directory / "rng.safetensors"):
+        states = load_file(path)
     torch.set_rng_state(states[f"{rank}.cpu"])
     if device.type == "cuda" and f"{rank}.cuda" in states:
         torch.cuda.set_rng_state(states[f"{rank}.cuda"], device)
@@ -425,11 +434,8 @@ def adam_moments(model: Prospect, optimizer: torch.optim.Optimizer) -> dict[str,
 
 def trained_weights(model: Prospect, config: TrainConfig) -> dict[str, Tensor]:
     """What a checkpoint holds of the model: all, or what `tune` trains beside a backbone that stays where it is."""
-    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del weights["lm_head.weight"]  # the embeddings under another name
     names = checkpoint_names(model, config)
-    return {name: weights[name] for name in weights if names is None or name in names}
+    return {name: tensor for name, tensor in tensors_of(model).items() if names is None or name in names}
 
 
 def named_shards(weights: dict[str, Tensor], moments: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -542,12 +548,7 @@ def restore(
     if (source / SHARDS).is_dir():
         read_shards(source, named_shards(trained_weights(model, config.train), moments))
     else:
-        stored = read_optimizer(source)
-        if stored.keys() != moments.keys():
-            what = "optimizer.safetensors is of another model"
-            raise ProspectError(what, where=str(source), remedy="use another checkpoint")
-        for name, moment in moments.items():
-            moment.copy_(shard_like(stored[name], moment))
+        read_optimizer(source, moments)
     if state.world == ranks.world:
         set_rng_state(source, ranks.rank, ranks.device)
     else:

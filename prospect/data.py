@@ -15,14 +15,13 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from prospect.clips import Clip
 from prospect.config import IGNORE, DataConfig
 from prospect.errors import ProspectError
-from prospect.model import added, count_labels
+from prospect.model import added, count_labels, find_targets
 from prospect.plan import Entries, Entry, Plan, Wanted, make_plan, open_planned
 from prospect.sequence import LABEL_KEYS, Sample, generator, lay_out, make_sample
 from prospect.tokenizer import Tokenizer
@@ -104,7 +103,7 @@ class Corpus:
 def label_counts(corpus: Corpus, epoch: int = 0) -> dict[str, Tensor]:
     """Labels of one epoch by class: what train.py logs when it has seen the epoch once."""
     pad_id = corpus.tokenizer.pad_id
-    return added(count_labels(collate([corpus[(epoch, index)]], pad_id)) for index in range(len(corpus)))
+    return added(count_labels(collate([corpus[(epoch, index)]], pad_id)["targets"]) for index in range(len(corpus)))
 
 
 def counts_line(counts: dict[str, Tensor]) -> str:
@@ -114,15 +113,17 @@ def counts_line(counts: dict[str, Tensor]) -> str:
 # ---- the batch -----------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
-    """Samples to one right-padded batch.
+def collate(samples: Sequence[Sample], pad_id: int, multiple: int = 1) -> dict[str, Tensor | list | dict]:
+    """Samples to one right-padded batch, T being a multiple of `multiple`.
 
     input_ids, attention_mask and the labels are [B,T]; image_embeds [frames in batch, D] stand in the order of the
-    <image> tokens. Padding is known by its position alone: causal attention never lets a real token look at it, and its
-    labels are -100. For messages, and always on the host: clip_ids and video_ids name each sequence, frame_indices and
-    timestamps hold for each the absolute numbers and the times (seconds of the video) of its <image> tokens.
+    <image> tokens; targets are the labels as the loss takes them (see find_targets). Padding is known by its position
+    alone: causal attention never lets a real token look at it, and its labels are -100. For messages, and always on the
+    host: clip_ids and video_ids name each sequence, frame_indices and timestamps hold for each the absolute numbers and
+    the times (seconds of the video) of its <image> tokens.
     """
     B, T = len(samples), max(len(sample.input_ids) for sample in samples)
+    T += -T % multiple
     input_ids = torch.full((B, T), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((B, T), dtype=torch.bool)
     labels = {key: torch.full((B, T), IGNORE, dtype=torch.long) for key in LABEL_KEYS}
@@ -138,6 +139,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor | list]:
         "attention_mask": attention_mask,
         "image_embeds": image_embeds,
         **labels,
+        "targets": find_targets(labels | {"attention_mask": attention_mask}),
         "clip_ids": [sample.clip_id for sample in samples],
         "video_ids": [sample.video_id for sample in samples],
         "frame_indices": [at_images(sample, sample.frames) for sample in samples],
@@ -159,11 +161,14 @@ def contents(batch: dict) -> list[str]:
     ]
 
 
-def pad_to_multiple(batch: dict, multiple: int, pad_id: int) -> dict:
-    """The batch with T a multiple of this: more padding on the right, which no real token sees."""
-    fill = {"input_ids": pad_id, "attention_mask": False} | dict.fromkeys(LABEL_KEYS, IGNORE)
-    extra = -batch["input_ids"].shape[1] % multiple
-    return batch | {key: F.pad(batch[key], (0, extra), value=value) for key, value in fill.items()} if extra else batch
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The batch with what a forward reads on the device; a pinned batch is copied without waiting for the device."""
+
+    def sent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: tensor.to(device, non_blocking=True) for key, tensor in tensors.items()}
+
+    inputs = {key: batch[key] for key in ("input_ids", "image_embeds")}
+    return batch | sent(inputs) | {"targets": sent(batch["targets"])}
 
 
 # ---- the order of the batches --------------------------------------------------------------------
@@ -282,10 +287,9 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, keys: list[tuple[int, int]]) -> dict | ProspectError:
         try:
-            batch = collate([self.corpus[key] for key in keys], self.corpus.tokenizer.pad_id)
+            return collate([self.corpus[key] for key in keys], self.corpus.tokenizer.pad_id, self.multiple)
         except ProspectError as error:  # raised by the receiver: a worker would wrap it into its own traceback
             return error
-        return pad_to_multiple(batch, self.multiple, self.corpus.tokenizer.pad_id)
 
 
 def received(loader: DataLoader) -> Iterator[dict]:

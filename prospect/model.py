@@ -19,7 +19,7 @@ S tokens in the cache.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from prospect.config import IGNORE, LossConfig
 from prospect.errors import ProspectError
+
+GRAPH_TOKENS = 16  # a forward of at most so many tokens goes through the cache's graph, if it has one
+
 
 # ---- config --------------------------------------------------------------------------------------
 
@@ -90,20 +93,18 @@ class ModelConfig:
 class Slots:
     """Where the new tokens of one forward go in the cache, and what their queries may see. Handed down to every layer.
 
-    streams    the cache rows of this forward: a slice (a view of the cache) where they are neighbours, else their ids
-    index      where each new token is written: (stream, position) pairs [B,1], [B,T]; None with a single stream, whose
-               tokens go to begin..end-1
-    begin, end the first new position of a single stream; one past the last position any stream holds
-    mask       [B,1,T,end], True where a query may look; None: the plain causal square, or one query that sees it all
-    positions  [B,T] of the new tokens, for RoPE
+    streams  the cache rows of this forward: a slice (a view of the cache) where they are neighbours, else their ids
+    rows     where new keys and values are written, [B*T*K]: in one layer's [streams, K, S, E], its rows of width E
+    end      how far queries look: one past the last position that any of these streams holds, or the whole capacity
+    mask     [B,1,T,end], added to scores: 0 where a query may look, else -inf; None: the plain causal square
+    rope     cos and sin for the new tokens, [B,T,1,E]
     """
 
     streams: slice | Tensor
-    index: tuple[Tensor, Tensor] | None
-    begin: int
+    rows: Tensor
     end: int
     mask: Tensor | None
-    positions: Tensor
+    rope: tuple[Tensor, Tensor]
 
 
 class KVCache:
@@ -116,38 +117,51 @@ class KVCache:
         stream 1:  k k k . . . . . . .     and stream 1 at 3, 4; the mask lets each query see positions up to its own
 
     A forward of several streams is as long as the longest of them; the caller sets the others' lengths back behind
-    their last real token.
+    their last real token. Padding beyond the capacity gathers in one place more, which no real token sees.
+
+    graph: runs short forwards of all streams in fixed shapes (prospect/graph.py); None: every forward is launched
+    operation by operation.
     """
 
     def __init__(self, config: ModelConfig, streams: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, streams, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (config.num_hidden_layers, streams, config.num_key_value_heads, capacity + 1, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, streams, K, S, E]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        by_layer = [(self.keys[layer], self.values[layer]) for layer in range(config.num_hidden_layers)]
+        self.layers = [(k, v, k.view(-1, config.head_dim), v.view(-1, config.head_dim)) for k, v in by_layer]
         self.lengths = [0] * streams  # tokens held for each stream; kept on the host, where the engine decides
         self.capacity = capacity
+        self.places = torch.arange(capacity + 1, device=device)
+        self.rope = [table.to(device) for table in rope_tables(rope_frequencies(config), capacity + 1)]  # [S,E] each
+        self.graph: Callable[[Tensor, list[int]], Tensor] | None = None
 
     def reserve(self, streams: list[int], num_tokens: int) -> Slots:
         """Room for `num_tokens` new tokens in each of `streams`: what every layer needs to write and read them."""
-        device, lengths = self.keys.device, [self.lengths[stream] for stream in streams]
-        begin, end = lengths[0], max(lengths) + num_tokens
-        neighbours: slice | Tensor = slice(streams[0], streams[-1] + 1)
-        index = mask = None
-        if len(streams) == 1:
-            positions = torch.arange(begin, end, device=device)[None]  # [1,T]
-        else:
-            # Padding may reach beyond the capacity: it gathers in the last place, which a padded forward must not need.
-            end = min(end, self.capacity)
-            positions = torch.tensor(lengths, device=device)[:, None] + torch.arange(num_tokens, device=device)  # [B,T]
-            ids = torch.tensor(streams, device=device)
-            index = (ids[:, None], positions.clamp(max=self.capacity - 1))
-            if streams != list(range(streams[0], streams[-1] + 1)):
-                neighbours = ids
+        lengths = [self.lengths[stream] for stream in streams]
+        end = max(lengths) + num_tokens
+        if len(streams) > 1:
+            end = min(end, self.capacity)  # padding may reach beyond it
         assert end <= self.capacity, f"{end} tokens in a cache of {self.capacity}"
-        if len(streams) > 1 or (num_tokens > 1 and begin > 0):
-            mask = (torch.arange(end, device=device) <= positions[..., None])[:, None]
         for stream in streams:
             self.lengths[stream] += num_tokens
-        return Slots(neighbours, index, begin, end, mask, positions)
+        ids, begins = sent([streams, lengths], self.keys.device)  # [B], [B]
+        neighbours = streams == list(range(streams[0], streams[0] + len(streams)))
+        rows = slice(streams[0], streams[0] + len(streams)) if neighbours else ids
+        return self.slots(rows, ids, begins, num_tokens, end, empty=end == num_tokens and len(streams) == 1)
+
+    def slots(
+        self, streams: slice | Tensor, ids: Tensor, begins: Tensor, num_tokens: int, end: int, empty: bool = False
+    ) -> Slots:
+        """The slots of T new tokens from positions `begins` [B] on, in the streams `ids` [B]. Waits for no device."""
+        K, S = self.keys.shape[2:4]
+        positions = (begins[:, None] + self.places[:num_tokens]).clamp(max=self.capacity)  # [B,T]
+        rows = ((ids[:, None] * K + self.places[:K]) * S)[:, None] + positions[..., None]  # [B,T,K]
+        mask = None
+        if not empty:
+            unseen = self.places[:end] > positions[..., None]  # [B,T,S]
+            mask = torch.zeros_like(unseen, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)[:, None]
+        cos, sin = [table[positions][:, :, None] for table in self.rope]
+        return Slots(streams, rows.flatten(), end, mask, (cos, sin))
 
     def clear(self, stream: int, kept: int = 0) -> None:
         """Empty a stream behind `kept` tokens. Zeros: what is masked is still multiplied, so NaN comes through."""
@@ -156,16 +170,17 @@ class KVCache:
         self.values[:, stream, :, kept:].zero_()
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Write k, v [B,K,T,E] into their slots and return all that those streams hold, [B,K,S,E]."""
-        keys, values = self.keys[layer], self.values[layer]
-        if slots.index is None:
-            keys[slots.streams, :, slots.begin : slots.end] = k
-            values[slots.streams, :, slots.begin : slots.end] = v
-        else:
-            stream, place = slots.index
-            keys[stream, :, place] = k.transpose(1, 2).to(keys.dtype)  # [B,T,K,E]
-            values[stream, :, place] = v.transpose(1, 2).to(values.dtype)
+        """Write k, v [B,T,K,E] into their slots and return what those streams hold up to slots.end, [B,K,S,E] each."""
+        keys, values, key_rows, value_rows = self.layers[layer]
+        key_rows.index_copy_(0, slots.rows, k.reshape(-1, k.shape[-1]).to(keys.dtype))
+        value_rows.index_copy_(0, slots.rows, v.reshape(-1, v.shape[-1]).to(values.dtype))
         return keys[slots.streams, :, : slots.end], values[slots.streams, :, : slots.end]
+
+
+def sent(values: list | Tensor, device: torch.device) -> Tensor:
+    """Numbers of the host as a tensor on the device, without waiting for what the device still has to do."""
+    host = torch.as_tensor(values)
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
 
 # ---- the transformer -----------------------------------------------------------------------------
@@ -178,9 +193,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [B,T,H] -> [B,T,H]
-        normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
-        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
+    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -199,10 +218,33 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / s.factor
 
 
+def rope_tables(frequencies: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+    """What `rotate` needs at positions 0, 1, ...: cosines, and sines with the first half's sign turned, [T,E], fp32."""
+    angles = torch.arange(num_positions, device=frequencies.device)[:, None] * frequencies  # [T,E/2]
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) of x [B,heads,T,E] by its position's angle; cos, sin [B,1,T,E]."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """Turn each pair (i, i + E/2) of x [B,T,heads,E] by its position's angle; cos, sin [B,T,1,E] of rope_tables."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """q [B,T,N,E] over k and v [B,K,S,E] -> [B,T,N*E]. mask [B,1,T,S] is added to the scores; None: causal, S = T.
+
+    In shapes for which every device has a fused kernel. CUDA's take groups of queries without a mask and in 16 bits
+    only, and fp16 may be on a card too old for that one: elsewhere keys and values are repeated, or, for one token, the
+    G queries of a key are G rows of one product.
+    """
+    B, T, N, E = q.shape
+    K = k.shape[1]
+    if T == 1:
+        return F.scaled_dot_product_attention(q.view(B, K, N // K, E), k, v, mask).reshape(B, 1, N * E)
+    if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
+        k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)  # [B,N,S,E]
+    grouped = True if k.shape[1] != N else False  # a branch: of `!=` alone torch.compile may make a symbol
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(B, T, N * E)
 
 
 class Attention(nn.Module):
@@ -219,21 +261,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         N, K, E = self.num_heads, self.num_kv_heads, self.head_dim
-        q = rotate(self.q_proj(x).view(B, T, N, E).transpose(1, 2), *rope)  # [B,N,T,E]
-        k = rotate(self.k_proj(x).view(B, T, K, E).transpose(1, 2), *rope)  # [B,K,T,E]
-        v = self.v_proj(x).view(B, T, K, E).transpose(1, 2)  # [B,K,T,E]
+        q = rotate(self.q_proj(x).view(B, T, N, E), *rope)
+        k = rotate(self.k_proj(x).view(B, T, K, E), *rope)
+        v = self.v_proj(x).view(B, T, K, E)
         if cache is None:
             # Right padding needs no mask: a real token looks only at what stands before it, which is real too.
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=N != K)
-        else:
-            k, v = cache.update(self.layer, k, v, slots)  # [B,K,S,E]
-            if T == 1 and slots.mask is None:
-                # One query sees the whole cache, so the G queries that share a key are G rows of one small matmul.
-                out = F.scaled_dot_product_attention(q.reshape(B, K, N // K, E), k, v).reshape(B, N, 1, E)
-            else:
-                causal = slots.mask is None  # an empty cache: the ordinary causal square
-                out = F.scaled_dot_product_attention(q, k, v, slots.mask, is_causal=causal, enable_gqa=N != K)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, N * E))
+            return self.o_proj(attend(q, k.transpose(1, 2), v.transpose(1, 2), None))
+        return self.o_proj(attend(q, *cache.update(self.layer, k, v, slots), slots.mask))
 
 
 class MLP(nn.Module):
@@ -282,25 +316,29 @@ class Llama(nn.Module):
         # Always a real tensor, also when the weights are built on the meta device, and never part of a checkpoint.
         self.register_buffer("rope_frequencies", rope_frequencies(config), persistent=False)
         self.activation_checkpointing = False
+        self.prepared: list[Callable] | None = None  # the layers as streaming runs them (prospect/prepared.py)
 
     def _apply(self, fn, recurse=True):
         """What .to, .half and .cuda call: the frequencies may move but stay in fp32 (in bf16 a position would blur)."""
         frequencies = self.rope_frequencies
         super()._apply(fn, recurse)
         self.rope_frequencies = frequencies.to(self.rope_frequencies.device)
+        self.prepared = None  # it was made of the weights as they were
         return self
 
-    def forward(self, x: Tensor, cache: KVCache | None, streams: list[int] | None) -> Tensor:
-        B, T, _ = x.shape
+    def forward(self, x: Tensor, cache: KVCache | None = None, streams: list[int] | None = None) -> Tensor:
+        """x [B,T,H] -> [B,T,H]; with a cache, behind what it holds."""
         if cache is None:
-            slots, positions = None, torch.arange(T, device=x.device)[None]  # [1,T]
-        else:
-            slots = cache.reserve(list(range(B)) if streams is None else streams, T)
-            positions = slots.positions  # [B,T]
-        angles = positions[:, None, :, None] * self.rope_frequencies  # [B,1,T,E/2], always in fp32
-        angles = torch.cat((angles, angles), dim=-1)  # [B,1,T,E]
-        rope = (angles.cos(), angles.sin())
-        for block in self.layers:
+            cos, sin = rope_tables(self.rope_frequencies, x.shape[1])  # [T,E] each
+            return self.blocks(x, (cos[:, None], sin[:, None]), None, None)
+        streams = list(range(len(x))) if streams is None else streams
+        if cache.graph is not None and x.shape[1] <= GRAPH_TOKENS:
+            return cache.graph(x, streams)
+        slots = cache.reserve(streams, x.shape[1])
+        return self.blocks(x, slots.rope, cache, slots)
+
+    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
+        for block in self.layers if cache is None or self.prepared is None else self.prepared:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rope, cache, slots, use_reentrant=False)
             else:
@@ -315,7 +353,7 @@ class Prospect(nn.Module):
     """Projector, transformer, LM head and the two decision heads.
 
     `model(input_ids, image_embeds)` gives hidden states [B,T,H]; `model.lm_head`, `model.speaking_decision_head` and
-    `model.dst_update_head` read them. With `labels` it gives loss sums by name instead (see `loss_sums`): training
+    `model.dst_update_head` read them. With `targets` it gives loss sums by name instead (see `loss_sums`): training
     goes through forward as a whole, so that DDP and FSDP see every parameter's use.
     """
 
@@ -339,13 +377,17 @@ class Prospect(nn.Module):
 
         return load_model(directory, vision_dim=vision_dim, **overrides)
 
-    def joint_embed(self, input_ids: Tensor, image_embeds: Tensor | None) -> Tensor:
+    def joint_embed(self, input_ids: Tensor | None, image_embeds: Tensor | None) -> Tensor:
         """Token embeddings [B,T,H] in which the k-th <image> token, in reading order, is the k-th projected frame row.
 
         image_embeds: [F,D] (or None when there is no <image>); as many rows as <image> tokens, which `make_sample` has
-        checked by clip. Raises ProspectError for any other number. Nothing here waits for a GPU: the mask is filled in
-        order, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
+        checked by clip. Raises ProspectError for any other number. Nothing here, nor its backward, waits for a GPU: how
+        many places there are is known, and the GPU counts by itself (a RuntimeError there, whenever it is noticed).
+
+        input_ids None: frames alone, image_embeds [B,T,D] -> [B,T,H].
         """
+        if input_ids is None:
+            return self.mm_projector(image_embeds.to(self.mm_projector[0].weight.dtype))
         is_image = input_ids == self.config.image_token_id  # [B,T]
         rows, images = 0 if image_embeds is None else len(image_embeds), is_image.sum()
         if not is_image.is_cpu:
@@ -357,34 +399,31 @@ class Prospect(nn.Module):
         if image_embeds is None:
             return embeds
         frames = self.mm_projector(image_embeds.to(self.mm_projector[0].weight.dtype))  # [F,H]
-        return embeds.masked_scatter(is_image[..., None], frames.to(embeds.dtype))
+        places = is_image.flatten().nonzero_static(size=rows)[:, 0]  # [F], indices into B*T
+        return embeds.flatten(0, 1).index_copy(0, places, frames.to(embeds.dtype)).view_as(embeds)
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         image_embeds: Tensor | None = None,
         *,
-        labels: dict[str, Tensor] | None = None,
+        targets: dict[str, Tensor] | None = None,
         loss: LossConfig | None = None,
         cache: KVCache | None = None,
         streams: list[int] | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with labels (each [B,T]), sums by LOSS_CLASSES.
+        """input_ids [B,T], image_embeds [F,D] -> hidden [B,T,H]; or, with targets, sums by LOSS_CLASSES.
 
+        targets: what is learned, by label key (see `find_targets`).
         loss: how they are weighed, None for the defaults.
         cache: keys and values of what came before; the new tokens follow them, in all of its streams or in `streams`.
-        Raises ProspectError where rows and <image> tokens differ in number, or labels' attention_mask shows padding
-        that is not on the right.
+        Every tensor is on the model's device. Raises ProspectError where rows and <image> tokens differ in number.
         """
-        mask = None if labels is None else labels.get("attention_mask")  # [B,T], on the host as the labels are
-        if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
-            what = "a sequence has padding before a token, which would be seen"
-            raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
         embeds = self.joint_embed(input_ids, image_embeds)
         hidden = self.model(embeds, cache, streams)
-        if labels is None:
+        if targets is None:
             return hidden
-        return loss_sums(self, hidden, labels, loss or LossConfig())
+        return loss_sums(self, hidden, targets, loss or LossConfig())
 
     def decision_probabilities(self, hidden: Tensor, decision: str, end_id: int) -> dict[str, Tensor]:
         """How strongly each head wants to act at hidden [..., H]: "speaking" and, with task state, "dst", each [...].
@@ -426,12 +465,13 @@ class Prospect(nn.Module):
         feed = [header_ids for _ in streams]
         while writing:
             open_streams = [streams[i] for i in writing]
-            hidden = self(torch.tensor(feed, device=device), cache=cache, streams=open_streams)[:, -1]  # [n,H]
-            logits = self.lm_head(hidden).float().index_fill(1, forbidden, -torch.inf)  # [n,V]
+            hidden = self(sent(feed, device), cache=cache, streams=open_streams)[:, -1]  # [n,H]
+            logits = self.lm_head(hidden).float().index_fill_(1, forbidden, -torch.inf)  # [n,V]
             if allowed is not None:
+                V = logits.shape[1]
+                may = [n * V + id for n, i in enumerate(writing) for id in allowed[i](turns[i].ids)]
                 closed = torch.full_like(logits, -torch.inf)
-                for n, i in enumerate(writing):
-                    closed[n, allowed[i](turns[i].ids)] = 0
+                closed.view(-1).index_fill_(0, sent(may, device), 0)
                 logits = logits + closed
             tokens = logits.argmax(-1).tolist()  # the one wait for the device that greedy decoding needs
             feed, still = [], []
@@ -448,7 +488,7 @@ class Prospect(nn.Module):
                     feed.append([token])
                     still.append(i)
             writing = still
-        self(torch.tensor([end_ids] * len(streams), device=device), cache=cache, streams=streams)
+        self(sent([end_ids] * len(streams), device), cache=cache, streams=streams)
         return turns
 
 
@@ -478,26 +518,34 @@ def repeats(ids: list[int]) -> bool:
     return False
 
 
-def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> None:
-    """Weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep their size.
+def drawn_weights(model: Prospect, seed: int, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of weights for training from scratch: normal(0, 1/sqrt(width of the input)), so that signals keep
+    their size.
 
     What adds to the residual stream is scaled down by sqrt(2 layers) more (GPT-2). A fixed 0.02, right for models some
     thousands wide, starves one of width 128: its attention stays flat and names are learned many times slower.
-    names: only these parameters, the new parts of a model whose transformer is pretrained.
+    names: only these parameters, all or the new parts of a model whose transformer is pretrained. Drawn whole, on the
+    CPU and in fp32, whatever of it is kept where: the values depend on shapes and seed alone.
     """
     generator = torch.Generator().manual_seed(seed)
     residual = ("o_proj.weight", "down_proj.weight")
     for name, parameter in model.named_parameters():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         if parameter.ndim < 2:
-            parameter.data.fill_(1.0 if "norm" in name else 0.0)
+            yield name, torch.full(parameter.shape, 1.0 if "norm" in name else 0.0)
             continue
         std = parameter.shape[1] ** -0.5
         if name.endswith(residual):
             std /= math.sqrt(2 * model.config.num_hidden_layers)
-        drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)  # on the CPU: alike everywhere
-        parameter.data.copy_(drawn)
+        yield name, torch.empty(parameter.shape).normal_(0.0, std, generator=generator)
+
+
+def init_weights(model: Prospect, seed: int) -> None:
+    """Fill a model that has memory with `drawn_weights`."""
+    parameters = dict(model.named_parameters())
+    for name, value in drawn_weights(model, seed, parameters):
+        parameters[name].data.copy_(value)
 
 
 # ---- the four losses -----------------------------------------------------------------------------
@@ -512,6 +560,13 @@ def init_weights(model: Prospect, seed: int, names: set[str] | None = None) -> N
 #     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
 #     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head
 LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
+SHIFTED = {
+    "speaking_gen_labels": True,
+    "speaking_labels": False,
+    "dst_gen_labels": True,
+    "dst_update_labels": False,
+    "dst_state_labels": False,
+}  # by label key: whether a label is learned at the position before it
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once
 
 
@@ -531,23 +586,34 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
     return rows * T + columns, wanted[rows, columns]
 
 
-def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
+def find_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is learned, by label key: [2,n], flat indices into B*T (see `labelled`) above the labels that stand there.
+
+    labels: the five keys, each [B,T], and perhaps `attention_mask`. On the CPU, when a batch is made: to find positions
+    on a GPU, the host would have to wait for their number. Raises ProspectError for padding that is not on the right.
+    """
+    mask = labels.get("attention_mask")  # [B,T]
+    if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
+        what = "a sequence has padding before a token, which would be seen"
+        raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
+    return {key: torch.stack(labelled(labels[key], shift=shift)) for key, shift in SHIFTED.items()}
+
+
+def loss_sums(model: Prospect, hidden: Tensor, targets: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
     """Summed losses of one micro-batch by LOSS_CLASSES, fp32 scalars.
 
-    hidden [B,T,H]; labels: `speaking_gen_labels`, `speaking_labels`, `dst_gen_labels`, `dst_update_labels` and, for a
-    model with the state head, `dst_state_labels`, each [B,T]. Leave the labels on the CPU: then finding the labelled
-    positions waits for no device. A class without a label sums to exactly 0 but stays connected to the graph, so that
-    on every rank every parameter has a gradient.
+    hidden [B,T,H]; targets: of `find_targets`, on hidden's device. Waits for no device. A class without a label sums to
+    exactly 0 but stays connected to the graph, so that on every rank every parameter has a gradient.
     """
     flat = hidden.flatten(0, 1)  # [B*T, H]
 
-    def read(key: str, shift: bool) -> tuple[Tensor, Tensor]:
-        index, label = labelled(labels[key], shift=shift)
-        return flat.index_select(0, index.to(flat.device)), label.to(flat.device)  # [n,H], [n]
+    def read(key: str) -> tuple[Tensor, Tensor]:
+        index, label = targets[key]
+        return flat.index_select(0, index), label  # [n,H], [n]
 
     def generation(keys: list[str]) -> list[Tensor]:
         """All keys' labels go through the LM head together: its weight is read once, and its gradient made once."""
-        states, targets = zip(*[read(key, shift=True) for key in keys])
+        states, targets = zip(*[read(key) for key in keys])
         counts = [len(part) for part in targets]
         states, targets = torch.cat(states), torch.cat(targets)  # [n,H], [n]
         losses = []  # one part, even of no label
@@ -561,7 +627,7 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: 
     def decision(head: nn.Linear | None, key: str) -> tuple[Tensor, Tensor]:
         if head is None:
             return nothing, nothing
-        states, label = read(key, shift=False)
+        states, label = read(key)
         logits, label = head(states).float().squeeze(-1), label.float()
         losses = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
         if loss.bce == "focal":
@@ -578,7 +644,7 @@ def loss_sums(model: Prospect, hidden: Tensor, labels: dict[str, Tensor], loss: 
     else:
         [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
     if model.dst_state_head is not None:
-        states, state = read("dst_state_labels", shift=False)
+        states, state = read("dst_state_labels")
         losses = token_losses(model.dst_state_head, states, state)
         sums["dst_state"] = (focal(losses, loss.focal_gamma) if loss.dst_state_focal else losses).sum()
     return sums
@@ -597,21 +663,24 @@ def focal(losses: Tensor, gamma: float) -> Tensor:
     return (-torch.expm1(-losses)).clamp(min=1e-12) ** gamma * losses
 
 
-def count_labels(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """How many labels of each of LOSS_CLASSES a micro-batch has, float64 scalars, to add up over ranks."""
+def count_labels(targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """How many labels of each of LOSS_CLASSES a micro-batch has, float64 scalars on the host, to add up over ranks.
 
-    def count(key: str, *, shift: bool, value: int | None = None) -> Tensor:
-        _, found = labelled(labels[key], shift=shift)
-        return torch.tensor(float(len(found) if value is None else (found == value).sum()), dtype=torch.float64)
+    targets: of `find_targets`, on the host.
+    """
+
+    def count(key: str, value: int | None = None) -> Tensor:
+        _, label = targets[key]
+        return torch.tensor(float(len(label) if value is None else (label == value).sum()), dtype=torch.float64)
 
     return {
-        "speaking_gen": count("speaking_gen_labels", shift=True),
-        "speaking_pos": count("speaking_labels", shift=False, value=1),
-        "speaking_neg": count("speaking_labels", shift=False, value=0),
-        "dst_gen": count("dst_gen_labels", shift=True),
-        "dst_pos": count("dst_update_labels", shift=False, value=1),
-        "dst_neg": count("dst_update_labels", shift=False, value=0),
-        "dst_state": count("dst_state_labels", shift=False),
+        "speaking_gen": count("speaking_gen_labels"),
+        "speaking_pos": count("speaking_labels", 1),
+        "speaking_neg": count("speaking_labels", 0),
+        "dst_gen": count("dst_gen_labels"),
+        "dst_pos": count("dst_update_labels", 1),
+        "dst_neg": count("dst_update_labels", 0),
+        "dst_state": count("dst_state_labels"),
     }
 
 
@@ -625,10 +694,10 @@ def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], loss: LossCon
     """The losses, each a sum over its own count: of a whole optimizer step when `counts` are.
 
     sums, counts: scalars by LOSS_CLASSES. A term without a label is exactly 0. `loss.bce`: mean and focal divide by
-    all labels; balanced is the mean of the positives' mean and the negatives' mean.
+    all labels; balanced is the mean of the positives' mean and the negatives' mean. Counts stay on the host: there a
+    scalar is a number, which an operation takes to the GPU with it.
     """
-    device = sums["speaking_gen"].device
-    s, n = sums, {name: counts[name].to(device, torch.float32) for name in LOSS_CLASSES}
+    s, n = sums, {name: counts[name].float() for name in LOSS_CLASSES}
 
     def binary(head: str) -> Tensor:
         pos, neg = f"{head}_pos", f"{head}_neg"

@@ -47,8 +47,8 @@ class Entry:
 
 @dataclass
 class Plan:
-    """spans: of each clip file (ClipFile.spans). table [S,7]: of each sequence file, clip, repetition, and its window:
-    first, learn, end, num_tokens; and `units` of those that have them, by sequence.
+    """spans: of each clip file (ClipFile.spans). table [S,8]: of each sequence file, clip, repetition, and its window:
+    first, learn, end, num_tokens, summarized; and `units` of those that have them, by sequence.
 
     warnings, skipped, updates, prompts: see Corpus. digests: what was read, by file (see `checkpoint.fingerprint`).
     origins: where the clips come from, for the rank that looks for leaks.
@@ -76,8 +76,8 @@ class Entries(Sequence):
         return len(self.plan.table)
 
     def __getitem__(self, index: int) -> Entry:
-        file, clip, repetition, *window = self.plan.table[index].tolist()
-        return Entry(file, clip, Window(*window, self.plan.units.get(index)), repetition)
+        file, clip, repetition, *window, summarized = self.plan.table[index].tolist()
+        return Entry(file, clip, Window(*window, self.plan.units.get(index), bool(summarized)), repetition)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def make_plan(wanted: Wanted) -> Plan:
         for repetition in range(repeats[f]):
             for *window, of_window in found.value["windows"]:
                 if of_window is not None:
-                    units[len(rows) // 7] = tuple(of_window)
+                    units[len(rows) // 8] = tuple(of_window)
                 rows.extend((f, c, repetition, *window))
         if found.value["windows"]:
             embeddings[f].update(f"{found.path.name} {found.stamp[0]}\n".encode())
@@ -148,7 +148,7 @@ def make_plan(wanted: Wanted) -> Plan:
     return Plan(
         [source.file.stamp[0] for source in sources],
         [source.file.spans for source in sources],
-        np.array(rows, np.int32).reshape(-1, 7),
+        np.array(rows, np.int32).reshape(-1, 8),
         units,
         usable.updates,
         usable.warnings,
@@ -175,8 +175,7 @@ def open_planned(paths: Sequence[str], config: DataConfig, plan: Plan) -> list[S
 
 def windows_task(config: DataConfig, tokenizer: Tokenizer, seed: int) -> Task:
     settings = {name: value for name, value in asdict(config).items() if name not in ELSEWHERE}
-    drawn = seed if config.frames == "hybrid" else None  # which frames are kept is then drawn
-    return Task("windows", find_windows, (config, tokenizer, seed), depends_on=[settings, tokenizer.digest(), drawn])
+    return Task("windows", find_windows, (config, tokenizer, seed), depends_on=[settings, tokenizer.digest(), seed])
 
 
 def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer, int]) -> Found:
@@ -190,12 +189,12 @@ def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer,
     clip, _ = fit_rows(clip, len(rows))
     try:
         # No window depends on which silent frames are negatives: none are drawn.
-        windows = plan_windows(clip, lay_out(clip, config, 0.0, seed, 0), tokenizer, config, per_frame)
+        windows = plan_windows(clip, lay_out(clip, config, 0.0, seed, 0), tokenizer, config, per_frame, seed)
     except ProspectError as error:
         refused = {"refused": error.what, "where": error.where, "remedy": error.remedy}
         return Found(refused, clip.id, clip.embeddings, path)
     value = {
-        "windows": [(w.first, w.learn, w.end, w.num_tokens, w.units) for w in windows],
+        "windows": [(w.first, w.learn, w.end, w.num_tokens, w.summarized, w.units) for w in windows],
         "video_uid": clip.video_uid,
         "prompt": prompt_parts(clip, config),
     }

@@ -118,7 +118,7 @@ def setting(config: Config, clip: str | None, split: str, title: str) -> Setting
     """A clip's sequences and label counts under one configuration, for the page."""
     corpus, which, tokenizer = open_corpus(config, clip, split)
     samples = [corpus[(0, index)] for index in chosen_sequences(corpus, which)]
-    counts = added(count_labels(collate([sample], tokenizer.pad_id)) for sample in samples)
+    counts = added(count_labels(collate([sample], tokenizer.pad_id)["targets"]) for sample in samples)
     counts = {name: int(count) for name, count in counts.items()}
     return Setting(title, [token_table(sample, tokenizer) for sample in samples], counts)
 
@@ -151,7 +151,7 @@ def main() -> int:
         size = f"{len(sample.input_ids)} tokens, {len(sample.frames)} frames"
         print(f"\n{contents(batch)[0]}; {size}; text places and negatives as drawn for epoch 0")
         print_table(token_rows(sample, tokenizer), sys.stdout.isatty(), fold=not arguments.all)
-        print("labels of this sequence:   ", counts_line(count_labels(batch)))
+        print("labels of this sequence:   ", counts_line(count_labels(batch["targets"])))
     print("labels of one epoch:       ", counts_line(label_counts(corpus)))
     return 0
 

@@ -21,7 +21,7 @@ Speaking by a head beside the LM head, and the strategies drop_all, drop_middle 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -30,13 +30,15 @@ from torch import Tensor
 
 from prospect.clips import MAX_TEXT, Clip, unpaired_surrogate
 from prospect.config import Config
-from prospect.context import SUMMARY_REQUEST, stream_room, summary_tokens, user_ids
+from prospect.context import stream_room, summary_tokens, user_ids
 from prospect.decisions import Evidence, Moments, decide
 from prospect.dst import STATES, State, UpdateError, apply_update, legal_continuations, legal_updates, parse_update
 from prospect.errors import ProspectError
+from prospect.graph import ForwardGraph
 from prospect.memory import check_fits
-from prospect.model import Generated, KVCache, Prospect
-from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
+from prospect.model import Generated, KVCache, Prospect, sent
+from prospect.sequence import clip_prompt, overlap_start, prompt_pieces, summary_prompt
+from prospect.summaries import SUMMARY_REQUEST
 from prospect.tokenizer import Piece, Tokenizer
 
 DROP_MIDDLE_TAIL = 512  # tokens of the recent past that drop_middle keeps (ProAssist)
@@ -229,8 +231,9 @@ class StreamSession:
         """Make room for `needed` tokens, by the configured strategy. What is kept is fed again, from position 0 on.
 
         slide (ours) keeps the last `overlap` share under a prompt with the state at the first kept frame: exactly the
-        windows of training. The others are there to compare. drop_all, drop_middle and summarize_and_drop know no task
-        state, so their prompt stays the one that the stream began with; summarize_with_dst tells the predicted one.
+        windows of training. summarize_and_drop and summarize_with_dst begin like the windows of training with
+        data.summaries. drop_all and drop_middle are there to compare. All but slide and summarize_with_dst know no task
+        state: their prompt tells the one with which the stream began.
         """
         started, before = time.perf_counter(), self.num_tokens
         clip, data, strategy = self.clip, self.config.data, self.config.infer.strategy
@@ -249,12 +252,12 @@ class StreamSession:
             while kept and self.prompt_tokens + sum(unit.num_tokens for unit in kept) + needed > self.limit:
                 kept = kept[1:]  # a long text follows: it needs their room
         else:
-            summary, data = self._summarize(), replace(data, recipe=True)
+            summary = self._summarize()
             state = self.state if strategy == "summarize_with_dst" else clip.initial_state
-            prompt = clip_prompt(clip, state, data, summary)
+            prompt = summary_prompt(clip, state, data, summary)
             while summary and self._prompt_tokens(prompt) + needed > self.limit:
                 summary = summary[: len(summary) // 2].rstrip()  # likewise
-                prompt = clip_prompt(clip, state, data, summary)
+                prompt = summary_prompt(clip, state, data, summary)
         self._restart(prompt, kept, needed)
         return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
 
@@ -285,8 +288,8 @@ class StreamSession:
     def _run(self, ids: list[int], rows: Tensor | None) -> None:
         """Put tokens, and the embedding rows [F,D] of the <image>s among them, into the cache."""
         device = self.cache.keys.device
-        rows = None if rows is None else rows.to(device)
-        self.model(torch.tensor([ids], device=device), rows, cache=self.cache, streams=[self.stream])
+        rows = None if rows is None else sent(rows, device)
+        self.model(sent([ids], device), rows, cache=self.cache, streams=[self.stream])
 
     def _slide(self, needed: int) -> tuple[str, list[Unit]]:
         """The prompt and the units of the next window, as prospect.data.plan_windows begins it."""
@@ -324,7 +327,7 @@ class StreamSession:
         if before + summary_tokens(self.tokenizer, self.config) > self.config.data.max_seq_len:
             self.cache.lengths[self.stream] -= len(self.units[-1].after_ids)
         self._run(user_ids(self.tokenizer, [SUMMARY_REQUEST]), None)
-        [turn] = generate([self], "assistant")
+        [turn] = generate([self], "assistant", self.config.infer.max_summary_tokens)
         self.cache.lengths[self.stream] = before
         return self.tokenizer.decode(turn.ids).strip()
 
@@ -388,9 +391,14 @@ def make_cache(model: Prospect, config: Config, streams: int) -> KVCache:
     """A cache for so many streams. Raises ProspectError when this machine cannot hold it."""
     weight, capacity, c = model.lm_head.weight, config.data.max_seq_len, model.config
     if weight.device.type == "cpu":
-        needed = 2 * c.num_hidden_layers * streams * c.num_key_value_heads * capacity * c.head_dim * weight.itemsize
+        needed = (
+            2 * c.num_hidden_layers * streams * c.num_key_value_heads * (capacity + 1) * c.head_dim * weight.itemsize
+        )
         check_fits(needed, f"{streams} stream(s) of {capacity} tokens", "lower data.max_seq_len, or --streams")
-    return KVCache(c, streams, capacity, weight.device, weight.dtype)
+    cache = KVCache(c, streams, capacity, weight.device, weight.dtype)
+    if weight.is_cuda and not torch.is_autocast_enabled("cuda"):  # whose casts of the weights would be recorded, too
+        cache.graph = ForwardGraph(model.model, cache)
+    return cache
 
 
 # ---- one step ------------------------------------------------------------------------------------
@@ -408,23 +416,12 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
         taken                    f1 f2 f3 f4             the cache is cut behind f4, the text is written there
     """
     session = sessions[0]
-    device = session.cache.keys.device
     chunks, events = zip(*[fitting(session, frames) for session, frames in zip(sessions, upcoming)])
 
-    # One right-padded forward; decisions are read at each frame's last <image>.
+    # One forward; decisions are read at each frame's last <image>.
     starts = [session.num_tokens for session in sessions]
     ends = [np.cumsum([unit.num_tokens for unit in chunk]) for chunk in chunks]  # tokens up to and with each frame
-    T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
-    input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
-    read_at = torch.zeros((len(sessions), K), dtype=torch.long)
-    for b, (chunk, end) in enumerate(zip(chunks, ends)):
-        input_ids[b, : end[-1]] = torch.tensor([id for unit in chunk for id in unit.ids(session.tokenizer.image_id)])
-        read_at[b, : len(end)] = torch.from_numpy(end - 1)
-    image_embeds = torch.cat([unit.rows for chunk in chunks for unit in chunk]).to(device)  # [F,D]
-    streams = [session.stream for session in sessions]
-    hidden = session.model(input_ids.to(device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
-    hidden = hidden.gather(1, read_at.to(device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
-    heads = read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)  # [B][K]
+    heads = look(sessions, chunks, ends)  # [B][K]
 
     # Frames are taken one after another, up to the first at which something is to be written.
     records: list[list[FrameRecord]] = []
@@ -439,9 +436,35 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
 
     # First the update, then the reply that may rest on it, as training has them.
     last = [(session, taken[-1]) for session, taken in zip(sessions, records)]
-    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")
-    write([pair for pair in last if pair[1].speaking_decision], "assistant")
+    infer = session.config.infer
+    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)
+    write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)
     return records
+
+
+def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list[np.ndarray]) -> list[list["Heads"]]:
+    """Run the frames of each session's chunk, and read the heads at them, as lists [B][K]. ends: of each frame."""
+    session, device = sessions[0], sessions[0].cache.keys.device
+    streams = [session.stream for session in sessions]
+    rows = [torch.cat([unit.rows for unit in chunk]) for chunk in chunks]  # [F,D] each
+    each, K = len(chunks[0][0].rows), len(chunks[0])
+    if all(len(chunk) == K and all(unit.num_tokens == len(unit.rows) == each for unit in chunk) for chunk in chunks):
+        # Frames alone, alike in every stream: neither ids nor padding.
+        hidden = session.model(None, sent(torch.stack(rows), device), cache=session.cache, streams=streams)  # [B,T,H]
+        hidden = hidden[:, each - 1 :: each]  # [B,K,H]
+    else:
+        # Right-padded to the longest.
+        T, K = max(int(end[-1]) for end in ends), max(map(len, chunks))
+        input_ids = torch.full((len(sessions), T), session.tokenizer.pad_id)
+        read_at = torch.zeros((len(sessions), K), dtype=torch.long)
+        for b, (chunk, end) in enumerate(zip(chunks, ends)):
+            ids = [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
+            input_ids[b, : len(ids)] = torch.tensor(ids)
+            read_at[b, : len(end)] = torch.from_numpy(end - 1)
+        image_embeds = sent(torch.cat(rows), device)
+        hidden = session.model(sent(input_ids, device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
+        hidden = hidden.gather(1, sent(read_at, device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
+    return read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)
 
 
 @dataclass
@@ -466,10 +489,10 @@ def read_heads(model: Prospect, hidden: Tensor, decision: str, end_id: int) -> l
     ]
 
 
-def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str) -> None:
-    """Generate a turn of `role` in each of the streams that decided on one, side by side."""
+def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str, limit: int) -> None:
+    """Generate a turn of `role`, at most `limit` tokens, in each of the streams that decided on one, side by side."""
     if deciding:
-        turns = generate([session for session, _ in deciding], role)
+        turns = generate([session for session, _ in deciding], role, limit)
         for (session, record), turn in zip(deciding, turns):
             session.wrote(role, turn, record)
 
@@ -484,17 +507,16 @@ def fitting(session: StreamSession, frames: list[Frame]) -> tuple[list[Unit], Co
     return units[: int(np.searchsorted(until, session.limit - session.num_tokens, side="right"))], event
 
 
-def generate(sessions: list[StreamSession], role: str) -> list[Generated]:
-    """One turn of `role` in each of the sessions, side by side."""
+def generate(sessions: list[StreamSession], role: str, limit: int) -> list[Generated]:
+    """One turn of `role`, of `limit` tokens at most, in each of the sessions, side by side."""
     first = sessions[0]
-    infer = first.config.infer
-    constrained = role == "DST_UPDATE" and infer.constrain_dst
+    constrained = role == "DST_UPDATE" and first.config.infer.constrain_dst
     return first.model.fast_greedy_generate(
         first.headers[role],
         first.cache,
         [session.stream for session in sessions],
         end_ids=first.end_ids,
-        max_new_tokens=infer.max_update_tokens if role == "DST_UPDATE" else infer.max_reply_tokens,
+        max_new_tokens=limit,
         forbidden=first.forbidden,
         allowed=[constraint(session) for session in sessions] if constrained else None,
     )

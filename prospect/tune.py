@@ -14,11 +14,12 @@ An adapter puts a trainable product beside a frozen weight W [out,in], of rank r
 
     y = x W^T + (alpha / r) * dropout(x) A^T B^T          A [r,in], B [out,r], B = 0 at the start
 
-so nothing changes at the start. At the end the product can be added to W, and inference costs nothing extra.
+so nothing changes at the start. Streaming and an export add the product to W when they load a checkpoint, and
+inference costs nothing extra; the checkpoint itself keeps the two apart.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -60,9 +61,14 @@ def meta_model(config: ModelConfig) -> Prospect:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of a model of this shape by part: backbone, adapters, projector, heads. Nothing is allocated."""
+    """Parameters of a model of this shape by part. Nothing is allocated."""
+    return count_parts(meta_model(config))
+
+
+def count_parts(model: Prospect) -> dict[str, int]:
+    """Parameters by part: backbone, adapters, projector, heads."""
     counts = {"backbone": 0, "adapters": 0, "projector": 0, "heads": 0}
-    for name, parameter in meta_model(config).named_parameters():
+    for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     return counts
 
@@ -123,17 +129,26 @@ def add_lora(model: Prospect, config: LoraConfig, seed: int = 0) -> None:
     if config.rank > model.config.hidden_size:
         what = f"{config.rank} is more than the model's width, {model.config.hidden_size}"
         raise ProspectError(what, where="train.lora_rank", remedy="16 is usual; train.tune=full trains everything")
-    generator = torch.Generator().manual_seed(seed)
     for parent, name, layer in linear_layers(model):
         if name in config.targets:
-            adapted = LoRALinear(layer, config)
-            if not layer.weight.is_meta:  # on the meta device a checkpoint's values follow
-                bound = 1 / math.sqrt(layer.in_features)  # Kaiming's uniform rule with a = sqrt(5)
-                drawn = torch.empty(adapted.lora_A.weight.shape).uniform_(-bound, bound, generator=generator)
-                adapted.lora_A.weight.copy_(drawn)
-                adapted.lora_B.weight.zero_()
-            setattr(parent, name, adapted)
+            setattr(parent, name, LoRALinear(layer, config))
     model.config.lora = config
+    if not model.lm_head.weight.is_meta:  # there, values follow
+        parameters = dict(model.named_parameters())
+        for name, value in drawn_adapters(model, seed, parameters):
+            parameters[name].copy_(value)
+
+
+def drawn_adapters(model: Prospect, seed: int, names: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of the new adapters among `names`: A by Kaiming's uniform rule, as peft draws it, and B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name) and name in names:
+            value = torch.zeros(parameter.shape)
+            if name.endswith(".lora_A.weight"):
+                bound = 1 / math.sqrt(parameter.shape[1])  # a = sqrt(5)
+                value.uniform_(-bound, bound, generator=generator)
+            yield name, value
 
 
 def has_adapters(model: Prospect) -> bool:

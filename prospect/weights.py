@@ -13,9 +13,9 @@ A backbone has only the first two. A checkpoint of `tune: full` has the first th
 (`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and contains the full transformer, so that
 `LlamaForCausalLM.from_pretrained` opens it.
 
-The model is built on the meta device, where it has shapes but no memory; tensors are then mapped from their files and
-assigned, so that nothing is allocated twice and nothing initialised that a file overwrites. Names, shapes and types are
-all compared before the first tensor is read.
+A model is opened on the meta device, where it has shapes and types but no memory: names, shapes and types of all files
+are compared there. Then it is filled: each rank maps its own rows of a tensor (all, or under FSDP its share) from the
+file and moves them to its device, so that nothing is allocated twice and nothing initialised that a file overwrites.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prospect.distributed import laid_out, own_rows
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, read_json, write_json
-from prospect.model import LoraConfig, ModelConfig, Prospect, RopeScaling, init_weights
+from prospect.model import LoraConfig, ModelConfig, Prospect, RopeScaling, drawn_weights
 from prospect.tune import (
     PEFT_PREFIX,
     TARGETS,
     count_parameters,
+    drawn_adapters,
     is_adapter,
     is_ours,
     merge_lora,
@@ -305,16 +308,31 @@ def our_tensors(directory: Path) -> dict[str, Stored]:
     return stored
 
 
-def checked_tensors(
-    stored: dict[str, Stored], expected: dict[str, torch.Size], where: str
-) -> Iterator[tuple[str, Tensor]]:
-    """(our name, memory-mapped tensor) for every expected one, after all names, shapes and types have been compared."""
+def trained_tensors(model: Prospect, directory: str | Path) -> dict[str, Stored]:
+    """The tensors of a checkpoint of `model`: all, or what it holds beside its backbone. Raises what `check` raises."""
+    directory = Path(directory)
+    stored, expected = our_tensors(directory), tensors_of(model)
+    if read_config(directory).backbone:
+        expected = {name: tensor for name, tensor in expected.items() if is_ours(name) or is_adapter(name)}
+    else:
+        stored |= transformer_tensors(directory)
+    check(stored, expected, str(directory))
+    return stored
+
+
+def slices(stored: dict[str, Stored]) -> Iterator[tuple[str, Any]]:
+    """(our name, what `[rows]` reads from the file) for every tensor."""
     files = {path: open_file(path) for path in {entry.path for entry in stored.values()}}
+    for name, entry in stored.items():
+        yield name, files[entry.path].get_slice(entry.name)
+
+
+def check(stored: dict[str, Stored], expected: dict[str, Tensor], where: str) -> None:
+    """Raise ProspectError naming all tensors that are missing, unexpected, mis-shaped or of a strange type."""
     wrong = []
-    for name in expected.keys() & stored.keys():
-        part = files[stored[name].path].get_slice(stored[name].name)
-        if tuple(part.get_shape()) != tuple(expected[name]):
-            wrong.append(f"{name} is {part.get_shape()}, not {list(expected[name])}")
+    for name, part in slices({name: stored[name] for name in expected.keys() & stored.keys()}):
+        if tuple(part.get_shape()) != tuple(expected[name].shape):
+            wrong.append(f"{name} is {part.get_shape()}, not {list(expected[name].shape)}")
         elif part.get_dtype() not in FLOAT_TYPES:
             wrong.append(f"{name} is stored as {part.get_dtype()}")
     problems = [
@@ -329,16 +347,60 @@ def checked_tensors(
     if problems:
         what = f"tensors do not fit. {'. '.join(problems)}"
         raise ProspectError(what, where=where, remedy="config.json and files must belong together")
-    for name in expected:
-        yield name, files[stored[name].path].get_tensor(stored[name].name)
 
 
-def expected_shapes(model: Prospect) -> dict[str, torch.Size]:
+def tensors_of(model: Prospect) -> dict[str, Tensor]:
     """Every tensor of the model by name; a tied LM head is the embedding matrix, not its own tensor."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        del shapes["lm_head.weight"]
-    return shapes
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def open_model(directory: str | Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Prospect, dict[str, Stored]]:
+    """A directory's model on the meta device, frozen, and where its tensors are stored. A backbone has none of ours.
+
+    given: settings asked for, None: not asked for. Raises ProspectError when config.json asks for what this Llama does
+    not support, when a checkpoint has other settings than those given, and what `check` raises.
+    """
+    directory = Path(directory)
+    values = read_json(directory / "config.json")
+    is_checkpoint = "prospect" in values
+    config = settled_config(values, given, directory)
+    backbone = Path(config.backbone)
+    model = meta_model(config).to(dtype).requires_grad_(False)
+    stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
+    tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    expected = {name: tensor for name, tensor in tensors_of(model).items() if is_checkpoint or not is_ours(name)}
+    check(stored, expected, str(directory))
+    if tied_copy is not None:
+        check_tied(stored["model.embed_tokens.weight"], tied_copy)
+    config.backbone_mark = fingerprint(backbone)
+    return model, stored
+
+
+def fill_model(model: Prospect, stored: dict[str, Stored], device: str | torch.device, seed: int) -> None:
+    """Give a model on the meta device its values, from files or, where no file has them, drawn from `seed`.
+
+    One tensor after another, each rank its own rows, as the type and on the device that they stay in. On a CPU what is
+    frozen stays in the mapped file; what is trained gets memory of its own, which no other checkpoint can pull away.
+    Raises ProspectError for a value beyond fp16's range.
+    """
+    empty, state = dict(model.named_parameters()), {}
+    new = empty.keys() - stored.keys()
+    adapters = {name for name in new if is_adapter(name)}
+    drawn = chain(drawn_adapters(model, seed, adapters), drawn_weights(model, seed, new - adapters))
+    for name, value in chain(slices(stored), drawn):
+        rows = value[own_rows(empty[name])]
+        kept = rows.to(device, empty[name].dtype, copy=empty[name].requires_grad)
+        if kept.dtype == torch.float16 != rows.dtype and not kept.isfinite().all():
+            what = f"{name} holds values beyond fp16's range"
+            raise ProspectError(what, where=str(stored[name].path.parent), remedy="choose bf16 or fp32")
+        state[name] = laid_out(kept, empty[name])
+    model.load_state_dict(state, strict=False, assign=True)  # names have been compared
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.rope_frequencies = model.model.rope_frequencies.to(device)  # in no file, and never on meta
 
 
 def load_model(
@@ -355,36 +417,13 @@ def load_model(
 ) -> Prospect:
     """A model from a backbone directory, with new projector and heads drawn from `seed`, or from our own checkpoint.
 
-    A checkpoint has its own settings; naming others than it has is an error. Raises ProspectError when config.json asks
-    for what this Llama does not support, or when tensors are missing, unexpected, mis-shaped or of a strange type.
+    A checkpoint has its own settings; naming others than it has is an error. Raises what `open_model` and `fill_model`
+    raise.
     """
-    directory = Path(directory)
     given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "speaking_head": speaking_head}
-    given |= {"dst": dst, "dst_state_head": dst_state_head}
-    values = read_json(directory / "config.json")
-    is_checkpoint = "prospect" in values
-    config = settled_config(values, given, directory)
-    backbone = Path(config.backbone)
-
-    # Which tensor is in which file, and which are new.
-    model = meta_model(config)
-    shapes = expected_shapes(model)
-    new = set() if is_checkpoint else {name for name in shapes if is_ours(name)}
-    stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
-    tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
-
-    # Their values, assigned in place of the meta tensors.
-    state = read_tensors(stored, {name: shapes[name] for name in shapes if name not in new}, dtype, device, directory)
-    if tied_copy is not None:
-        check_tied(stored["model.embed_tokens.weight"], tied_copy)
-    state |= {name: torch.empty(shapes[name], device=device, dtype=dtype) for name in new}
-    model.load_state_dict(state, strict=False, assign=True)  # names have been compared above
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.to(device)  # the RoPE frequencies, which are in no file
-    init_weights(model, seed, new)
-    config.backbone_mark = fingerprint(backbone)
-    return model
+    model, stored = open_model(directory, given | {"dst": dst, "dst_state_head": dst_state_head}, dtype)
+    fill_model(model, stored, device, seed)
+    return model.requires_grad_(True)
 
 
 def settled_config(values: dict[str, Any], given: dict[str, Any], directory: Path) -> ModelConfig:
@@ -404,23 +443,6 @@ def settled_config(values: dict[str, Any], given: dict[str, Any], directory: Pat
     if config.backbone_mark:
         check_backbone(Path(config.backbone), config, where)
     return config
-
-
-def read_tensors(
-    stored: dict[str, Stored],
-    expected: dict[str, torch.Size],
-    dtype: torch.dtype,
-    device: str | torch.device,
-    directory: Path,
-) -> dict[str, Tensor]:
-    """The expected tensors as `dtype` on `device`. Raises what `checked_tensors` raises, and on overflow in fp16."""
-    state = {}
-    for name, tensor in checked_tensors(stored, expected, str(directory)):
-        state[name] = tensor.to(device, dtype)
-        if dtype == torch.float16 and tensor.dtype != dtype and not state[name].isfinite().all():
-            what = f"{name} holds values beyond fp16's range"
-            raise ProspectError(what, where=str(directory), remedy="choose bf16 or fp32")
-    return state
 
 
 def fingerprint(backbone: Path) -> str:
@@ -451,20 +473,6 @@ def check_tied(embeddings: Stored, head: Stored) -> None:
     if not torch.equal(first, second):
         what = "tie_word_embeddings is true, but lm_head.weight differs from the embeddings"
         raise ProspectError(what, where=str(head.path), remedy="set tie_word_embeddings to false in config.json")
-
-
-@torch.no_grad()
-def load_state(model: Prospect, directory: str | Path) -> None:
-    """Copy a checkpoint's tensors into `model`, in place. A transformer that the checkpoint left out stays as it is."""
-    directory = Path(directory)
-    stored, shapes = our_tensors(directory), expected_shapes(model)
-    if read_config(directory).backbone:
-        shapes = {name: shape for name, shape in shapes.items() if is_ours(name) or is_adapter(name)}
-    else:
-        stored |= transformer_tensors(directory)
-    state = model.state_dict()
-    for name, tensor in checked_tensors(stored, shapes, str(directory)):
-        state[name].copy_(tensor)
 
 
 # ---- writing -------------------------------------------------------------------------------------

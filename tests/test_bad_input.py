@@ -27,9 +27,10 @@ from prospect import check, evaluate
 from prospect.clip_files import ClipFile
 from prospect.config import _BOUNDS
 from prospect.data import Corpus, collate
+from prospect.distributed import pick_device
 from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
-from prospect.model import LoraConfig
+from prospect.model import LoraConfig, find_targets
 from prospect.stream import StreamSession
 from prospect.tokenizer import Piece, Tokenizer
 from prospect.tune import add_lora
@@ -394,6 +395,41 @@ def test_a_bad_override(override, said, corpus, monkeypatch, capsys):
     assert not list(corpus.glob("runs/*/step-*")) and not list(corpus.glob("runs/*/metrics.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "device, local_world, said",
+    [
+        (
+            "cuda:1",
+            4,
+            "config: cuda:1 would be the one device of 4 ranks (train.device=cuda: each rank takes one of its own)",
+        ),
+        ("cuda:2", 1, "config: there is no cuda:2, this machine has 2 CUDA device(s)"),
+        ("auto", 3, "torchrun: 3 ranks, but this machine has 2 CUDA device(s) (--nproc_per_node=2)"),
+    ],
+)
+def test_a_device_that_ranks_cannot_have(device, local_world, said, corpus, monkeypatch, capsys):
+    """On a machine that is said to have two. Every rank finds the same: none waits for one that has gone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", str(local_world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+    config = write_tiny_config(corpus, f"train.device={device}")
+    for local_rank in range(local_world):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert said in refused(train.main, monkeypatch, capsys, config)
+
+
+@pytest.mark.parametrize(
+    "wanted, local_rank, local_world, index", [("auto", 1, 2, 1), ("cuda", 0, 1, 0), ("cuda:1", 0, 1, 1)]
+)
+def test_a_device_that_is_there(wanted, local_rank, local_world, index, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device(wanted, local_rank, local_world) == torch.device("cuda", index) == chosen[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("key", _BOUNDS)
 def test_the_least_that_every_number_may_be(key, corpus, monkeypatch, capsys):
@@ -729,15 +765,15 @@ def test_rows_and_image_tokens_that_differ_in_number(trained):
 
 def test_padding_that_real_tokens_would_see(trained):
     """Padding belongs on the right: causal attention is all that hides it."""
-    config, tokenizer, model = load_for_inference(trained / "runs" / "tiny" / "last")
+    config, tokenizer, _ = load_for_inference(trained / "runs" / "tiny" / "last")
     corpus = Corpus(config.data.val, config.data, tokenizer, VISION_DIM, rate=1.0, seed=0)
     batch = collate([corpus[(0, 0)], corpus[(0, 1)]], tokenizer.pad_id)
     assert not batch["attention_mask"].all()
-    model(batch["input_ids"], batch["image_embeds"], labels=batch)
+    find_targets(batch)
     by_token = [key for key, value in batch.items() if torch.is_tensor(value) and key != "image_embeds"]  # [B,T]
     turned = batch | {key: batch[key].flip(1) for key in by_token}
     with pytest.raises(ProspectError, match="padding before a token"):
-        model(turned["input_ids"], turned["image_embeds"], labels=turned)
+        find_targets(turned)
 
 
 def test_an_adapter_wider_than_the_model(trained):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import write_tiny_config, write_tiny_corpus
 
 import train
 from prospect.build import model_shape
@@ -16,6 +17,7 @@ from prospect.config import Config, HybridConfig, Repeated, apply_overrides, loa
 from prospect.errors import ProspectError
 
 ROOT = Path(__file__).parent.parent
+BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 
 
 def keys(values: dict, prefix: str = "") -> set[str]:
@@ -113,6 +115,27 @@ def test_a_dry_run_of_the_plans_configuration(monkeypatch, capsys):
     assert {name: settings["train"][name] for name in wanted} == wanted
     data = settings["data"]
     assert (data["max_seq_len"], data["batch_tokens"], settings["loss"]["bce"]) == (4096, 2 * 4096, "focal")
+
+
+def test_a_dry_run_counts_for_other_ranks_with_the_backbone_there(tmp_path, monkeypatch, capsys):
+    """Adapters of rank 3 in two layers 32 wide: 2 x 3 x (2 (32 + 32) + 2 (32 + 8) + 3 (32 + 64)) parameters."""
+    write_tiny_corpus(tmp_path)
+    settings = [
+        f"model.backbone={BACKBONES / 'llama-3'}",
+        "train.tune=lora",
+        "train.lora_rank=3",
+        "train.precision=bf16",
+    ]
+    config = str(write_tiny_config(tmp_path, *settings, "data.template=llama3", "train.parallel=fsdp"))
+    monkeypatch.setattr(sys, "argv", ["train.py", config, "--dry-run", "--ranks", "4"])
+    assert train.main() == 0
+    shown = capsys.readouterr().out
+    assert "4 rank(s) x 1 micro-batch(es) = 4 micro-batch(es), fsdp" in shown
+    assert ", 2,976 adapters, " in shown and "GB on each of 4 GPUs (fsdp): 0.0 frozen weights" in shown
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+    monkeypatch.setattr(sys, "argv", ["train.py", config, "--ranks", "4"])
+    with pytest.raises(ProspectError, match="is for --dry-run"):
+        train.main()
 
 
 def test_overrides(tmp_path):

@@ -18,17 +18,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny import finish, launch, run_training, tiny_config, train_here, write_tiny_config, write_tiny_corpus
+from tiny import (
+    filled_model,
+    finish,
+    launch,
+    run_training,
+    tiny_config,
+    train_here,
+    write_tiny_config,
+    write_tiny_corpus,
+)
 
 import train
 from prospect import validation
-from prospect.build import build_model, load_corpus, load_tokenizer
+from prospect.build import load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
-from prospect.data import DataOrder, collate
-from prospect.model import count_labels
+from prospect.data import DataOrder, collate, ordered_batches
+from prospect.distributed import share_model
+from prospect.model import ModelConfig, Prospect, count_labels, find_targets
 from prospect.sequence import LABEL_KEYS
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -69,7 +80,7 @@ def one_step(folder: Path, *overrides: str) -> int:
     real = nn.utils.clip_grad_norm_
 
     def spy(parameters, limit):
-        parameters = list(parameters)
+        parameters = [p for p in parameters if p.requires_grad]
         gradient = {str(number): train.whole(p.grad).clone() for number, p in enumerate(parameters)}
         if os.environ.get("RANK", "0") == "0":
             save_file(gradient, folder / "gradient.safetensors")
@@ -87,7 +98,7 @@ def plain_autograd(folder: Path, *overrides: str) -> tuple[dict[str, float], lis
     config = tiny_config(folder, *ONE_STEP, *overrides)
     tokenizer = load_tokenizer(config)
     corpus = load_corpus(config, tokenizer, "train")
-    model = build_model(config, tokenizer)
+    model = filled_model(config, tokenizer)
     batch = collate([corpus[(0, index)] for index in range(len(corpus))], tokenizer.pad_id)
     hidden = model(batch["input_ids"], batch["image_embeds"])
     logits = model.lm_head(hidden)[:, :-1].flatten(0, 1)
@@ -169,13 +180,68 @@ def test_a_step_is_the_same_however_it_is_cut(uneven, tmp_path, cut):
         torch.testing.assert_close(got[str(number)], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tune", ["full", pytest.param("lora", marks=pytest.mark.slow)])
+def test_fsdp_in_bf16_has_the_gradient_of_one_rank(backbone, tmp_path, tune):
+    """To the rounding of sums: norms, embeddings and residual stream are fp32. With all in bf16 it was off by 1 %."""
+    shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
+    overrides = lora(tmp_path) if tune == "lora" else []
+    overrides += ["train.precision=bf16", "train.lora_dropout=0", "train.max_steps=1"]
+    assert one_step(tmp_path, *overrides, "run.name=one", "train.gradient_accumulation_steps=4") == 0
+    expected = load_file(tmp_path / "gradient.safetensors")
+    overrides += ["run.name=two", "train.parallel=fsdp", "train.gradient_accumulation_steps=2"]
+    assert finish(launch(one_step, tmp_path, *overrides, world=2, log=tmp_path / "log")) == [0, 0]
+    found = load_file(tmp_path / "gradient.safetensors")
+    assert found.keys() == expected.keys() and any(value.any() for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def compiled_step(folder: Path, *overrides: str) -> int:
+    """One step with blocks as Dynamo's graphs, run as they are; and why they end, in FOLDER/breaks."""
+    compile_module = nn.Module.compile
+    nn.Module.compile = lambda self, **options: compile_module(self, backend="eager", **options)
+    try:
+        return one_step(folder, "train.compile=true", *overrides)
+    finally:
+        nn.Module.compile = compile_module
+        (folder / "breaks").write_text("\n---\n".join(torch._dynamo.utils.counters["graph_break"]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_under_fsdp_break_only_where_weights_are_gathered(backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
+    assert one_step(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2") == 0
+    expected = load_file(tmp_path / "gradient.safetensors")
+    ways = ("run.name=two", "train.parallel=fsdp")
+    assert finish(launch(compiled_step, tmp_path, *ways, world=2, log=tmp_path / "log"), 200) == [0, 0]
+    for name, value in load_file(tmp_path / "gradient.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    [reason] = (tmp_path / "breaks").read_text().split("\n---\n")
+    assert "the function `disable`" in reason
+
+
+def test_ddp_sends_nothing_at_a_forward(uneven):
+    """Its default is to broadcast every buffer before each; RoPE's frequencies never change."""
+    config = tiny_config(uneven)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Prospect(ModelConfig(9, 8, 8, 1, 2, 1, 4, vision_dim=4))
+        shared = share_model(model, config.train, train.Ranks(0, 2, torch.device("cpu")))
+        assert len(list(model.buffers())) == 1 and shared.require_forward_param_sync
+        assert not shared.will_sync_module_buffers()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_the_four_micro_batches_differ_a_hundredfold(uneven):
     """What the test above rests on: one rank has no label, and another hundreds of times what a third one has."""
     config = tiny_config(uneven, *ONE_STEP)
     corpus = load_corpus(config, load_tokenizer(config), "train")
     order = DataOrder(corpus.lengths(), config.data.batch_tokens, config.run.seed)
     assert sorted(map(len, order.batches(0))) == [1, 1, 1, 1]
-    counts = [[int(n) for n in count_labels(collate([corpus[(0, index)]], 0)).values()][:6] for index in range(4)]
+    counts = [
+        [int(n) for n in count_labels(collate([corpus[(0, index)]], 0)["targets"]).values()][:6] for index in range(4)
+    ]
     assert counts[0] == [0] * 6
     assert 0 < 100 * counts[1][0] <= counts[2][0]
 
@@ -183,9 +249,9 @@ def test_the_four_micro_batches_differ_a_hundredfold(uneven):
 def test_no_frame_and_no_label_leave_every_parameter_with_a_gradient(uneven):
     """Else a rank with such a micro-batch would leave the others waiting for its share of the gradients."""
     config = tiny_config(uneven, *ONE_STEP)
-    model = build_model(config, load_tokenizer(config))
+    model = filled_model(config, load_tokenizer(config))
     nothing = {key: torch.full((1, 3), -100) for key in LABEL_KEYS}
-    sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), labels=nothing)
+    sums = model(torch.ones(1, 3, dtype=torch.long), torch.zeros(0, 16), targets=find_targets(nothing))
     assert [value.item() for value in sums.values()] == [0.0] * 7
     sum(sums.values()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -202,10 +268,12 @@ def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     Under DDP each rank also streams a share of the clips; under FSDP none does, and no evidence is chosen.
     """
     write_tiny_corpus(tmp_path)
-    streamable = ["infer.evidence=null"]
+    streamable = ["infer.evidence=null", "data.max_seq_len=400", "data.batch_tokens=400"]
+    config = tiny_config(tmp_path, *streamable)
+    lengths = load_corpus(config, load_tokenizer(config), "val").lengths()
+    assert len(list(ordered_batches(lengths, 400))) == 3
     metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2", *streamable)
-    ways = [f"train.parallel={parallel}", "data.batch_tokens=512", *streamable]
-    assert run_training(tmp_path, "run.name=two", *ways, world=2) == [0, 0]
+    assert run_training(tmp_path, "run.name=two", f"train.parallel={parallel}", *streamable, world=2) == [0, 0]
     one, two = ([line for line in metrics(tmp_path, name) if "evaluation" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [3, 6]
     for a, b in zip(one, two):

@@ -24,8 +24,9 @@ import infer
 from prospect.checkpoint import TrainState, write_state
 from prospect.config import DataConfig
 from prospect.errors import ProspectError, run_entry_point
-from prospect.load import load_for_inference, store_wide_weights_by_column
-from prospect.model import Prospect
+from prospect.load import load_for_inference
+from prospect.model import KVCache, Prospect
+from prospect.prepared import prepare
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.vision import video
@@ -133,20 +134,28 @@ def test_prompts_of_a_shape_that_training_never_had_are_noted_once(corpus, check
     assert told(as_trained | {"goal": 0.0}, "--stdin") == f"{start}a goal in val0 {none}\n"
 
 
-def test_weights_stored_by_column_are_the_same_weights(checkpoint):
+@torch.inference_mode()
+def test_prepared_weights_are_the_same_weights(checkpoint):
     _, _, model = load_for_inference(checkpoint)
     untouched = Prospect.from_pretrained(checkpoint)
     for name, tensor in untouched.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
     block = model.model.layers[0]
-    for wide in (block.mlp.gate_proj, block.mlp.up_proj, model.lm_head):
-        assert wide.weight.stride() == (1, wide.out_features)
+    assert model.lm_head.weight.stride() == (1, model.lm_head.out_features)
+    attention, mlp, prepared = block.self_attn, block.mlp, model.model.prepared[0]
+    qkv, gate_up = [attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]
+    for product, parts in ((prepared.qkv, qkv), (prepared.gate_up, gate_up)):
+        merged = product.weight  # [in,out], row after row
+        assert merged.is_contiguous() and torch.equal(merged.t(), torch.cat([part.weight for part in parts]))
+        assert {part.weight.untyped_storage().data_ptr() for part in parts} == {merged.untyped_storage().data_ptr()}
     assert block.mlp.down_proj.weight.is_contiguous() and model.model.embed_tokens.weight.is_contiguous()
     ids = torch.arange(10, 15)[None]  # text alone
-    torch.testing.assert_close(model.lm_head(model(ids)), untouched.lm_head(untouched(ids)), atol=1e-5, rtol=1e-5)
+    for cache in (None, KVCache(model.config, 1, 5, ids.device, torch.float32)):
+        hidden = model(ids, cache=cache)
+        torch.testing.assert_close(model.lm_head(hidden), untouched.lm_head(untouched(ids)), atol=1e-5, rtol=1e-5)
 
     tied = Prospect(replace(model.config, tie_word_embeddings=True, backbone=""))
-    store_wide_weights_by_column(tied)
+    prepare(tied)
     assert tied.lm_head.weight is tied.model.embed_tokens.weight and tied.lm_head.weight.is_contiguous()
 
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from tiny import as_rank, finish, launch, tiny_config, train_here, write_tiny_corpus
 
 import train
-from prospect.build import build_model, load_corpus, load_tokenizer
+from prospect.build import load_corpus, load_tokenizer, new_model
 from prospect.checkpoint import checkpoints, clean_up_after_crash, read_state, step_directory
 
 pytestmark = pytest.mark.skipif(not syscalls.can_trap(), reason="needs Linux with seccomp notifications")
@@ -143,10 +143,10 @@ def load_once(folder: Path, settings: list[str]) -> None:
     config = tiny_config(Path("."), *settings)
     tokenizer = load_tokenizer(config)
     corpora = {split: load_corpus(config, tokenizer, split) for split in ("train", "val")}
-    model = build_model(config, tokenizer)
+    model = new_model(config, tokenizer)
     train.load_tokenizer = lambda config: tokenizer
     train.load_corpora = lambda config, tokenizer, ranks: (corpora["train"], corpora["val"], [])
-    train.build_model = lambda config, tokenizer: model
+    train.new_model = lambda config, tokenizer: model
 
 
 def stop_in_validation(number: int) -> None:

@@ -1,18 +1,26 @@
 """Adapters: what they compute, what they leave alone, where they are kept, and what is trained at which rate."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_evaluate import DST, SPEAKING, make_checkpoint, write_clips
+from tiny import tiny_clip
 
 from prospect.config import TrainConfig, load_config
+from prospect.distributed import check_precision
 from prospect.errors import ProspectError
-from prospect.memory import describe_memory
+from prospect.jobs import load_jobs
+from prospect.load import load_for_inference
+from prospect.memory import Memory, describe_memory, memory_of, planned_model
 from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
+from prospect.stream import streamed_clips
 from prospect.tune import (
     LoRALinear,
     add_lora,
@@ -24,7 +32,7 @@ from prospect.tune import (
     set_trainable,
     storage_dtype,
 )
-from prospect.weights import load_model, load_state, save_model
+from prospect.weights import fill_model, load_model, open_model, read_config, save_model, trained_tensors
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -282,9 +290,9 @@ def test_a_checkpoint_holds_only_what_was_trained(tmp_path, tune):
     again = load_model(tmp_path).eval()
     assert torch.equal(answer(again), answer(model.eval()))
 
-    fresh = load(seed=9)
-    set_trainable(fresh, config, seed=9)
-    load_state(fresh, tmp_path)
+    fresh, stored = open_model(BACKBONES / "llama-3.2", {"vision_dim": 16, "image_token_id": 288}, torch.float32)
+    set_trainable(fresh, config)
+    fill_model(fresh, stored | trained_tensors(fresh, tmp_path), "cpu", seed=9)  # what a resumed run does
     assert torch.equal(answer(fresh.eval()), answer(model))
 
 
@@ -392,6 +400,43 @@ def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, 
     assert 0.9 < announced / (per_layer * 10 * 10_000) < 1.1
 
 
+# Llama-3.1-8B, 2,048 tokens with activation checkpointing, in parameters. A block: q and o, k and v, the MLP, norms.
+BLOCK = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096  # 218,112,000, 32 times
+ADAPTERS = 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336))  # of rank 16 in a block
+OURS = 1152 * 4096 + 4096 + 4096 * 4096 + 4096 + 5 * 4097  # the projector and three heads
+BACKBONE = 32 * BLOCK + 2 * 128256 * 4096 + 4096
+REST = BACKBONE - 32 * BLOCK + OURS  # embeddings, LM head, the last norm, projector, heads
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "expected"),
+    [
+        # 16 bytes of every parameter divided by 8. The rest's weights and gradient in fp32, and its bf16 copy; in bf16
+        # two blocks, one's gradient. In fp32: the gradient of the rest. Tokens: 32 inputs of blocks in fp32, and one
+        # block.
+        (["tune=full", "parallel=fsdp", "precision=bf16"], 8, Memory(
+            0, 2 * (BACKBONE + OURS), (4 + 4 + 2) * REST + 2 * 3 * BLOCK + 4 * REST,
+            2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=full", "parallel=fsdp", "precision=fp32"], 8, Memory(
+            0, 2 * (BACKBONE + OURS), 4 * (2 * REST + 3 * BLOCK) + 4 * REST,
+            2048 * (32 * 4 * 4096 + 32 * 4096 + 16 * 14336))),
+        (["tune=full", "parallel=ddp", "precision=bf16"], 8, Memory(
+            0, 18 * (BACKBONE + OURS), 0, 2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=full", "parallel=fsdp", "precision=bf16"], 1, Memory(  # a single rank shares with nobody
+            0, 18 * (BACKBONE + OURS), 0, 2048 * (32 * 4 * 4096 + 30 * 4096 + 8 * 14336))),
+        (["tune=lora", "parallel=fsdp", "precision=bf16"], 4, Memory(
+            2 * BACKBONE / 4, 4 * (32 * ADAPTERS + OURS),
+            2 * (REST - OURS) + 10 * OURS + 2 * (2 * (BLOCK + ADAPTERS) + ADAPTERS) + 4 * OURS,
+            2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
+        (["tune=lora", "parallel=ddp", "precision=fp16"], 4, Memory(
+            2 * BACKBONE, 18 * (32 * ADAPTERS + OURS), 0, 2048 * (32 * 2 * 4096 + 16 * 4096 + 8 * 14336))),
+    ],
+)  # fmt: skip
+def test_memory_of_each_gpu_by_hand(overrides, world, expected):
+    config = load_config(CONFIGS / "llama-3.1-8b.yaml", [f"train.{override}" for override in overrides])
+    assert memory_of(planned_model(config), config, world) == expected
+
+
 @pytest.mark.parametrize(
     "name, trained, card",  # parameters trained, worked out by hand from the published shapes; the card's GB
     [
@@ -429,3 +474,94 @@ def test_the_configs_fit_the_cards_they_name(name, trained, card):
     for number in memory.replace(":", ",").split(", ")[1:]:  # the parts, as the file's own comment gives them
         value = number.split()[0]
         assert float(value) == 0 or f"{value} GB" in text, (value, name)
+    config.train.precision = {"bf16": "fp16", "fp16": "bf16"}[config.train.precision]  # on another card
+    assert describe_memory(config) == [parameters, memory]
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint with adapters as train.py leaves it, its backbone being another checkpoint; and clips."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base, directory = make_checkpoint(folder / "base", speaking=SPEAKING, dst=DST), folder / "step"
+    model, config = load_model(base), lora_config()
+    set_trainable(model, config)
+    stir(model)
+    save_model(model, directory, names=checkpoint_names(model, config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.yaml", "state.json"):
+        shutil.copy(base / name, directory / name)
+    draw = np.random.default_rng(7)
+    clips = [tiny_clip(draw, f"clip{n}", 12 + 3 * n, replies=3, words=4) for n in range(4)]
+    return directory, write_clips(folder, "clips.json", clips)
+
+
+def records_by(model: Prospect, directory: Path, clips: Path, *overrides: str) -> list[dict]:
+    config, tokenizer, _ = load_for_inference(directory, list(overrides))
+    jobs = load_jobs([str(clips)], config, tokenizer)
+    return [record for _, records in streamed_clips(model, tokenizer, jobs, config) for record in records]
+
+
+def test_nothing_of_an_adapter_remains_when_it_streams_and_the_records_are_the_same(adapted):
+    """Merged in fp32, a probability differs by less than 1e-5, and no decision or text does."""
+    directory, clips = adapted
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    _, _, merged = load_for_inference(directory)
+    assert not any(is_adapter(name) for name in merged.state_dict()) and merged.config.lora is None
+    beside = load_model(directory).eval()
+    assert any(is_adapter(name) for name in beside.state_dict())
+    found, expected = (records_by(model, directory, clips) for model in (merged, beside))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine == other | {
+            name: pytest.approx(value, abs=1e-5) for name, value in other.items() if isinstance(value, float)
+        }
+    without = records_by(load_for_inference(read_config(directory).backbone)[2], directory, clips)
+    assert [record["text"] for record in without] != [record["text"] for record in found]  # the adapters matter
+    assert sum(record["text"] is not None for record in found) > 5
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_merged_in_bf16_it_is_as_near_to_fp32_as_beside(adapted):
+    directory, clips = adapted
+    quiet = ["infer.speaking_threshold=1", "infer.dst_threshold=1", "infer.coupling=0"]
+    exact = records_by(load_for_inference(directory)[2], directory, clips, *quiet)
+    merged = load_for_inference(directory, ["infer.precision=bf16"])[2]
+    beside = load_model(directory, dtype=torch.bfloat16).eval()
+    away = []
+    for model in (merged, beside):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        found = records_by(model, directory, clips, *quiet)
+        away.append(np.mean([abs(a["speaking_prob"] - b["speaking_prob"]) for a, b in zip(found, exact, strict=True)]))
+    assert 0 < away[0] < 1.5 * away[1] and away[0] < 0.02
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_checkpoint_streams_in_the_precision_that_it_was_trained_in(trained, dtype, adapted, tmp_path):
+    directory, clips = shutil.copytree(adapted[0], tmp_path / "step"), adapted[1]
+    text = (directory / "config.yaml").read_text()
+    assert text.count("precision: fp32") == 1 and text.count("precision: null") == 1
+    (directory / "config.yaml").write_text(text.replace("precision: fp32", f"precision: {trained}"))
+    config, _, model = load_for_inference(directory)
+    assert config.infer.precision == trained and {p.dtype for p in model.parameters()} == {dtype}
+    records = records_by(model, directory, clips)
+    exact = load_for_inference(directory, ["infer.precision=fp32"])
+    assert exact[0].infer.precision == "fp32" and {p.dtype for p in exact[2].parameters()} == {torch.float32}
+    first = records_by(exact[2], directory, clips)[0]["speaking_prob"]
+    assert records[0]["speaking_prob"] == pytest.approx(first, abs={"fp32": 1e-9, "bf16": 0.03, "fp16": 0.005}[trained])
+
+
+def test_bf16_on_a_card_without_it_is_refused(monkeypatch):
+    """torch would imitate it, many times slower, and say nothing."""
+    card, asked = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+    with pytest.raises(ProspectError, match="cuda:0 has no bf16") as caught:
+        check_precision("bf16", card)
+    assert "train.precision=fp16" in caught.value.remedy and asked == [False]
+    for precision, device in (("fp16", card), ("fp32", card), ("bf16", torch.device("cpu"))):
+        check_precision(precision, device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    check_precision("bf16", card)

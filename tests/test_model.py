@@ -16,6 +16,7 @@ from prospect.model import (
     Prospect,
     RopeScaling,
     count_labels,
+    find_targets,
     init_weights,
     labelled,
     loss_sums,
@@ -139,7 +140,7 @@ def test_rotate_turns_pairs_half_a_head_apart():
     """Dimensions 0, 2 turn by 0.5 radians, 1, 3 by 2: cos and sin are 0.877583, 0.479426 and -0.416147, 0.909297."""
     angles = torch.tensor([0.5, 2.0, 0.5, 2.0]).view(1, 1, 1, 4)
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
-    turned = rotate(x, angles.cos(), angles.sin()).flatten().tolist()
+    turned = rotate(x, angles.cos(), angles.sin() * torch.tensor([-1, -1, 1, 1])).flatten().tolist()
     assert turned == pytest.approx([0.877583, -0.909297, 0.479426, -0.416147], abs=1e-6)
 
 
@@ -285,7 +286,7 @@ def hand_case() -> tuple[Tensor, dict[str, Tensor]]:
     labels["speaking_gen_labels"][0] = torch.tensor([IGNORE, 0, IGNORE, IGNORE, 1])  # read at 0: 3/5; at 3: 5/8
     labels["dst_gen_labels"][0] = torch.tensor([IGNORE, IGNORE, 2, IGNORE, IGNORE])  # read at 1: 1/3
     labels["dst_state_labels"][0] = torch.tensor([IGNORE, IGNORE, IGNORE, 0, IGNORE])  # read at 3: 2/8
-    return hidden, labels
+    return hidden, find_targets(labels)
 
 
 def nll(*probabilities: float) -> float:
@@ -293,17 +294,17 @@ def nll(*probabilities: float) -> float:
 
 
 def test_every_loss_class_by_hand():
-    hidden, labels = hand_case()
-    sums = loss_sums(hand_model(dst_state_head=True), hidden, labels, LossConfig())
+    hidden, targets = hand_case()
+    sums = loss_sums(hand_model(dst_state_head=True), hidden, targets, LossConfig())
     expected = [nll(3 / 5, 5 / 8), nll(3 / 4, 1 / 4), nll(1 / 2), nll(1 / 3), nll(1 / 2), nll(3 / 4, 1 / 3), nll(1 / 4)]
     assert values(sums) == pytest.approx(dict(zip(LOSS_CLASSES, expected, strict=True)), rel=1e-5)
     assert all(value.dtype == torch.float32 for value in sums.values())
-    assert [int(count) for count in count_labels(labels).values()] == [2, 2, 1, 1, 1, 2, 1]
+    assert [int(count) for count in count_labels(targets).values()] == [2, 2, 1, 1, 1, 2, 1]
 
 
 def test_mean_and_balanced_by_hand():
-    hidden, labels = hand_case()
-    sums, counts = loss_sums(hand_model(dst_state_head=True), hidden, labels, LossConfig()), count_labels(labels)
+    hidden, targets = hand_case()
+    sums, counts = loss_sums(hand_model(dst_state_head=True), hidden, targets, LossConfig()), count_labels(targets)
     mean = {name: float(value) for name, value in loss_terms(sums, counts, LossConfig()).items()}
     assert mean == pytest.approx({
         "speaking_gen": nll(3 / 5, 5 / 8) / 2,
@@ -319,8 +320,8 @@ def test_mean_and_balanced_by_hand():
 
 def test_focal_by_hand():
     """alpha (1 - p)^2 (-log p): 0.25 for positives, 0.75 for negatives; p is what the right answer was given."""
-    hidden, labels = hand_case()
-    sums = values(loss_sums(hand_model(), hidden, labels, LossConfig(bce="focal")))
+    hidden, targets = hand_case()
+    sums = values(loss_sums(hand_model(), hidden, targets, LossConfig(bce="focal")))
     positives = 0.25 * (0.25**2 * nll(3 / 4) + 0.75**2 * nll(1 / 4))
     assert sums["speaking_pos"] == pytest.approx(positives, rel=1e-5)
     assert sums["speaking_neg"] == pytest.approx(0.75 * 0.5**2 * nll(1 / 2), rel=1e-5)
@@ -329,16 +330,16 @@ def test_focal_by_hand():
 
 def test_focal_parameters_by_hand():
     """alpha 0.9, gamma 1: 0.9 for positives, 0.1 for negatives, times 1 - p. The state head has gamma alone."""
-    hidden, labels = hand_case()
+    hidden, targets = hand_case()
     loss = LossConfig(bce="focal", focal_alpha=0.9, focal_gamma=1.0, dst_state_focal=True)
-    sums = values(loss_sums(hand_model(dst_state_head=True), hidden, labels, loss))
+    sums = values(loss_sums(hand_model(dst_state_head=True), hidden, targets, loss))
     assert sums["speaking_pos"] == pytest.approx(0.9 * (0.25 * nll(3 / 4) + 0.75 * nll(1 / 4)), rel=1e-5)
     assert sums["speaking_neg"] == pytest.approx(0.1 * 0.5 * nll(1 / 2), rel=1e-5)
     assert sums["dst_pos"] == pytest.approx(0.9 * 0.5 * nll(1 / 2), rel=1e-5)
     assert sums["dst_neg"] == pytest.approx(0.1 * (0.25 * nll(3 / 4) + 2 / 3 * nll(1 / 3)), rel=1e-5)
     assert sums["dst_state"] == pytest.approx(0.75 * nll(1 / 4), rel=1e-5)
     loss = LossConfig(bce="focal", dst_state_focal=True)  # gamma 2
-    assert values(loss_sums(hand_model(dst_state_head=True), hidden, labels, loss))["dst_state"] == pytest.approx(
+    assert values(loss_sums(hand_model(dst_state_head=True), hidden, targets, loss))["dst_state"] == pytest.approx(
         0.75**2 * nll(1 / 4), rel=1e-5
     )
 
@@ -356,9 +357,9 @@ def test_focal_of_certain_answers_has_a_finite_gradient(gamma):
 @pytest.mark.parametrize("bce", ["mean", "balanced", "focal"])
 def test_without_labels_every_term_is_zero_and_every_parameter_has_a_gradient(bce):
     model = make_model(dst_state_head=True)
-    labels, ids = no_labels(2, 5), torch.tensor([[5, IMAGE, 6, 7, 8], [9, 10, 11, 12, 13]])
+    targets, ids = find_targets(no_labels(2, 5)), torch.tensor([[5, IMAGE, 6, 7, 8], [9, 10, 11, 12, 13]])
     loss = LossConfig(bce=bce, dst_state_focal=bce == "focal")
-    terms = loss_terms(model(ids, torch.randn(1, VISION), labels=labels, loss=loss), count_labels(labels), loss)
+    terms = loss_terms(model(ids, torch.randn(1, VISION), targets=targets, loss=loss), count_labels(targets), loss)
     assert [float(term.detach()) for term in terms.values()] == [0.0] * 5
     sum(terms.values()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -369,7 +370,7 @@ def test_model_without_task_state():
     model = make_model(dst=False)
     labels, ids = no_labels(1, 4), torch.tensor([[5, IMAGE, 6, 7]])
     labels["speaking_labels"][0, 1] = 1
-    sums = values(model(ids, torch.randn(1, VISION), labels=labels))
+    sums = values(model(ids, torch.randn(1, VISION), targets=find_targets(labels)))
     assert model.dst_update_head is None and sums["speaking_pos"] > 0
     assert [sums[name] for name in ("dst_gen", "dst_pos", "dst_neg", "dst_state")] == [0.0] * 4
 
@@ -382,7 +383,7 @@ def test_model_without_speaking_head(dst):
     labels, ids = no_labels(1, 4), torch.tensor([[5, IMAGE, 6, 7]])
     labels["speaking_labels"][0, 1], labels["dst_update_labels"][0, 1], labels["speaking_gen_labels"][0, 2] = 1, 1, 6
     rows = torch.randn(1, VISION)
-    sums = values(model(ids, rows, labels=labels))
+    sums = values(model(ids, rows, targets=find_targets(labels)))
     assert (sums["speaking_pos"], sums["speaking_neg"]) == (0.0, 0.0) and sums["speaking_gen"] > 0
     assert (sums["dst_pos"] > 0) == dst
     with torch.no_grad():
@@ -401,7 +402,7 @@ def test_lm_head_sees_only_labelled_positions():
     labels["dst_gen_labels"][1, 20:22] = 6
     rows: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // 24))
-    loss_sums(model, hidden, labels, LossConfig())
+    loss_sums(model, hidden, find_targets(labels), LossConfig())
     assert rows == [3 + 2]  # replies and updates in one call
 
 
@@ -418,7 +419,7 @@ def test_chunked_generation_loss_equals_unchunked(monkeypatch):
         monkeypatch.setattr(model_file, "LM_CHUNK", chunk)
         model.zero_grad()
         hidden.grad = None
-        sums = loss_sums(model, hidden, labels, LossConfig())
+        sums = loss_sums(model, hidden, find_targets(labels), LossConfig())
         (sums["speaking_gen"] + 2 * sums["dst_gen"]).backward()
         both = torch.stack((sums["speaking_gen"], sums["dst_gen"])).detach()
         found.append((both, hidden.grad, model.lm_head.weight.grad.clone()))
@@ -437,7 +438,7 @@ def test_losses_come_from_fp32_logits():
     model = hand_model().to(torch.bfloat16)
     labels = no_labels(1, 1001)
     labels["speaking_gen_labels"][0, 1:] = 2
-    sums = loss_sums(model, torch.zeros(1, 1001, 2, dtype=torch.bfloat16), labels, LossConfig())
+    sums = loss_sums(model, torch.zeros(1, 1001, 2, dtype=torch.bfloat16), find_targets(labels), LossConfig())
     assert sums["speaking_gen"].dtype == torch.float32 and float(sums["speaking_gen"]) == pytest.approx(
         1000 * math.log(3), rel=1e-4
     )

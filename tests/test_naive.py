@@ -23,7 +23,8 @@ from prospect.decisions import reference_moments
 from prospect.dst import STATES
 from prospect.errors import ProspectError
 from prospect.model import IGNORE, LOSS_CLASSES, Prospect, RopeScaling
-from prospect.sequence import LABEL_KEYS, Sample, clip_prompt, prompt_pieces
+from prospect.prepared import prepare
+from prospect.sequence import Sample, clip_prompt, prompt_pieces
 from prospect.stream import Job, StreamSession, advance, make_cache, stream_jobs
 from prospect.tokenizer import Piece, Tokenizer
 
@@ -115,6 +116,7 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_roo
         smoothing=pick(1.0, 0.5, 0.3), coupling=pick(0.0, 0.5, 2.0, 100.0), max_reply_tokens=pick(4, 8, 24),
         max_update_tokens=60 if constrained else pick(4, 8), constrain_dst=constrained,
     )  # fmt: skip
+    infer["max_summary_tokens"] = {4: 8, 8: 24, 24: 4}[infer["max_reply_tokens"]]
     infer |= fixed
     data = dict(
         dst=dst, dst_format=pick("arrow", "json"), overlap=pick(0.0, 0.25, 0.5, 0.9), recipe=pick(True, False, False)
@@ -131,11 +133,12 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_roo
 
     summarized, template = infer["strategy"].startswith("summarize"), tokenizer.template
     header = tokens(template.header("DST_UPDATE")) + tokens(template.suffix()) + 1
-    config.infer.reserved = infer["max_reply_tokens"] + header + pick(0, 20)
-    request = tokens(template.turn("user", REQUEST) + template.suffix()) if summarized else 0
-    config.infer.reserved += max(infer["max_update_tokens"] + header if dst else 0, request)
+    request = tokens(template.turn("user", REQUEST) + template.suffix())
+    replying = infer["max_reply_tokens"] + header + (infer["max_update_tokens"] + header if dst else 0)
+    summarizing = infer["max_summary_tokens"] + header + request if summarized else 0
+    config.infer.reserved = max(replying, summarizing) + pick(0, 20)
     longest = replace(config.data, recipe=config.data.recipe or summarized)
-    summary = "x" * 3 * infer["max_reply_tokens"] if summarized else ""
+    summary = "x" * 3 * infer["max_summary_tokens"] if summarized else ""
     prompts = [
         clip_prompt(job.clip, dict.fromkeys(job.clip.initial_state, state), longest, summary)
         for job in jobs
@@ -237,8 +240,11 @@ def compare_record(ours: dict, theirs: dict, name: str, where: str) -> None:
 
 
 def compare_ways(case: Case) -> None:
-    """Live, and as whole clips."""
-    compare(case, live(case), "live")
+    """Live, and as whole clips; by then at the latest with the layers that streaming uses."""
+    if case.draw.random() < 0.5:
+        prepare(case.model)
+    compare(case, live(case), f"live, prepared: {case.model.model.prepared is not None}")
+    prepare(case.model)
     lookahead, streams = (1, 2, 7, 32)[int(case.draw.integers(4))], int(case.draw.integers(1, 4))
     compare(case, as_jobs(case, lookahead, streams), f"look-ahead {lookahead}, {streams} streams")
 
@@ -319,8 +325,7 @@ def compare_losses(seed: int, tokenizer: Tokenizer) -> None:
     samples = [sample_of(random_clip(draw, f"clip{number}", 12), tokenizer, rate=1.0) for number in range(3)]
     batch = collate([replace(sample, image_embeds=sample.image_embeds / 100) for sample in samples], tokenizer.pad_id)
     with torch.no_grad():
-        labels = {key: batch[key] for key in LABEL_KEYS}
-        found = model(batch["input_ids"], batch["image_embeds"], labels=labels)
+        found = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"])
     by_hand = [losses_by_hand(model, replace(one, image_embeds=one.image_embeds / 100)) for one in samples]
     for name in LOSS_CLASSES:
         assert found[name].item() == pytest.approx(sum(sums[name] for sums in by_hand), rel=1e-4, abs=1e-4), name

@@ -1,4 +1,4 @@
-"""Bugs put into the product on purpose, one at a time: the naive engine or the labeller must see each.
+"""Bugs put into the product on purpose, one at a time: the naive engine, the labeller or the card must see each.
 
 A bug is a few words of one function's source, replaced; they must stand there exactly once, so that no bug silently
 stops being one. Only the function's code is exchanged, in place, so whoever has imported it runs the changed one.
@@ -12,13 +12,15 @@ from types import CodeType
 
 import numpy as np
 import pytest
+import test_device
 import test_labeller
 import test_naive
 from test_naive import Case
 
-from prospect import decisions, sequence, stream
+import train
+from prospect import data, decisions, sequence, stream
 from prospect.errors import ProspectError
-from prospect.model import KVCache, Prospect, labelled
+from prospect.model import KVCache, Prospect, labelled, loss_sums, loss_terms, rope_tables
 from prospect.stream import StreamSession, Unit
 
 pytestmark = pytest.mark.slow
@@ -58,17 +60,15 @@ STREAMING = [
     Bug("what look-ahead has run is not rolled back", StreamSession.see,
         "self.cache.lengths[self.stream] = context_tokens", "pass"),
     Bug("the end token never enters the cache", Prospect.fast_greedy_generate,
-        "self(torch.tensor([end_ids] * len(streams), device=device), cache=cache, streams=streams)", "pass"),
+        "self(sent([end_ids] * len(streams), device), cache=cache, streams=streams)", "pass"),
     Bug("the end token is missing where a text is fed again", StreamSession.wrote,
         "*turn.ids, *self.end_ids]", "*turn.ids]"),
     Bug("a turn without its header where it is fed again", StreamSession.wrote, "*self.headers[role], ", ""),
-    Bug("a query does not see its own token", KVCache.reserve, "<= positions[..., None]", "< positions[..., None]"),
-    Bug("a query sees the token behind it", KVCache.reserve,
-        "<= positions[..., None]", "<= positions[..., None] + 1"),
-    Bug("positions jump by one behind the prompt", KVCache.reserve,
-        "torch.arange(begin, end, device=device)[None]", "torch.arange(begin, end, device=device)[None] + (begin > 0)"),
-    Bug("streams side by side share one position", KVCache.reserve,
-        "torch.tensor(lengths, device=device)[:, None]", "torch.full_like(torch.tensor(streams), begin)[:, None]"),
+    Bug("a query does not see its own token", KVCache.slots, "> positions[..., None]", ">= positions[..., None]"),
+    Bug("a query sees the token behind it", KVCache.slots, "> positions[..., None]", "> positions[..., None] + 1"),
+    Bug("positions jump by one behind the prompt", KVCache.slots,
+        "begins[:, None] +", "(begins + (begins > 0))[:, None] +"),
+    Bug("streams side by side share one position", KVCache.slots, "begins[:, None] +", "begins[:1, None] +"),
     Bug("a refreshed context begins one position late", StreamSession.rebuild,
         "self.cache.lengths[self.stream] = 0", "self.cache.lengths[self.stream] = min(self.num_tokens, 1)"),
     Bug("a cache row is not cleared for the next clip", StreamSession.__init__,
@@ -79,7 +79,7 @@ STREAMING = [
         "kept[0].state_before if kept else self.state", "self.state"),
     Bug("a summary under a stale state", StreamSession.refresh,
         'self.state if strategy == "summarize_with_dst" else clip.initial_state', "clip.initial_state"),
-    Bug("a summary without the recipe", StreamSession.refresh, "replace(data, recipe=True)", "data"),
+    Bug("a summary without the recipe", sequence.summary_prompt, "replace(config, recipe=True)", "config"),
     Bug("the slide keeps one frame less", sequence.overlap_start,
         'side="left")', 'side="left").clip(max=end - 1) + 1'),
     Bug("drop_middle keeps too long a tail", StreamSession._first_exchange_and_tail, "room // 2", "room"),
@@ -92,20 +92,22 @@ STREAMING = [
         "[*[image_id] * len(self.rows), *self.before_ids, *self.after_ids]"),
     Bug("a user's text is heard twice", StreamSession.feed, "self.pending = []", "pass"),
     Bug("a user's text does not call for an answer", StreamSession.see, "bool(frame.user)", "False"),
-    Bug("heads are read one token early", stream.advance,
+    Bug("heads are read one token early, of frames alone", stream.look,
+        "[:, each - 1 :: each]", "[:, each - 2 :: each]"),
+    Bug("heads are read one token early", stream.look,
         "torch.from_numpy(end - 1)", "torch.from_numpy(end - 2).clamp(min=0)"),
     Bug("the reply comes before the update", stream.advance,
-        'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")\n'
-        '    write([pair for pair in last if pair[1].speaking_decision], "assistant")',
-        'write([pair for pair in last if pair[1].speaking_decision], "assistant")\n'
-        '    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")'),
+        'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)\n'
+        '    write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)',
+        'write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)\n'
+        '    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)'),
     Bug("evidence is not reset when a text is written", decisions.decide,
         "evidence.speaking = evidence.dst = 0.0", "pass"),
     Bug("a threshold is not even odds", decisions.centred, "(1 - probability) * threshold", "1 - probability"),
     Bug("one head's firing does not reach the other", decisions.decide,
         "update = update or nearly(evidence.dst, infer)", "pass"),
     Bug("control tokens inside a text", Prospect.fast_greedy_generate,
-        "index_fill(1, forbidden,", "index_fill(1, forbidden[:0],"),
+        "index_fill_(1, forbidden,", "index_fill_(1, forbidden[:0],"),
     Bug("a text one token longer than allowed", Prospect.fast_greedy_generate,
         "len(turn.ids) == max_new_tokens", "len(turn.ids) > max_new_tokens"),
     Bug("updates that were legal at the clip's start", stream.constraint,
@@ -224,3 +226,31 @@ def test_a_bug_in_the_losses_is_seen(bug, plain, monkeypatch):
     plant(bug, monkeypatch)
     with pytest.raises(AssertionError):
         test_naive.compare_losses(0, plain)
+
+
+# ---- seen by the pretended card ------------------------------------------------------------------
+
+WAITS = [
+    Bug("a loss is read in every micro-batch", train.train_step,
+        "sums.append(", "of_batch['dst_gen'].item(), sums.append("),
+    Bug("a step's numbers are read one by one", train.train_step, "torch.stack([loss, norm, *terms.values()]).tolist()",
+        "[float(number) for number in (loss, norm, *terms.values())]"),
+    Bug("an index of the host", loss_sums, "index_select(0, index)", "__getitem__(index.cpu())"),
+    Bug("counts are copied", loss_terms, "counts[name].float()", "counts[name].to(sums[name].device).float()"),
+    Bug("frames are placed by a mask", Prospect.joint_embed,
+        "return embeds.flatten(0, 1).index_copy(0, places, frames.to(embeds.dtype)).view_as(embeds)",
+        "return embeds.masked_scatter(is_image[..., None], frames.to(embeds.dtype))"),
+    Bug("positions are made on the host", rope_tables, "torch.arange(num_positions, device=frequencies.device)",
+        "torch.arange(num_positions).to(frequencies.device)"),
+    Bug("copies that block", data.to_device, "non_blocking=True", "non_blocking=False"),
+    Bug("batches that are not pinned", train.load_batches, 'ranks.device.type == "cuda"', "False"),
+    Bug("more is copied than a forward reads", data.to_device, '("input_ids", "image_embeds")',
+        '("input_ids", "image_embeds", "attention_mask")'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bug", **ids(WAITS))
+def test_a_copy_or_a_wait_in_the_training_loop_is_seen(bug, tmp_path, monkeypatch):
+    plant(bug, monkeypatch)
+    with pytest.raises(AssertionError):
+        test_device.compare_runs("fp32", tmp_path)

@@ -15,16 +15,17 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from prospect import data, tuning
+from prospect import data, thresholds, tuning
 from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
-from prospect.data import COUNTED, DataOrder, StepSampler, pad_to_multiple
+from prospect.data import COUNTED, DataOrder, StepSampler, collate
 from prospect.errors import ProspectError
 from prospect.load import load_for_inference, load_job
-from prospect.sequence import LABEL_KEYS, clip_prompt, prompt_pieces
+from prospect.sequence import LABEL_KEYS, Sample, clip_prompt, prompt_pieces
 from prospect.stream import StreamSession
 from prospect.tuning import EVIDENCE, best_tried, try_evidence
 from prospect.validation import note_validation
@@ -147,20 +148,26 @@ def test_work_is_dealt_out_by_tokens():
 
 
 def test_padding_to_a_multiple_adds_nothing_to_learn():
-    batch = {
-        "input_ids": torch.tensor([[5, 6, 7]]),
-        "attention_mask": torch.tensor([[True, True, False]]),
-        "clip_ids": ["a"],
-    }
-    batch |= {key: torch.tensor([[1, 0, -100]]) for key in LABEL_KEYS}
-    padded = pad_to_multiple(batch, 4, pad_id=9)
-    assert padded["input_ids"].tolist() == [[5, 6, 7, 9]] and padded["attention_mask"].tolist() == [
-        [True, True, False, False]
-    ]
-    assert all(padded[key].tolist() == [[1, 0, -100, -100]] for key in LABEL_KEYS)
-    assert pad_to_multiple(batch, 3, pad_id=9) is batch
-    # labels (four kinds x one label, of the decisions one positive and one negative), tokens, tokens with padding
-    assert [float(count) for count in train.tally(padded).values()] == [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0, 4.0]
+    def sample(ids: list[int]) -> Sample:
+        labels = {key: np.array([1, 0, -100][: len(ids)]) for key in LABEL_KEYS}
+        nothing = np.zeros(0)
+        return Sample("a", "a", np.array(ids), np.zeros((0, 2)), labels, nothing, nothing, nothing, None)
+
+    samples = [sample([5, 6, 7]), sample([5])]
+    padded = collate(samples, 9, multiple=4)
+    assert padded["input_ids"].tolist() == [[5, 6, 7, 9], [5, 9, 9, 9]]
+    assert padded["attention_mask"].tolist() == [[True, True, True, False], [True, False, False, False]]
+    assert all(padded[key].tolist() == [[1, 0, -100, -100], [1, -100, -100, -100]] for key in LABEL_KEYS)
+    # Read at: row * 4 + column, tokens one earlier (the first has nothing before it).
+    learned = {key: target.tolist() for key, target in padded["targets"].items()}
+    tokens, decisions = [[0], [0]], [[0, 1, 4], [1, 0, 1]]
+    assert learned == {
+        "speaking_gen_labels": tokens, "speaking_labels": decisions, "dst_gen_labels": tokens,
+        "dst_update_labels": decisions, "dst_state_labels": decisions,
+    }  # fmt: skip
+    assert collate(samples, 9)["input_ids"].shape == collate(samples, 9, multiple=3)["input_ids"].shape == (2, 3)
+    # labels by class, tokens, tokens with padding
+    assert [float(count) for count in train.tally(padded).values()] == [1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 3.0, 4.0, 8.0]
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -195,6 +202,28 @@ def test_half_precision_follows_full(corpus):
         line["loss"] for line in losses(corpus, "bf16", "train.precision=bf16", "train.eval_every=99") if "lr" in line
     ]
     assert half == pytest.approx(full, rel=0.01) and half != full
+
+
+def test_a_step_copies_each_weight_to_16_bits_once(corpus, monkeypatch):
+    """However many micro-batches it has, and though checkpointing runs every block twice."""
+    step, copied = train.train_step, []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+                copied[-1].append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    def watched(*arguments):
+        copied.append([])
+        with Copies():
+            return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    cut = ("train.gradient_accumulation_steps=4", "train.activation_checkpointing=true")
+    losses(corpus, "cast", "train.precision=bf16", "train.max_steps=2", *cut)
+    # Seven matrices in each of two layers; weights and biases of two projector layers and of three heads; the LM head.
+    assert copied == [[torch.bfloat16] * (2 * 7 + 2 * 2 + 3 * 2 + 1)] * 2
 
 
 @pytest.mark.slow
@@ -259,7 +288,7 @@ def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
     write_tiny_corpus(tmp_path)
     [brief] = [clip for clip in json.loads((tmp_path / "train.json").read_text()) if clip["id"] == "brief"]
     first, last = brief["start_frame_idx"], brief["end_frame_idx"]
-    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 1e38, np.float32))
+    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 3e38, np.float32))
     with pytest.raises(ProspectError, match=r"the loss of step \d is not finite") as caught:
         train_here(tmp_path, "data.batch_tokens=512", "train.max_steps=9", "train.eval_every=99")
     assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
@@ -340,6 +369,24 @@ def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys
     assert best.evidence == state.thresholds["evidence"]
     assert {f"streamed_{name}": value for name, value in best.numbers.items()} == pytest.approx(
         {name: value for name, value in lines[-1].items() if name.startswith("streamed_")})  # fmt: skip
+
+
+def test_validation_data_is_made_by_the_workers_and_the_numbers_stay(corpus, tmp_path, monkeypatch):
+    made, real = tmp_path / "made", thresholds.make_batch
+
+    def noted(*arguments):
+        with open(made, "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(thresholds, "make_batch", noted)
+    short = ["train.max_steps=1"]
+    found = []
+    for workers in (0, 2):
+        made.unlink(missing_ok=True)
+        found.append(losses(corpus, f"workers{workers}", *short, f"data.workers={workers}"))
+        assert (str(os.getpid()) in made.read_text().split()) == (workers == 0)
+    assert found[0] == found[1] and found[0][-1]["evaluation"]["loss"] > 0
 
 
 def test_streaming_leaves_training_as_it_was(corpus):

@@ -3,6 +3,7 @@
     write_tiny_corpus(folder)             train.json, val.json and embeddings/ in `folder`; same arguments, same files
     tiny_config(folder, "section.key=value", ...)         a Config on that corpus
     write_tiny_config(folder, "section.key=value", ...)   the same as FOLDER/config.yaml, for `python train.py`
+    filled_model(config, tokenizer)       the model with which a run of that configuration begins
     run_training(folder, "section.key=value", ..., world=2)   train.py's loop in processes of its own; exit statuses
 
 The clips are uneven on purpose. One is ten times as long as the shortest and says a hundred times as much, and one has
@@ -89,7 +90,9 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
         "train": {
             "max_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "save_every": 3, "device": "cpu",
         },
-        "infer": {"reserved": 64, "max_reply_tokens": 8, "max_update_tokens": 20, "evidence": 0.5},
+        "infer": {
+            "reserved": 64, "max_reply_tokens": 8, "max_summary_tokens": 8, "max_update_tokens": 20, "evidence": 0.5,
+        },
     }  # fmt: skip
     return make_config(apply_overrides(values, list(overrides)), "tiny")
 
@@ -98,6 +101,16 @@ def write_tiny_config(folder: Path, *overrides: str) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(to_dict(tiny_config(folder, *overrides))), encoding="utf-8")
     return path
+
+
+def filled_model(config: Config, tokenizer: Any) -> Any:
+    """The model that train.py begins with, on the CPU."""
+    from prospect.build import new_model
+    from prospect.weights import fill_model
+
+    model, stored = new_model(config, tokenizer)
+    fill_model(model, stored, "cpu", config.run.seed)
+    return model
 
 
 # ---- runs in processes of their own --------------------------------------------------------------
