@@ -79,16 +79,15 @@ EVERYTHING = [(name, index) for name in ("check_clip", "find_windows") for index
 # ---- the same result, found once -----------------------------------------------------------------
 
 
-def test_a_second_start_finds_nothing_out_and_has_the_same_plan_and_sequences(folder, done):
-    overrides = [
-        "data.max_seq_len=200",
-        "data.long_clips=truncate",
-    ]  # so that windows have units, and there are warnings
+@pytest.mark.parametrize("cut", ["data.long_clips=truncate", "data.summaries=1"])
+def test_a_second_start_finds_nothing_out_and_has_the_same_plan_and_sequences(folder, done, cut):
+    overrides = ["data.max_seq_len=200" if "truncate" in cut else "data.max_seq_len=450", cut]  # so that clips are cut
     clips = json.loads((folder / "train.json").read_text())
     clips[3]["conversation"][0]["end_frame"] += 100  # clamped, and reported
     (folder / "train.json").write_text(json.dumps(clips))
     cold = corpus_of(folder, *overrides)
-    assert sorted(done) == EVERYTHING and cold.plan.units and "clamped" in cold.warnings[0]
+    assert sorted(done) == EVERYTHING and "clamped" in cold.warnings[0]
+    assert cold.plan.units if "truncate" in cut else any(entry.window.summarized for entry in cold.entries)
     done.clear()
     warm = corpus_of(folder, *overrides)
     assert done == [] and as_values(warm) == as_values(cold)
