@@ -248,15 +248,16 @@ def train_step(
     # Labels are counted before any backward: every term is divided by its count over the whole step.
     counts = sum_named(added(tally(batch) for batch in micro), ranks)
     sums = []
-    for number, batch in enumerate(micro):
-        batch = to_device(batch, ranks.device)
-        last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
-        with contextlib.nullcontext() if last else without_sync(model):
-            with autocast(config.train, ranks.device):
+    with autocast(config.train, ranks.device):  # around them all: its 16-bit copy of each weight is made once a step
+        for number, batch in enumerate(micro):
+            batch = to_device(batch, ranks.device)
+            last = number == len(micro) - 1  # DDP averages gradients over ranks in the last backward only
+            with contextlib.nullcontext() if last else without_sync(model):
                 of_batch = model(batch["input_ids"], batch["image_embeds"], targets=batch["targets"], loss=config.loss)
-            loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
-            scaler.scale(loss * ranks.world).backward()  # gradients are averaged over ranks; the counts are summed
-        sums.append({name: value.detach() for name, value in of_batch.items()})
+                with torch.autocast(ranks.device.type, enabled=False):
+                    loss = total_loss(loss_terms(of_batch, counts, config.loss), config.loss.weights())
+                    scaler.scale(loss * ranks.world).backward()  # averaged over ranks, while the counts are summed
+            sums.append({name: value.detach() for name, value in of_batch.items()})
 
     scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip or math.inf))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +49,48 @@ def seconds(function: Callable[[], torch.Tensor], device: torch.device) -> float
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Pictures per second of both, how far their answers differ at most, and the seconds that preparing one takes."""
+
+    theirs: float
+    ours: float
+    ratios: list[float]  # of each turn
+    difference: float
+    preparing: float
+    flops: float  # of a picture
+
+
 @torch.inference_mode()
+def compare(device: torch.device, batch: int, repeats: int, layers: int) -> Compared:
+    """Both towers in turns on random pictures."""
+    torch.manual_seed(0)
+    theirs = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=layers, **SHAPE)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
+        ours = load_vision_encoder(Path(folder))
+    theirs, ours = theirs.to(device), ours.to(device)
+    pixels = torch.rand(batch, 3, 384, 384, device=device) * 2 - 1
+
+    def run_theirs() -> torch.Tensor:
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            return theirs(pixels).pooler_output
+
+    def run_ours() -> torch.Tensor:
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            return ours.pool_patches(ours.tower(pixels))[:, 0]
+
+    difference = (run_theirs().float() - run_ours().float()).abs().max().item()  # warms both up
+    turns = [(seconds(run_theirs, device), seconds(run_ours, device)) for _ in range(repeats)]
+    their_time, our_time = (statistics.median(times) for times in zip(*turns))
+    picture = torch.randint(0, 256, (3, 720, 1280), dtype=torch.uint8, device=device)
+    prepare([picture], ours.preprocessing)
+    preparing = seconds(lambda: prepare([picture], ours.preprocessing), device)
+    ratios = [their_seconds / our_seconds for their_seconds, our_seconds in turns]
+    return Compared(batch / their_time, batch / our_time, ratios, difference, preparing, flops(ours.config))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2, help="pictures at a time")
@@ -60,41 +102,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    torch.manual_seed(0)
-    theirs = SiglipVisionModel(SiglipVisionConfig(num_hidden_layers=arguments.layers, **SHAPE)).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(PREPROCESSING))
-        ours = load_vision_encoder(Path(folder))
-    theirs, ours = theirs.to(device), ours.to(device)
-    pixels = torch.rand(arguments.batch, 3, 384, 384, device=device) * 2 - 1
-
-    def run_theirs() -> torch.Tensor:
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            return theirs(pixels).pooler_output
-
-    def run_ours() -> torch.Tensor:
-        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            return ours.pool_patches(ours.tower(pixels))[:, 0]
-
-    difference = (run_theirs().float() - run_ours().float()).abs().max().item()  # warms both up
-    turns = [(seconds(run_theirs, device), seconds(run_ours, device)) for _ in range(arguments.repeats)]
-    their_time, our_time = (statistics.median(times) for times in zip(*turns))
-    ratio = statistics.median(their_seconds / our_seconds for their_seconds, our_seconds in turns)
-    per_picture = flops(ours.config)
+    found = compare(device, arguments.batch, arguments.repeats, arguments.layers)
     print(f"{device.type}, {arguments.threads} threads, batches of {arguments.batch}, {arguments.layers} blocks, "
-          f"{per_picture / 1e12:.3f} TFLOP per picture; largest difference {difference:.1e}")  # fmt: skip
-    for name, each in (("transformers", their_time), ("prospect", our_time)):
-        speed = arguments.batch / each
-        share = f" = {speed * per_picture / 1e12 / arguments.peak:.0%} of peak" if arguments.peak else ""
-        print(f"{name:>12}  {speed:8.3f} frames/s  {speed * per_picture / 1e9:10.1f} GFLOP/s{share}")
-    each_turn = ", ".join(f"{a / b:.3f}" for a, b in turns)
-    print(f"prospect / transformers, frames per second: {ratio:.3f} (turns {each_turn})")
-
-    picture = torch.randint(0, 256, (3, 720, 1280), dtype=torch.uint8, device=device)
-    prepare([picture], ours.preprocessing)
-    preparing = seconds(lambda: prepare([picture], ours.preprocessing), device)
-    print(f"preparing a picture of 1280 x 720: {1000 * preparing:.0f} ms")
+          f"{found.flops / 1e12:.3f} TFLOP per picture; largest difference {found.difference:.1e}")  # fmt: skip
+    for name, speed in (("transformers", found.theirs), ("prospect", found.ours)):
+        share = f" = {speed * found.flops / 1e12 / arguments.peak:.0%} of peak" if arguments.peak else ""
+        print(f"{name:>12}  {speed:8.3f} frames/s  {speed * found.flops / 1e9:10.1f} GFLOP/s{share}")
+    each_turn = ", ".join(f"{ratio:.3f}" for ratio in found.ratios)
+    print(f"prospect / transformers, frames per second: {statistics.median(found.ratios):.3f} (turns {each_turn})")
+    print(f"preparing a picture of 1280 x 720: {1000 * found.preparing:.0f} ms")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 from benchmarks.limits import read_bandwidth, synchronise
 from benchmarks.train_step import PRECISIONS, SHAPES, model_config
 from prospect.clip_files import parse_clip
+from prospect.clips import Clip
 from prospect.config import Config, torch_dtype
 from prospect.decisions import Moments
 from prospect.errors import ProspectError, run_entry_point
-from prospect.model import Prospect, init_weights
+from prospect.model import KVCache, Prospect
 from prospect.prepared import prepare
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Frame, StreamSession, advance, make_cache
 from prospect.tokenizer import Tokenizer, train_tokenizer
+from prospect.tune import is_adapter, meta_model
+from prospect.weights import fill_model
 
 LOOKAHEAD = (1, 8, 32)
 STREAMS = 8
@@ -46,7 +50,7 @@ NEVER = Moments(frozenset(), frozenset())  # every frame is silent
 
 
 def transformers_model(model: Prospect):
-    """LlamaForCausalLM with the same weights."""
+    """LlamaForCausalLM with the same weights, which are not trained with the others."""
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -56,9 +60,13 @@ def transformers_model(model: Prospect):
                          num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
                          head_dim=c.head_dim, num_key_value_heads=c.num_key_value_heads,
                          rms_norm_eps=c.rms_norm_eps, tie_word_embeddings=c.tie_word_embeddings)  # fmt: skip
-    peer = LlamaForCausalLM(config).to(weight.device, weight.dtype).eval()
+    with torch.device(weight.device):
+        peer = LlamaForCausalLM(config).eval()
     shared = ("model.", "lm_head.")  # by name; the projector and the heads are ours alone
-    peer.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name.startswith(shared)})
+    state = model.state_dict().items()
+    state = {name: tensor for name, tensor in state if name.startswith(shared) and not is_adapter(name)}
+    peer.load_state_dict(state, assign=True)  # the same memory
+    peer.tie_weights()
     return peer
 
 
@@ -134,6 +142,55 @@ def frame_bytes(model: Prospect, context: int) -> int:
     return size * (weights + 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context)
 
 
+@dataclass(frozen=True)
+class Workload:
+    """Silent frames [F,D] that follow a prompt, and a model of random weights that looks at them.
+
+    The model is as it was trained, so that `transformers_model` can take its weights; `make_ready` comes after that.
+    """
+
+    model: Prospect
+    tokenizer: Tokenizer
+    config: Config
+    clip: Clip
+    prompt: list[int]
+    frames: torch.Tensor
+
+    def make_ready(self) -> None:
+        """What load_for_inference does last."""
+        prepare(self.model)
+
+    def cache(self, count: int, graphs: bool = True) -> KVCache:
+        """A cache for so many streams. graphs: let CUDA graphs run what they can."""
+        cache = make_cache(self.model, self.config, count)
+        if not graphs:
+            cache.graph = None
+        return cache
+
+    def sessions(self, cache: KVCache) -> list[StreamSession]:
+        """A session in every stream of a cache, their prompts read. What a graph has recorded of the cache stays."""
+        return [
+            StreamSession(self.model, self.tokenizer, self.clip, self.config, cache=cache, stream=n, moments=NEVER)
+            for n in range(len(cache.lengths))
+        ]
+
+
+def workload(shape: str, device: str, precision: str, num_frames: int) -> Workload:
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))
+        tokenizer = Tokenizer(folder, "plain")
+    model = meta_model(replace(model_config(shape), image_token_id=tokenizer.image_id)).to(torch_dtype(precision))
+    fill_model(model, {}, device, 0)
+    config = Config()
+    config.data.max_seq_len = num_frames + 512
+    config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5
+    raw = dict(start_frame_idx=0, end_frame_idx=num_frames - 1, conversation=[], inferred_goal="Go on " * 30)
+    clip, _ = parse_clip(raw, "bench", 0)
+    prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
+    frames = torch.randn(num_frames, model.config.vision_dim, generator=torch.Generator().manual_seed(0))
+    return Workload(model.eval(), tokenizer, config, clip, prompt, frames)
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -147,41 +204,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device, dtype = arguments.device, torch_dtype(arguments.precision)
 
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(["Watch the wheel and the block"], 300, Path(folder))
-        tokenizer = Tokenizer(folder, "plain")
-    shape = model_config(arguments.shape)
-    shape.image_token_id = tokenizer.image_id
-    model = Prospect(shape).eval()
-    init_weights(model, 0)
-    model = model.to(device, dtype)
+    work = workload(arguments.shape, device, arguments.precision, arguments.frames)
+    model, prompt, frames = work.model, work.prompt, work.frames
     peer = transformers_model(model)
-    prepare(model)  # as load_for_inference does
-    config = Config()
-    config.data.max_seq_len = arguments.frames + 512
-    config.infer.speaking_threshold = config.infer.dst_threshold = config.infer.evidence = 0.5
-    raw = dict(start_frame_idx=0, end_frame_idx=arguments.frames - 1, conversation=[], inferred_goal="Go on " * 30)
-    clip, _ = parse_clip(raw, "bench", 0)
-    prompt = tokenizer.encode(prompt_pieces(clip_prompt(clip, clip.initial_state, config.data), tokenizer))
-    frames = torch.randn(arguments.frames, shape.vision_dim, generator=torch.Generator().manual_seed(0))
+    work.make_ready()
     bandwidth = read_bandwidth(device, dtype)
 
     ways = {f"engine, K={k}": (1, k) for k in LOOKAHEAD} | {f"engine, K=1, {STREAMS} streams": (STREAMS, 1)}
-    caches = {name: make_cache(model, config, count) for name, (count, _) in ways.items()}
+    caches = {name: work.cache(count) for name, (count, _) in ways.items()}
     if device == "cuda":  # the same, launched kernel by kernel
         for name in ("engine, K=1", f"engine, K=1, {STREAMS} streams"):
-            ways[f"{name}, no graph"], caches[f"{name}, no graph"] = (
-                ways[name],
-                make_cache(model, config, ways[name][0]),
-            )
-            caches[f"{name}, no graph"].graph = None
-
-    def sessions(name: str) -> list[StreamSession]:
-        cache, count = caches[name], ways[name][0]
-        return [
-            StreamSession(model, tokenizer, clip, config, cache=cache, stream=n, moments=NEVER) for n in range(count)
-        ]
-
+            ways[f"{name}, no graph"] = ways[name]
+            caches[f"{name}, no graph"] = work.cache(ways[name][0], graphs=False)
     modes = ["transformers, growing cache", "the same, two heads in place of the LM head", *ways]
     per_frame: dict[str, list[float]] = {name: [] for name in modes}  # milliseconds per frame, of each round
     replies: list[tuple[float, float]] = []  # seconds for TOKENS tokens, of each round: theirs, ours
@@ -192,7 +226,7 @@ def main() -> None:
             times, speaking = transformers_loop(peer, model, prompt, frames, device, read_lm_head)
             measured.append(times)
         for name, (_, lookahead) in ways.items():
-            times, found = engine(sessions(name), frames, lookahead)
+            times, found = engine(work.sessions(caches[name]), frames, lookahead)
             assert abs(found - speaking) < (1e-4 if dtype == torch.float32 else 0.05), (name, found, speaking)
             measured.append(times)
         if round_number:
@@ -202,7 +236,7 @@ def main() -> None:
                 steps[name] += [1e3 * t for t in times]
 
         theirs, expected = transformers_reply(peer, prompt, TOKENS, device)
-        ours, ids = engine_reply(sessions("engine, K=1")[0], prompt, TOKENS)
+        ours, ids = engine_reply(work.sessions(caches["engine, K=1"])[0], prompt, TOKENS)
         assert ids == expected or dtype != torch.float32, (ids, expected)
         if round_number:
             replies.append((theirs, ours))

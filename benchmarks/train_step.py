@@ -49,6 +49,7 @@ class Shape:
     sequences: int = 1  # in the batch
     shortest: int = 4096  # sequence, in tokens; the others are spread evenly up to the longest
     longest: int = 4096
+    tied: bool = True  # the LM head is the embedding matrix
 
 
 SHAPES = {
@@ -56,7 +57,7 @@ SHAPES = {
     "small": Shape(512, 1408, 6, 8, 4, 49152, sequences=4, shortest=640, longest=818),
     "smollm2-1.7b": Shape(2048, 8192, 24, 32, 32, 49152),
     "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128256),
-    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256),
+    "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, tied=False),
 }
 D = 2048  # width of a frame embedding
 FRAMES = 0.32  # share of a sequence's tokens that are frames, as in the real clip
@@ -68,7 +69,7 @@ def model_config(shape: str) -> ModelConfig:
     s = SHAPES[shape]
     return ModelConfig(vocab_size=s.vocab, hidden_size=s.hidden, intermediate_size=s.intermediate,
                        num_hidden_layers=s.layers, num_attention_heads=s.heads, num_key_value_heads=s.kv_heads,
-                       head_dim=s.hidden // s.heads, tie_word_embeddings=True, vision_dim=D,
+                       head_dim=s.hidden // s.heads, tie_word_embeddings=s.tied, vision_dim=D,
                        image_token_id=1)  # fmt: skip
 
 
@@ -125,14 +126,20 @@ def their_step(
         from transformers import LlamaForCausalLM
     except ImportError as error:
         raise ProspectError("transformers is not installed", remedy="pip install -r requirements-dev.txt") from error
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).to(device).train()
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype).to(device)
     parts = Prospect.from_pretrained(directory, dtype=dtype).to(device)
+    return transformers_step(model, parts, batch, checkpointing, one_pass)
+
+
+def transformers_step(model, parts: Prospect, batch: dict, checkpointing: bool, one_pass: bool) -> Callable[[], float]:
+    """A training step of LlamaForCausalLM, with peft's adapters or without, beside the projector and heads of ours."""
     projector, speaking_head, dst_head = parts.mm_projector, parts.speaking_decision_head, parts.dst_update_head
-    del parts
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
     parameters = [*model.parameters(), *projector.parameters(), *speaking_head.parameters(), *dst_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=1e-5, fused=True)
+    device = batch["input_ids"].device
     labels = {key: value.to(device) for key, value in batch.items() if key.endswith("labels")}
 
     def masked_bce(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
@@ -141,7 +148,8 @@ def their_step(
 
     def step() -> float:
         embeds = model.get_input_embeddings()(batch["input_ids"])
-        embeds[batch["input_ids"] == 1] = projector(batch["image_embeds"].to(dtype))
+        frames = projector(batch["image_embeds"].to(projector[0].weight.dtype))
+        embeds[batch["input_ids"] == 1] = frames.to(embeds.dtype)
         out = model(
             inputs_embeds=embeds,
             attention_mask=batch["attention_mask"].long(),
@@ -174,19 +182,36 @@ def time_once(step: Callable[[], float], device: str) -> tuple[float, float]:
     return time.perf_counter() - started, loss
 
 
-def needed_flops(shape: str, batch: dict) -> float:
-    """Floating-point operations that a step needs: 6 per weight and token (2 forward, 4 backward), and attention."""
+def flop_parts(shape: str, batch: dict, adapters: int = 0) -> dict[str, float]:
+    """Floating-point operations that a step needs, by their arithmetic in words.
+
+    6 per weight and token: 2 forward, 2 for the gradient of what goes in and 2 for that of the weight, which a frozen
+    one does not need. adapters: their weights, where the transformer and the LM head are frozen (LoRA).
+    """
     c = model_config(shape)
+    H, V, D, L = c.hidden_size, c.vocab_size, c.vision_dim, c.num_hidden_layers
     heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-    block = c.hidden_size * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size)  # weights
-    lengths = batch["attention_mask"].sum(1).double()
+    weights, per_weight = L * H * (2 * heads + 2 * kv_heads + 3 * c.intermediate_size), 4 if adapters else 6
+    lengths = batch["attention_mask"].sum(1).long()
+    tokens, squares = int(lengths.sum()), int((lengths**2).sum())
     frames = int((batch["input_ids"] == c.image_token_id).sum())
     learned = sum(int((batch[key] != IGNORE).sum()) for key in GEN_KEYS)
-    projector = frames * (c.vision_dim * c.hidden_size * 2 / 3 + c.hidden_size**2)  # embeddings need no gradient
-    # Attention: half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass.
-    attention = 6 * c.num_hidden_layers * heads * float((lengths**2).sum())
-    blocks = float(lengths.sum()) * c.num_hidden_layers * block
-    return 6 * (blocks + learned * c.hidden_size * c.vocab_size + projector) + attention
+    parts = {
+        f"{per_weight} x {tokens:,} tokens x {weights:,} weights of the blocks": per_weight * tokens * weights,
+        f"{per_weight} x {learned:,} learned tokens x {H * V:,} of the LM head": per_weight * learned * H * V,
+        # embeddings need no gradient
+        f"{frames:,} frames x (4 x {D * H:,} + 6 x {H * H:,}) of the projector": frames * (4 * D * H + 6 * H * H),
+        # half of a T x T square, scores and sums, 2 operations each; three times that with the backward pass
+        f"6 x {L} layers x {heads:,} wide x {squares:,} pairs of tokens": 6 * L * heads * squares,
+    }
+    if adapters:
+        parts[f"6 x {tokens:,} tokens x {adapters:,} of the adapters"] = 6 * tokens * adapters
+    return parts
+
+
+def needed_flops(shape: str, batch: dict) -> float:
+    """Floating-point operations that a step needs, all of it trained."""
+    return sum(flop_parts(shape, batch).values())
 
 
 def peak_memory(which: str, arguments: argparse.Namespace, directory: str) -> float:

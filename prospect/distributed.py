@@ -158,8 +158,10 @@ def share_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> nn.Module
     """
     if ranks.world == 1 or config.parallel == "fsdp":
         return model
-    # The one buffer, RoPE's frequencies, is the same on all ranks: nothing to send at every forward.
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # The one buffer, RoPE's frequencies, is the same on all ranks: nothing to send at every forward. (Torch's argument
+    # for that has another name from 2.13 on, where the old one warns.)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["model.rope_frequencies"])
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def shard_model(model: Prospect, config: TrainConfig, ranks: Ranks) -> None:

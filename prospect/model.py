@@ -239,7 +239,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q.view(B, K, N // K, E), k, v, mask).reshape(B, 1, N * E)
     if q.is_cuda and (mask is not None or q.dtype != torch.bfloat16):
         k, v = k.repeat_interleave(N // K, 1), v.repeat_interleave(N // K, 1)  # [B,N,S,E]
-    grouped = k.shape[1] != N
+    grouped = True if k.shape[1] != N else False  # a branch: of `!=` alone torch.compile may make a symbol
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(B, T, N * E)
 
@@ -289,6 +289,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, slots)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GELU(nn.Module):
+    """GELU(x), computed with its axes in another order, so that torch does not hand it to oneDNN on a CPU.
+
+    oneDNN compiles a kernel for each new number of rows and keeps the last 1,024 of them, up to 280 kB each: a stream
+    or a training whose numbers of frames vary would grow by hundreds of megabytes.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [...,H] -> [...,H]
+        return F.gelu(x.movedim(-1, 0)).movedim(0, -1)
 
 
 class Llama(nn.Module):
@@ -347,7 +358,7 @@ class Prospect(nn.Module):
         super().__init__()
         self.config = config
         H = config.hidden_size
-        self.mm_projector = nn.Sequential(nn.Linear(config.vision_dim, H), nn.GELU(), nn.Linear(H, H))
+        self.mm_projector = nn.Sequential(nn.Linear(config.vision_dim, H), GELU(), nn.Linear(H, H))
         self.model = Llama(config)
         self.lm_head = nn.Linear(H, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

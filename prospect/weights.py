@@ -358,7 +358,7 @@ def tensors_of(model: Prospect) -> dict[str, Tensor]:
 
 
 def open_model(directory: str | Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Prospect, dict[str, Stored]]:
-    """A directory's model on the meta device, and where its tensors are stored; of a backbone, ours are in none.
+    """A directory's model on the meta device, frozen, and where its tensors are stored. A backbone has none of ours.
 
     given: settings asked for, None: not asked for. Raises ProspectError when config.json asks for what this Llama does
     not support, when a checkpoint has other settings than those given, and what `check` raises.
@@ -368,7 +368,7 @@ def open_model(directory: str | Path, given: dict[str, Any], dtype: torch.dtype)
     is_checkpoint = "prospect" in values
     config = settled_config(values, given, directory)
     backbone = Path(config.backbone)
-    model = meta_model(config).to(dtype)
+    model = meta_model(config).to(dtype).requires_grad_(False)
     stored = transformer_tensors(backbone) | (our_tensors(directory) if is_checkpoint else {})
     tied_copy = stored.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     expected = {name: tensor for name, tensor in tensors_of(model).items() if is_checkpoint or not is_ours(name)}
@@ -382,16 +382,17 @@ def open_model(directory: str | Path, given: dict[str, Any], dtype: torch.dtype)
 def fill_model(model: Prospect, stored: dict[str, Stored], device: str | torch.device, seed: int) -> None:
     """Give a model on the meta device its values, from files or, where no file has them, drawn from `seed`.
 
-    One tensor after another, each rank its own rows, as the type and on the device that they stay in. Raises
-    ProspectError for a value beyond fp16's range.
+    One tensor after another, each rank its own rows, as the type and on the device that they stay in. On a CPU what is
+    frozen stays in the mapped file; what is trained gets memory of its own, which no other checkpoint can pull away.
+    Raises ProspectError for a value beyond fp16's range.
     """
-    empty, state = tensors_of(model), {}
+    empty, state = dict(model.named_parameters()), {}
     new = empty.keys() - stored.keys()
     adapters = {name for name in new if is_adapter(name)}
     drawn = chain(drawn_adapters(model, seed, adapters), drawn_weights(model, seed, new - adapters))
     for name, value in chain(slices(stored), drawn):
         rows = value[own_rows(empty[name])]
-        kept = rows.to(device, empty[name].dtype, copy=name in new)  # of what is drawn, the other rows are let go
+        kept = rows.to(device, empty[name].dtype, copy=empty[name].requires_grad)
         if kept.dtype == torch.float16 != rows.dtype and not kept.isfinite().all():
             what = f"{name} holds values beyond fp16's range"
             raise ProspectError(what, where=str(stored[name].path.parent), remedy="choose bf16 or fp32")
@@ -422,7 +423,7 @@ def load_model(
     given = {"vision_dim": vision_dim, "image_token_id": image_token_id, "speaking_head": speaking_head}
     model, stored = open_model(directory, given | {"dst": dst, "dst_state_head": dst_state_head}, dtype)
     fill_model(model, stored, device, seed)
-    return model
+    return model.requires_grad_(True)
 
 
 def settled_config(values: dict[str, Any], given: dict[str, Any], directory: Path) -> ModelConfig:

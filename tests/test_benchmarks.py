@@ -1,14 +1,16 @@
 """The benchmarks start from anywhere, and the ablation counts and reports what it should."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation
+from benchmarks import ablation, gpu, gpu_page, train_step
 from prospect.clip_files import parse_clip
+from prospect.errors import ProspectError
 from prospect.score import timely_replies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +74,114 @@ def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monk
 def test_every_trained_variant_is_in_a_table_and_every_row_was_trained():
     in_rows = {row.trained for rows in ablation.SECTIONS.values() for row in rows}
     assert in_rows == set(ablation.TRAINED)
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+def test_the_operations_of_a_step_by_hand():
+    """Tiny: 2 layers 64 wide, 4 heads and 2 for keys of 16 each, 128 inside, 1024 words; sequences of 60 and 80."""
+    batch = train_step.make_batch("tiny", 0.33, "cpu")
+    block = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, the MLP
+    frames, learned = 19 + 25, 19 + 26  # 0.32 of the tokens, and 0.33 of them
+    projector = frames * (2 * 2 * 2048 * 64 + 3 * 2 * 64 * 64)  # the embeddings get no gradient
+    attention = 3 * 2 * 2 * 2 * 64 * (60**2 + 80**2) / 2  # three times; scores and sums; 2 layers; half a square
+    full = 6 * 140 * 2 * block + 6 * learned * 64 * 1024 + projector + attention
+    assert train_step.needed_flops("tiny", batch) == full
+    # With the transformer frozen its weights need no gradient: 4 in place of 6; and 1000 weights of adapters.
+    lora = 4 * 140 * 2 * block + 4 * learned * 64 * 1024 + projector + attention + 6 * 140 * 1000
+    assert sum(train_step.flop_parts("tiny", batch, 1000).values()) == lora
+
+
+def row(**changes) -> gpu_page.Row:
+    return {
+        "shape": "3b", "who": "ours", "tokens": 4096, "learned": 900, "checkpointing": False, "estimate": 76.5e9,
+        "flops": {"6 x 4,096 tokens": 60e12, "6 x 900": 20e12}, "matmul": 800e12, "peak": 1000e12,
+        "seconds": [0.1, 0.2, 0.9], "loss": 12.3456, "memory": 80.25e9} | changes  # fmt: skip
+
+
+def test_a_table_of_training_by_hand():
+    """80 TFLOP in 0.2 s are 400 TFLOP per second; half of what fits in the time of transformers, 0.4 s."""
+    rows = [row(), row(who="transformers", seconds=[0.4]), row(shape="8b", who="ours", failed="out of memory")]
+    table = gpu_page.training_table(rows)
+    assert table[2] == "| 3b | ours | 200.0 | 20,480 | 2.00x | 40% (50%) | 80.2 | 76.5 | 12.3456 |"
+    assert table[4] == "| 8b | ours | out of memory |  |  |  |  | 76.5 |  |"
+    assert "- 3b: 80.00 TFLOP = 6 x 4,096 tokens + 6 x 900" in table
+
+
+def test_tables_of_streams_and_turns_by_hand():
+    given = {"shape": "3b", "who": "ours", "graphs": True, "frames": 3, "prompt": 9, "bytes": 6e9, "bandwidth": 4e12}
+    alone = given | {"streams": 1, "seconds": [0.003, 0.003, 0.004], "shown": 3}
+    [*_, line] = gpu_page.streaming_table([alone])
+    assert line == "| 3b, 3 frames after 9 tokens | ours | on | 1 | 3.00 | 3.90 | 300 | 50% |"
+    [*_, line] = gpu_page.streaming_table([alone | {"streams": 8, "shown": 24, "graphs": False}])
+    assert line == "| 3b, 3 frames after 9 tokens | ours | off | 8 | 3.00 | 3.90 | 2,400 |  |"
+    turns = {"shape": "3b", "who": "ours", "graphs": None, "streams": 8, "turns": [[0.1, 160], [0.1, 240]]}
+    [*_, line] = gpu_page.generation_table([turns])  # of one stream, 20 tokens and 30
+    assert line == "| 3b | ours |  | 8 | 4.17 | 4.92 | 2,000 |"
+
+
+def test_the_committed_page_is_measured_or_says_that_it_is_not():
+    nothing = gpu_page.page({}, list(gpu.stages(gpu.CARD, Path())))
+    assert nothing.count("not yet measured (`python benchmarks/gpu.py --stage ") == len(gpu.stages(gpu.CARD, Path()))
+    committed = gpu.PAGE.read_text()
+    measured = [("| ---" in part, "not yet measured" in part) for part in committed.split("\n## ")[1:]]
+    assert len(measured) == nothing.count("\n## ") and all(map(any, measured))  # every section has one or the other
+    assert committed == nothing or "Machine: " in committed
+
+
+def test_finished_stages_are_skipped_and_a_wrong_card_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "NEEDED", ())  # nothing is measured
+    done, differences = [], {"correctness": 1e-9}
+
+    def child(name: str, arguments, out: Path) -> bool:
+        done.append(name)
+        rows = [{"what": "losses", "difference": differences[name], "limit": 1e-5}] if name in differences else []
+        result = {"stage": name, "machine": "a card", "rows": rows, "seconds": 1.0}
+        (out / f"{name}.json").write_text(json.dumps(result))
+        return name != "train-3b"  # which fails
+
+    monkeypatch.setattr(gpu, "run_child", child)
+    stages = list(gpu.stages(gpu.TRIAL, tmp_path))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--trial", "--out", str(tmp_path)])
+    with pytest.raises(ProspectError, match="without a result: train-3b"):
+        gpu.main()
+    assert done == stages and stages[0] == "correctness"
+    (tmp_path / "encode.json").unlink()
+    assert gpu.main() == 0 and done == [*stages, "encode"]
+    assert "Machine: a card." in (tmp_path / "GPU.md").read_text()
+
+    for bad in (2e-5, math.nan):
+        differences["correctness"] = bad
+        monkeypatch.setattr(sys, "argv", ["gpu.py", "--trial", "--out", str(tmp_path), "--stage", "correctness"])
+        with pytest.raises(ProspectError, match="not what the CPU computes: losses"):
+            gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--trial", "--out", str(tmp_path)])
+    with pytest.raises(ProspectError, match="not what the CPU computes: losses"):
+        gpu.main()
+    assert done == [*stages, "encode", "correctness", "correctness"]
+    assert gpu.wrong({"rows": [{"what": "records", "difference": 0.0, "limit": 1e-3, "differ": 2}]}) == ["records"]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_a_cpu_in_tiny_shapes(tmp_path):
+    for package in ("transformers", "peft", "PIL"):
+        pytest.importorskip(package, reason="pip install -r requirements-dev.txt")
+    command = [sys.executable, "benchmarks/gpu.py", "--trial", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "GPU.md").read_text()
+    assert page.count("not yet measured") == 3  # a trial leaves one of the three models out
+    rows = json.loads((tmp_path / "train-3b.json").read_text())["rows"]
+    assert [row["who"] for row in rows] == ["ours", "ours, compiled", "transformers"]
+    lora = json.loads((tmp_path / "train-8b.json").read_text())["rows"]
+    for losses in ([row["loss"] for row in rows], [row["loss"] for row in lora]):  # one computation, in bf16
+        assert max(losses) - min(losses) < 2e-3 * losses[0]
+    streams = json.loads((tmp_path / "stream-3b.json").read_text())["rows"]
+    assert max(row["speaking"] for row in streams) - min(row["speaking"] for row in streams) < 0.02
+
+
+# ---- all -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from prospect import graph, validation
 from prospect.distributed import Ranks
 from prospect.stream import Frame, StreamSession, advance, make_cache
 
-REAL_AUTOCAST, REAL_STEP = train.autocast, train.train_step
+REAL_AUTOCAST, REAL_SCALER, REAL_STEP = train.autocast, torch.amp.GradScaler, train.train_step
 pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 
 
@@ -102,6 +102,7 @@ def test_backward_on_the_card_has_the_cpus_gradient(card):
 
 WAYS = {
     "fp32": [],
+    "fp16": ["train.precision=fp16"],
     "bf16, checkpointing, accumulation": [
         "train.precision=bf16", "train.activation_checkpointing=true", "train.gradient_accumulation_steps=2",
         "loss.bce=focal", "model.tie_word_embeddings=true",
@@ -142,15 +143,16 @@ def compare_runs(way: str, folder: Path) -> None:
     for ours, theirs in zip(found, expected):
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-4 if way == "fp32" else 0.02), (ours["step"], name)
-    micro_batches = 1 if way == "fp32" else 2
+    micro_batches = 2 if "accumulation" in way else 1
     assert steps == [Counts(micro_batches * MICRO_BATCH.copies + STEP.copies, STEP.waits)] * 3, card.report()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=pytest.mark.slow) if way[:2] == "fp" else way for way in WAYS])
 def test_a_run_on_the_card_is_that_on_the_cpu_and_a_micro_batch_never_waits(way, tmp_path, monkeypatch):
     """The whole loop: data, forward, backward, clipping, AdamW, log, validation, checkpoint."""
-    for module in (train, validation):  # autocast to cuda turns itself off without one
+    for module in (train, validation):  # cuda's autocast and loss scale turn themselves off without one
         monkeypatch.setattr(module, "autocast", lambda config, device: REAL_AUTOCAST(config, torch.device("cpu")))
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: REAL_SCALER("cpu", 1024.0, enabled=enabled))
     compare_runs(way, tmp_path)
 
 

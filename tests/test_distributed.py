@@ -186,14 +186,38 @@ def test_fsdp_in_bf16_has_the_gradient_of_one_rank(backbone, tmp_path, tune):
     shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
     overrides = lora(tmp_path) if tune == "lora" else []
     overrides += ["train.precision=bf16", "train.lora_dropout=0", "train.max_steps=1"]
-    assert one_step(tmp_path, *overrides, "run.name=one", "train.gradient_accumulation_steps=2") == 0
+    assert one_step(tmp_path, *overrides, "run.name=one", "train.gradient_accumulation_steps=4") == 0
     expected = load_file(tmp_path / "gradient.safetensors")
-    overrides += ["run.name=two", "train.parallel=fsdp"]
+    overrides += ["run.name=two", "train.parallel=fsdp", "train.gradient_accumulation_steps=2"]
     assert finish(launch(one_step, tmp_path, *overrides, world=2, log=tmp_path / "log")) == [0, 0]
     found = load_file(tmp_path / "gradient.safetensors")
     assert found.keys() == expected.keys() and any(value.any() for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+
+
+def compiled_step(folder: Path, *overrides: str) -> int:
+    """One step with blocks as Dynamo's graphs, run as they are; and why they end, in FOLDER/breaks."""
+    compile_module = nn.Module.compile
+    nn.Module.compile = lambda self, **options: compile_module(self, backend="eager", **options)
+    try:
+        return one_step(folder, "train.compile=true", *overrides)
+    finally:
+        nn.Module.compile = compile_module
+        (folder / "breaks").write_text("\n---\n".join(torch._dynamo.utils.counters["graph_break"]))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_under_fsdp_break_only_where_weights_are_gathered(backbone, tmp_path):
+    shutil.copytree(backbone, tmp_path, dirs_exist_ok=True)
+    assert one_step(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2") == 0
+    expected = load_file(tmp_path / "gradient.safetensors")
+    ways = ("run.name=two", "train.parallel=fsdp")
+    assert finish(launch(compiled_step, tmp_path, *ways, world=2, log=tmp_path / "log"), 200) == [0, 0]
+    for name, value in load_file(tmp_path / "gradient.safetensors").items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    [reason] = (tmp_path / "breaks").read_text().split("\n---\n")
+    assert "the function `disable`" in reason
 
 
 def test_ddp_sends_nothing_at_a_forward(uneven):

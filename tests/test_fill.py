@@ -98,7 +98,7 @@ def by_hand(case: str, shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]
     return expected
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_ranks_hold_their_rows_of_the_one_model(tmp_path, world):
     """On three ranks rows are dealt out unevenly, and of a head's single row two ranks get nothing."""
     assert finish(launch(write_filled, tmp_path, world=world, log=tmp_path / "log")) == [0] * world
@@ -152,7 +152,10 @@ def measure_filling(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_a_rank_takes_the_memory_of_its_share(tmp_path):
-    """Of weights of 203 MB and moments of twice that, two ranks hold and read one half each, and never more."""
+    """Of weights of 203 MB and moments of twice that, two ranks read and hold one half each, and never more.
+
+    What is read counts as well: the file is mapped into memory, up to a quarter more of it than is touched.
+    """
     tensors = {name: torch.zeros(tensor.shape) for name, tensor in tensors_of(meta_model(WIDE)).items()}
     size = sum(4 * tensor.numel() for tensor in tensors.values())
     backbone = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "lm_head."))}
@@ -167,6 +170,5 @@ def test_a_rank_takes_the_memory_of_its_share(tmp_path):
     assert finish(launch(measure_filling, tmp_path, world=2, log=tmp_path / "log")) == [0, 0]
     for rank in range(2):
         weights, resumed = (grown / size for grown in json.loads((tmp_path / f"grown{rank}").read_text()))
-        # A quarter more at most: the kernel maps pages beside those that are read. Below, the measurement is wrong.
-        assert 0.4 < weights < 0.7
-        assert 2.3 < resumed < 3.1  # and both moments, one half of each, in memory and where the file is mapped
+        assert 0.5 + 0.4 < weights < 0.5 + 0.75  # held, and read; if it is less, the measurement is wrong
+        assert 1.5 + 0.9 < resumed < 1.5 + 1.6  # weights and moments held, and moments read

@@ -11,8 +11,18 @@ from test_stream import firing, probabilities, random_model, rows_of, stream_con
 
 from prospect.sequence import clip_prompt, prompt_pieces
 from prospect.stream import Job, StreamSession
+from prospect.tokenizer import Tokenizer
 
 FRAMES, BLOCK, SETTLED = 100_000, 1_000, 5_000  # frames; of a figure; after which memory is compared
+
+
+def fill_word_cache(tokenizer: Tokenizer) -> None:
+    """The tokenizers library keeps the first 10,000 words that each of its threads meets, some megabytes in all.
+
+    The user below invents words all day. What this test is to see is growth that never ends.
+    """
+    words = ["".join(chr(ord("a") + int(digit, 26)) for digit in np.base_repr(number, 26)) for number in range(12_000)]
+    tokenizer.text_backend.encode_batch(words)
 
 
 def resident() -> int:
@@ -32,7 +42,7 @@ def equals_one_forward(session: StreamSession, speaking: float, dst: float) -> b
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_frames_are_flat_in_memory_and_time(plain, one_thread_and_usual_signals):
+def test_a_hundred_thousand_frames_are_flat_in_memory_and_time(plain, one_thread_and_usual_signals, monkeypatch):
     """A user who talks at random, replies and updates, hundreds of refreshes.
 
     Times are of the thread, not of the clock. A machine that is busy for a while slows some blocks down and no other
@@ -43,6 +53,8 @@ def test_a_hundred_thousand_frames_are_flat_in_memory_and_time(plain, one_thread
     pool = rows_of(draw, 997)[:, 0]
     config = stream_config(reserved=130, data=dict(max_seq_len=768))
     config = firing(model, plain, [Job(read(raw_clip([], 0, 996)), pool[:, None])], config, 0.01)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # one thread, one cache of words
+    fill_word_cache(plain)
     session = StreamSession(model, plain, clip, config)
     memory, seconds = [], np.zeros(FRAMES)
     refreshes = said = spoken = 0
@@ -61,10 +73,11 @@ def test_a_hundred_thousand_frames_are_flat_in_memory_and_time(plain, one_thread
             assert equals_one_forward(session, record.speaking_prob, record.dst_update_prob), frame
     blocks = np.median(seconds.reshape(-1, BLOCK), axis=1)  # [100]
     thirds = [float(np.quantile(part, 0.25)) * 1e3 for part in np.array_split(blocks[SETTLED // BLOCK :], 3)]
-    first, last, most = (size / 2**20 for size in (memory[0], memory[-1], max(memory)))
+    first, half, last, most = (size / 2**20 for size in (memory[0], memory[len(memory) // 2], memory[-1], max(memory)))
     print(f"{refreshes} refreshes, {said} texts of the user, {spoken} replies")
-    print(f"resident memory {first:.1f} -> {last:.1f} MiB, at most {most:.1f}")
+    print(f"resident memory {first:.1f} -> {half:.1f} -> {last:.1f} MiB, at most {most:.1f}")
     print("ms a frame, by third:", ", ".join(f"{ms:.2f}" for ms in thirds))
     assert refreshes > 200 and said > 500 and spoken > 500
     assert max(memory) <= 1.02 * memory[0]
+    assert last <= 1.005 * half  # 28 bytes a frame, were it a leak
     assert max(thirds) <= 1.25 * min(thirds)

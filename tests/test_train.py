@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from safetensors import safe_open
 from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from prospect import tuning
@@ -186,6 +187,28 @@ def test_half_precision_follows_full(corpus):
         line["loss"] for line in losses(corpus, "bf16", "train.precision=bf16", "train.eval_every=99") if "lr" in line
     ]
     assert half == pytest.approx(full, rel=0.01) and half != full
+
+
+def test_a_step_copies_each_weight_to_16_bits_once(corpus, monkeypatch):
+    """However many micro-batches it has, and though checkpointing runs every block twice."""
+    step, copied = train.train_step, []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+                copied[-1].append(kwargs["dtype"])
+            return func(*args, **(kwargs or {}))
+
+    def watched(*arguments):
+        copied.append([])
+        with Copies():
+            return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", watched)
+    cut = ("train.gradient_accumulation_steps=4", "train.activation_checkpointing=true")
+    losses(corpus, "cast", "train.precision=bf16", "train.max_steps=2", *cut)
+    # Seven matrices in each of two layers; weights and biases of two projector layers and of three heads; the LM head.
+    assert copied == [[torch.bfloat16] * (2 * 7 + 2 * 2 + 3 * 2 + 1)] * 2
 
 
 @pytest.mark.slow
