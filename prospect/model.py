@@ -96,7 +96,7 @@ class Slots:
 
     streams  the cache rows of this forward: a slice (a view of the cache) where they are neighbours, else their ids
     rows     where new keys and values are written, [B*T*K]: in one layer's [streams, K, S, E], its rows of width E
-    end      how far queries look: one past the last position that any of these streams holds, or the whole capacity
+    end      how far queries look: one past the last position that any of these streams holds, or more
     mask     [B,1,T,end], added to scores: 0 where a query may look, else -inf; None: the plain causal square
     rope     cos and sin for the new tokens, [B,T,1,E]
     """
