@@ -292,5 +292,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What `prospect-infer` runs, once the project is installed."""
     run_entry_point(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -51,6 +51,7 @@ from prospect.distributed import (
     Ranks,
     StopRequest,
     any_rank,
+    check_precision,
     gather_objects,
     leave_signals_to_parent,
     shard_model,
@@ -99,6 +100,7 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
     # What to learn from, and the model. Rank 0 makes what is made once: the sample corpus and a trained tokenizer.
     torch.manual_seed(config.run.seed + ranks.rank)
     with together(ranks):
+        check_precision(config.train.precision, ranks.device)
         if ranks.main:
             make_sample_corpus(config)
             load_tokenizer(config)
@@ -391,5 +393,10 @@ def main() -> int:
         stop_ranks(ranks)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """What `prospect-train` runs, once the project is installed."""
     run_entry_point(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -46,8 +46,8 @@ from prospect.clips import Clip
 from prospect.config import load_config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import load_jobs
 from prospect.files import read_json, write_json
+from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
 from prospect.metrics import ratio
 from prospect.sample import write_sample

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository i
 
 from prospect.clips import Turn
 from prospect.errors import run_entry_point
-from prospect.evaluate import load_jobs
+from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
 from prospect.metrics import Counts
 from prospect.sample import DIFFICULTIES, write_sample
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "held_out"
         write_sample(corpus, seed=CORPUS_SEED, difficulty=arguments.difficulty, clips=1, val_clips=arguments.clips)
-        jobs = load_jobs([str(corpus / "val.json")], config, tokenizer)
+        jobs = list(load_jobs([str(corpus / "val.json")], config, tokenizer))
         for name, shown in (
             ("held-out clips", jobs),
             ("frames shuffled", [shuffled(job) for job in jobs]),

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # the repository itself, not installed
 
 from prospect.config import Config
 from prospect.errors import run_entry_point
-from prospect.evaluate import load_jobs
+from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
 from prospect.model import Prospect
 from prospect.stream import Frame, Job, StreamSession, advance, make_cache
@@ -169,7 +169,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(arguments.threads)
     config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides)
-    jobs, seconds = load_jobs([str(arguments.data)], config, tokenizer), arguments.seconds
+    jobs, seconds = list(load_jobs([str(arguments.data)], config, tokenizer)), arguments.seconds
 
     def play(streams: int, rate: float, seconds: float, **options: float) -> Measured:
         found = measure(model, tokenizer, jobs, config, streams=streams, rate=rate, seconds=seconds, **options)

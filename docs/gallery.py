@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from prospect.config import load_config
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import load_jobs
+from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
 from prospect.report.curves import read_run, write_runs
 from prospect.report.timeline import timeline, write_timelines

@@ -37,7 +37,7 @@ from prospect.clips import Turn
 from prospect.config import Config
 from prospect.dst import TRANSITIONS, Step, Transition
 from prospect.errors import ProspectError, run_entry_point
-from prospect.evaluate import load_jobs
+from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
 from prospect.model import Prospect
 from prospect.stream import FrameRecord, Job, stream_jobs

@@ -410,7 +410,8 @@ class _Reader:
         if frames is None or any(problem.fatal for problem in self.problems[before:]):
             return None
         first, last = frames
-        return Turn(role=role, text=text, transitions=transitions, start_frame=first, end_frame=last, index=i)
+        progress = self.text(item.get("progress"), f"turn {i}, progress", required=False).strip()
+        return Turn(role, text, transitions, first, last, i, progress)
 
     def in_our_names(self, item: dict, i: int) -> dict:
         """A turn with its fields named as here. One that is given under both of its names must be the same twice."""

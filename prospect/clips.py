@@ -30,6 +30,7 @@ class Turn:
     start_frame: int
     end_frame: int
     index: int  # position in the file's conversation, for messages
+    progress: str = ""  # what has been done so far, where a file says it (ProAssist's dialogues do)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,9 @@ class DataConfig:
     max_seq_len: int = 1024  # tokens of a sequence, in training and when streaming
     long_clips: Literal["split", "truncate"] = "split"  # split a longer clip into windows, or truncate it by priority
     overlap: float = 0.25  # share of a window repeated, unlearned, at the start of the next
+    # share of the long clips whose windows end with a summary, which is learned, and begin with the one before, in
+    # place of the overlap: what summarize_and_drop and summarize_with_dst need (ProAssist's memory)
+    summaries: float = 0.0
     # the labels
     binary_at: Literal["frames", "text"] = "frames"  # decide at <image> tokens, or (text) on every token of a turn
     # where a reply or an update stands, and its head learns 1: drawn from the middle of the turn's range on;
@@ -180,10 +183,12 @@ class InferConfig:
     tuned_for: Literal["mean", "events", "replies", "state"] = "mean"
     reserved: int = 128  # tokens of the context kept free for what is written at one frame
     max_reply_tokens: int = 64
+    max_summary_tokens: int = 256  # with the strategies that summarize
     max_update_tokens: int = 40
     constrain_dst: bool = False  # allow only tokens that continue an update legal in the current state
     lookahead: int = 32  # frames run at once while the model is silent; 1: one by one
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of weights, cache and arithmetic
+    # of weights, cache and arithmetic; null: as trained (train.precision), so that what trains on a card streams on it
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
     device: str = "auto"  # auto: cuda when there is one, else cpu
 
 
@@ -215,7 +220,7 @@ _BOUNDS = {
     "model.vision_dim": (1, 10**6), "model.vocab_size": (259, 10**7), "model.hidden_size": (1, 10**6),
     "model.num_hidden_layers": (1, 10**4), "model.num_attention_heads": (1, 10**4),
     "model.num_key_value_heads": (1, 10**4),
-    "data.workers": (0, 1024), "data.max_seq_len": (16, 10**7), "data.overlap": (0, 0.9),
+    "data.workers": (0, 1024), "data.max_seq_len": (16, 10**7), "data.overlap": (0, 0.9), "data.summaries": (0, 1),
     "data.neg_frame_sampling_rate": (0, 1), "data.val_neg_frame_sampling_rate": (0, 1),
     "data.batch_tokens": (16, 10**8), "data.hybrid.random_share": (0, 1),
     "data.hybrid.key_frame_interval": (1, 10**6), "data.hybrid.regular_interval": (1, 10**6),
@@ -230,7 +235,8 @@ _BOUNDS = {
     "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.evidence": (0, 1),
     "infer.smoothing": (0.01, 1),
     "infer.coupling": (0, 100), "infer.reserved": (1, 10**7),
-    "infer.max_reply_tokens": (1, 10**6), "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
+    "infer.max_reply_tokens": (1, 10**6), "infer.max_summary_tokens": (1, 10**6),
+    "infer.max_update_tokens": (1, 10**6), "infer.lookahead": (1, 10**6),
 }  # fmt: skip
 
 

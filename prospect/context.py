@@ -16,10 +16,8 @@ from prospect.config import Config
 from prospect.dst import STATES, TRANSITIONS, Transition, write_update
 from prospect.errors import ProspectError
 from prospect.sequence import clip_prompt, prompt_pieces
+from prospect.summaries import SUMMARY_REQUEST
 from prospect.tokenizer import Piece, Tokenizer
-
-SUMMARY_REQUEST = "Summarize what has been done so far."  # asked in the user's role when a context is summarized
-
 
 # ---- tokens of turns -----------------------------------------------------------------------------
 
@@ -43,8 +41,8 @@ def turn_tokens(tokenizer: Tokenizer, role: str, content: int) -> int:
 
 def summary_tokens(tokenizer: Tokenizer, config: Config) -> int:
     """Tokens of the request for a summary and of the longest answer."""
-    reply = turn_tokens(tokenizer, "assistant", config.infer.max_reply_tokens)
-    return len(user_ids(tokenizer, [SUMMARY_REQUEST])) + reply
+    summary = turn_tokens(tokenizer, "assistant", config.infer.max_summary_tokens)
+    return len(user_ids(tokenizer, [SUMMARY_REQUEST])) + summary
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -60,7 +58,8 @@ def check_reserved(tokenizer: Tokenizer, config: Config) -> None:
         needed = max(needed, summary_tokens(tokenizer, config))
     if needed > infer.reserved:
         what = f"infer.reserved {infer.reserved} cannot hold what may be said at a frame, {needed} tokens"
-        remedy = f"set infer.reserved={needed}, or lower infer.max_reply_tokens"
+        longest = "max_summary_tokens" if infer.strategy.startswith("summarize") else "max_reply_tokens"
+        remedy = f"set infer.reserved={needed}, or lower infer.{longest}"
         raise ProspectError(what, where="config", remedy=remedy)
 
 

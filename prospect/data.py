@@ -83,7 +83,7 @@ class Corpus:
             clip, embeddings = self.load(f, c)
             layout = lay_out(clip, config, rate, seed, 0)
             try:
-                windows = plan_windows(clip, layout, tokenizer, config, embeddings.shape[1])
+                windows = plan_windows(clip, layout, tokenizer, config, embeddings.shape[1], seed)
             except ProspectError as error:  # a text that fits no window
                 if config.on_bad == "stop":
                     raise

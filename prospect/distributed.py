@@ -14,6 +14,7 @@ through gloo, so that asking never waits for a GPU.
 
 import contextlib
 import ctypes
+import datetime
 import math
 import os
 import signal
@@ -43,11 +44,15 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: dist.Store | None = None  # with several ranks: notes that any may leave and look for at any time
 
     @property
     def main(self) -> bool:
         """Rank 0 alone logs and writes."""
         return self.rank == 0
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def pick_device(wanted: str, local_rank: int = 0, local_world: int = 1) -> torch.device:
@@ -77,22 +82,33 @@ def pick_device(wanted: str, local_rank: int = 0, local_world: int = 1) -> torch
     return kind
 
 
-def start_ranks(device: str) -> Ranks:
-    """Join the other ranks, with nccl between GPUs and gloo between hosts."""
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ProspectError for bf16 on a GPU older than Ampere: torch would imitate it, many times slower."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        what, remedy = f"{device} has no bf16", "train.precision=fp16; for streaming infer.precision=fp16"
+        raise ProspectError(what, where="config", remedy=remedy)
+
+
+def start_ranks(device: str, patience: datetime.timedelta | None = None) -> Ranks:
+    """Join the other ranks, with nccl between GPUs and gloo between hosts.
+
+    patience: how long a rank waits for another; None: as long as torch has it, half an hour or less.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     place = pick_device(device, int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    store = None
     if world > 1:
         # torchrun's store outlives the workers: without a prefix of their own, restarted workers would find the
         # addresses of dead ones in it and wait for them.
         store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
         # Never freed: gloo's destructor holds Python's lock while it waits for a thread, and if that thread is just
         # dropping the tensors of the last exchange, it waits for this lock. A rank that fails would hang, not end.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(dist.group.WORLD))
-    return Ranks(rank, world, place)
+    return Ranks(rank, world, place, store)
 
 
 def stop_ranks(ranks: Ranks) -> None:
@@ -120,6 +136,15 @@ def any_rank(flag: bool, ranks: Ranks) -> bool:
     return bool(all_sum(torch.tensor(float(flag)), ranks) > 0)
 
 
+def to_main(value: Any, ranks: Ranks) -> list[Any]:
+    """The value of every rank, in rank order, on rank 0; on the others nothing."""
+    if ranks.world == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world if ranks.main else []
+    dist.gather_object(value, gathered or None)
+    return gathered
+
+
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     """The value of every rank, in rank order, on every rank."""
     if ranks.world == 1:
@@ -129,23 +154,49 @@ def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     return gathered
 
 
+def from_main(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's value, on every rank."""
+    given = [value]
+    if ranks.world > 1:
+        dist.broadcast_object_list(given)
+    return given[0]
+
+
 @contextlib.contextmanager
 def together(ranks: Ranks) -> Iterator[None]:
     """A block that every rank runs. If it fails on any rank, all exit, so that none waits for one that is gone.
 
     The first rank that failed raises its error. The others exit silently with the same status, so the user sees one
-    error line.
+    error line. A long block asks `failed_elsewhere` now and then whether to go on.
     """
     error = None
     try:
         yield
     except Exception as caught:
         error = caught
+        if ranks.store is not None:
+            ranks.store.set("failed", str(ranks.rank))
     failed = gather_objects(error is not None, ranks)
     if any(failed):
         if failed.index(True) == ranks.rank:
             raise error
         sys.exit(2)
+
+
+def failed_elsewhere(ranks: Ranks) -> bool:
+    """Whether a rank has failed in a block of `together`: what is left to do in it is for nothing."""
+    return ranks.store is not None and ranks.store.check(["failed"])
+
+
+@contextlib.contextmanager
+def main_alone_prints(ranks: Ranks) -> Iterator[None]:
+    """A block in which only rank 0 is heard. An error that leaves it is printed by whichever rank raised it."""
+    with contextlib.ExitStack() as stack:
+        if not ranks.main:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 # ---- sharing the work ----------------------------------------------------------------------------

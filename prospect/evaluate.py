@@ -5,6 +5,7 @@
     python -m prospect.evaluate --records OUT [--data FILE]
     python -m prospect.evaluate --checkpoint DIR --data FILE --sweep
     python -m prospect.evaluate --checkpoint DIR --data FILE --quiet FILE [--max-false-alarms N]
+    torchrun --nproc_per_node=4 -m prospect.evaluate ...
 
 The first streams every clip (with look-ahead, several at once), writes one records file a clip and then metrics.json
 and metrics.md under --out, and prints the table. Interrupted and started again, it resumes with the clips that are
@@ -16,35 +17,42 @@ is certified to be quiet where nothing happens (prospect/quiet.py).
 
 docs/metrics.md says what each number means. All of them are sums over clips in one fixed order, divided once
 at the end, so they do not depend on look-ahead, on how many streams run at once or on where an evaluation was
-interrupted.
+interrupted. Nor do they depend on the number of ranks: under torchrun the clips are dealt out by length
+(prospect/jobs.py), each rank writes the records of its own, and rank 0 prints. It may resume with another number.
 """
 
 import argparse
 import dataclasses
+import datetime
 import hashlib
 import json
 import shlex
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from prospect.check import usable_clips
-from prospect.checkpoint import flatten, read_config, read_state
-from prospect.clip_files import ClipFile, fit_rows, open_source
+from prospect.checkpoint import flatten, read_state
+from prospect.clip_files import ClipFile, fit_rows
+from prospect.clips import Clip
 from prospect.config import Config, to_dict
-from prospect.context import check_reserved, check_streamable
-from prospect.data import Corpus, as_streamed, ordered_batches
-from prospect.decisions import SETTINGS, reference_moments
+from prospect.distributed import (
+    Ranks,
+    failed_elsewhere,
+    from_main,
+    main_alone_prints,
+    start_ranks,
+    stop_ranks,
+    to_main,
+    together,
+)
 from prospect.errors import ProspectError, run_entry_point
-from prospect.features import features_of
 from prospect.files import read_json, write_json, write_text
-from prospect.load import load_for_inference, load_job, unlike_training
-from prospect.metrics import by_dataset
+from prospect.jobs import Jobs, load_jobs, tell
+from prospect.load import load_for_inference
+from prospect.metrics import by_dataset, sum_dialogue
 from prospect.model import Prospect
 from prospect.quiet import MAX_FALSE_ALARMS, choose_quiet
 from prospect.records import (
@@ -56,13 +64,14 @@ from prospect.records import (
     same_settings,
     write_references,
 )
-from prospect.score import TIMING_TABLE, ClipScore, cell_text, not_computed, score_clip, summarise, table
-from prospect.stream import Job, streamed_clips
+from prospect.score import TIMING_TABLE, ClipScore, not_computed, score_clip, summarise, table
+from prospect.stream import Job, make_cache, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
-from prospect.tuning import best_tried, some_of, target_value, teacher_forced_odds, try_evidence
+from prospect.tuning import store, sweep
 
-STREAMS = 8  # clips streamed at once, by default
+STREAMS = 8  # clips streamed at once on a rank, by default
+PATIENCE = datetime.timedelta(days=30)  # for the rank that is still streaming; one that dies is noticed at once
 
 
 # ---- streamed clips ------------------------------------------------------------------------------
@@ -71,9 +80,10 @@ STREAMS = 8  # clips streamed at once, by default
 def stream_and_score(
     model: Prospect,
     tokenizer: Tokenizer,
-    jobs: list[Job],
+    jobs: Jobs,
     config: Config,
     similarity: Similarity,
+    skipped: list[str],
     *,
     streams: int,
     records_dir: Path | None = None,
@@ -81,20 +91,56 @@ def stream_and_score(
     """Stream the clips and score each as it ends.
 
     With records_dir, each clip's records become a JSONL file there once it has ended, and a clip that has such a file
-    is scored from it instead of being streamed. A file that is not whole does not count.
+    is scored from it instead of being streamed. A file that is not whole does not count. With `data.on_bad: skip`, a
+    clip whose stream fails half-way is left out and named in `skipped`; with `stop` it raises ProspectError.
     """
+
+    def scored(clip: Clip, records: list[dict]) -> ClipScore:
+        score = score_clip(clip, records, similarity, config.data.dst)
+        return dataclasses.replace(score, dialogue=sum_dialogue([score.dialogue]))  # of many clips, no lists of pairs
+
     missing = []
-    for job in jobs:
-        records = None if records_dir is None else read_records(records_file(records_dir, job.clip.id), job.clip)
-        if records is None or len(records) != job.num_frames:
-            missing.append(job)
+    for number, place in enumerate(jobs.places):
+        path = None if records_dir is None else records_file(records_dir, place.id)
+        records = read_records(path, clip := jobs.clip(number)) if path is not None and path.exists() else None
+        if records is None or len(records) != place.frames:
+            missing.append(number)
         else:
-            yield score_clip(job.clip, records, similarity, config.data.dst)
-    for job, records in streamed_clips(model, tokenizer, missing, config, streams=min(streams, max(1, len(missing)))):
+            yield scored(clip, records)
+    for job, records in streamed_or_skipped(model, tokenizer, jobs.only(missing), config, skipped, streams=streams):
         if records_dir is not None:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             write_text(records_file(records_dir, job.clip.id), "".join(lines))
-        yield score_clip(job.clip, records, similarity, config.data.dst)
+        yield scored(job.clip, records)
+
+
+def streamed_or_skipped(
+    model: Prospect, tokenizer: Tokenizer, jobs: Jobs, config: Config, skipped: list[str], *, streams: int
+) -> Iterator[tuple[Job, list[dict]]]:
+    """`streamed_clips`, where with `data.on_bad: skip` a clip whose stream fails is named in `skipped` instead.
+
+    Then those that were streamed beside it are streamed again, each alone, and so is the one that is to blame.
+    """
+    waiting = list(range(len(jobs)))
+    while waiting:
+        side_by_side = min(streams, len(waiting))
+        make_cache(model, config, side_by_side)  # too large for this machine: no fault of a clip's
+        done = set()
+        try:
+            for job, records in streamed_clips(model, tokenizer, jobs.only(waiting), config, streams=side_by_side):
+                done.add(job.clip.id)
+                yield job, records
+            return
+        except ProspectError:
+            if config.data.on_bad == "stop":
+                raise
+        waiting = [number for number in waiting if jobs.places[number].id not in done]
+        for number in waiting[:side_by_side]:
+            try:
+                yield from streamed_clips(model, tokenizer, jobs.only([number]), config, streams=1)
+            except ProspectError as error:
+                skipped.append(str(error))
+        waiting = waiting[side_by_side:]
 
 
 def score_records(folder: Path, paths: list[str], similarity: Similarity) -> list[ClipScore]:
@@ -115,38 +161,6 @@ def score_records(folder: Path, paths: list[str], similarity: Similarity) -> lis
             clip, _ = fit_rows(clip, len(records))
             scores.append(score_clip(clip, records, similarity, records[0]["dst_update_prob"] is not None))
     return scores
-
-
-def load_jobs(paths: Iterable[str], config: Config, tokenizer: Tokenizer, checkpoint: Path | None = None) -> list[Job]:
-    """Every clip of the files, ready to be streamed, all checked first as before a training (prospect/check.py).
-
-    A bad clip, an id that occurs twice, or a clip that does not fit into the context (prospect/context.py) raises
-    ProspectError, or with `data.on_bad: skip` is left out. What was left out, and warnings, go to stderr, also
-    where the clips are not like those `checkpoint` was trained on.
-    """
-    check_reserved(tokenizer, config)
-    sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
-    usable = usable_clips(sources, config.data, config.model.vision_dim)
-    jobs, chosen = [], []
-    for number, index in usable.clips:
-        job, _ = load_job(sources[number], index, config.model.vision_dim)
-        try:
-            check_streamable(job.clip, job.embeddings.shape[1], tokenizer, config)
-        except ProspectError as error:
-            if config.data.on_bad == "stop":
-                raise
-            usable.skipped.append(str(error))
-            continue
-        jobs.append(job)
-        chosen.append((sources[number], index))
-    tell(usable.warnings, usable.skipped)
-    if not jobs:
-        raise ProspectError("no usable clip", where=", ".join(paths), remedy="python -m prospect.check FILE")
-    if checkpoint is not None:
-        features = features_of(chosen)
-        lines = unlike_training(checkpoint, [job.clip for job in jobs], config, features)
-        tell([f"warning: {line}" for line in lines], [])
-    return jobs
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -195,47 +209,6 @@ def report(
         write_text(out / "metrics.md", text + "\n")
 
 
-def sweep(
-    checkpoint: Path, corpus: Corpus, jobs: list[Job], model: Prospect, tokenizer: Tokenizer, config: Config
-) -> None:
-    """Choose the decisions: thresholds from a teacher-forced pass, evidence on streamed clips. Print and store them.
-
-    A checkpoint's decisions belong to its own infer.decision. Those found for the other are only printed.
-    """
-    batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
-    bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
-    odds, report = teacher_forced_odds(model, corpus, config, bar)
-    for head in odds:
-        titles = {"event_f1": "event F1", "threshold": "at", "average_precision": "average precision", "auroc": "AUROC"}
-        shown = ", ".join(f"{title} {report[f'{head}_{name}']:.4f}" for name, title in titles.items())
-        print(f"{head}, teacher-forced: {shown}")
-
-    target, jobs, tried = config.infer.tuned_for, some_of(jobs), []
-    print(f"\n{len(jobs)} clips streamed; the choice is for {target}, infer.tuned_for")
-    print("| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    for one in try_evidence(model, tokenizer, jobs, config, odds):
-        tried.append(one)
-        shown = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
-        cells = [target_value(one.numbers, target), *(one.numbers.get(name) for name in shown)]
-        print(f"| {one.evidence} | {' | '.join(map(cell_text, cells))} |", flush=True)
-    found = odds | {"evidence": best_tried(tried, target).evidence}
-    print("chosen:", " ".join(f"infer.{SETTINGS[name]}={value:.6f}" for name, value in found.items()))
-    store(checkpoint, config, found)
-
-
-def store(checkpoint: Path, config: Config, found: dict[str, float]) -> None:
-    """Make what was found the checkpoint's own. Its decisions belong to its own infer.decision."""
-    decision, own = config.infer.decision, read_config(checkpoint).infer.decision
-    if decision != own:
-        print(f"not stored, for the checkpoint's infer.decision is {own}: use infer.decision={decision} with the above")
-        return
-    state = read_state(checkpoint)
-    state.thresholds |= found
-    write_json(checkpoint / "state.json", dataclasses.asdict(state))
-    print(f"stored in {checkpoint / 'state.json'}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR")
@@ -260,27 +233,41 @@ def main() -> int:
     words, arguments.data = arguments.data, []
     for word in words:
         (arguments.overrides if "=" in word and not Path(word).exists() else arguments.data).append(word)
-    check_arguments(arguments)
-    if arguments.records is not None:
-        print_again(arguments)
-        return 0
+    ranks = start_ranks("cpu", PATIENCE)  # they exchange numbers of the host's alone, wherever the models are
+    try:
+        with main_alone_prints(ranks):
+            run(arguments, ranks)
+    finally:
+        stop_ranks(ranks)
+    return 0
+
+
+def run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    checkpoint, jobs, quiet = arguments.checkpoint, None, None
     strategy = [] if arguments.strategy is None else [f"infer.strategy={arguments.strategy}"]
-    config, tokenizer, model = load_for_inference(arguments.checkpoint, arguments.overrides + strategy)
+    with together(ranks):
+        check_arguments(arguments)
+        if arguments.records is not None:
+            if ranks.main:
+                print_again(arguments)
+            return
+        config, tokenizer, model = load_for_inference(checkpoint, arguments.overrides + strategy)
+        if ranks.main:
+            quiet = load_jobs([arguments.quiet], config, tokenizer) if arguments.quiet else None
+            jobs = load_jobs(arguments.data, config, tokenizer, checkpoint)
+    jobs, quiet = from_main((jobs, quiet), ranks)
     if arguments.sweep:
-        vision_dim, seed = config.model.vision_dim, config.run.seed
-        corpus = Corpus(arguments.data, as_streamed(config.data), tokenizer, vision_dim, rate=1.0, seed=seed)
-        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
-        sweep(arguments.checkpoint, corpus, jobs, model, tokenizer, config)
+        with together(ranks):
+            sweep(checkpoint, jobs, model, tokenizer, config, ranks)
     elif arguments.quiet:
         most = MAX_FALSE_ALARMS if arguments.max_false_alarms is None else arguments.max_false_alarms
-        quiet = load_jobs([arguments.quiet], config, tokenizer)
-        jobs = load_jobs(arguments.data, config, tokenizer, arguments.checkpoint)
-        evidence = choose_quiet(model, tokenizer, quiet, jobs, config, most)
-        print(f"chosen: infer.evidence={evidence}")
-        store(arguments.checkpoint, config, {"evidence": evidence})
+        with together(ranks):
+            evidence = choose_quiet(model, tokenizer, quiet, jobs, config, most, ranks)
+            print(f"chosen: infer.evidence={evidence}")
+            if ranks.main:
+                store(checkpoint, config, {"evidence": evidence})
     else:
-        evaluate(arguments, config, tokenizer, model)
-    return 0
+        evaluate(arguments, config, tokenizer, model, jobs, ranks)
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
@@ -308,38 +295,62 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ProspectError("--max-false-alarms needs hours of quiet", where=where, remedy="--quiet FILE")
 
 
-def evaluate(arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect) -> None:
-    """Stream and score the clips, print the table, and with --out write everything down."""
-    checkpoint, out = arguments.checkpoint, arguments.out
-    similarity = load_similarity(arguments.similarity)
-    jobs = load_jobs(arguments.data, config, tokenizer, checkpoint)
+def evaluate(
+    arguments: argparse.Namespace, config: Config, tokenizer: Tokenizer, model: Prospect, jobs: Jobs, ranks: Ranks
+) -> None:
+    """Stream and score the clips, each rank its share; print the table, and with --out write everything down."""
+    checkpoint, out, skipped = arguments.checkpoint, arguments.out, []
+    with together(ranks):
+        similarity = load_similarity(arguments.similarity)
+        digests = jobs.share(ranks).digests() if out is not None else {}
     if out is not None:
-        same_settings(out, settings(checkpoint, config, arguments.data, jobs))
-        write_references(out, arguments.data, {job.clip.id for job in jobs})
+        digests = {id: digest for part in to_main(digests, ranks) for id, digest in part.items()}
+        with together(ranks):
+            if ranks.main:
+                same_settings(out, settings(checkpoint, config, arguments.data, digests))
+                write_references(out, jobs.raw(digests))
 
-    def streamed(jobs: list[Job], folder: str) -> list[ClipScore]:
-        """The scores of all clips; their records go into a folder of `out`, and are taken over from there."""
-        records_dir, taken_over = None, 0
-        if out is not None:
-            records_dir = out / folder
-            records_dir.mkdir(exist_ok=True)
-            taken_over = sum(records_file(records_dir, job.clip.id).exists() for job in jobs)
-            if taken_over:
-                print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
-        started = time.perf_counter()
-        scoring = stream_and_score(
-            model, tokenizer, jobs, config, similarity, streams=arguments.streams, records_dir=records_dir
-        )
-        scores = list(tqdm(scoring, total=len(jobs), desc="clips", dynamic_ncols=True))
+    def streamed(jobs: Jobs, folder: str) -> dict[str, ClipScore]:
+        """The scores by clip, on rank 0. Records go into a folder of `out`, and are taken over from there."""
+        records_dir, taken_over, scores = None if out is None else out / folder, 0, []
+        with together(ranks):
+            if records_dir is not None and ranks.main:
+                records_dir.mkdir(exist_ok=True)
+                taken_over = sum(records_file(records_dir, place.id).exists() for place in jobs.places)
+                if taken_over:
+                    print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
+        started, mine = time.perf_counter(), jobs.share(ranks)
+        with together(ranks):
+            scoring = stream_and_score(
+                model, tokenizer, mine, config, similarity, skipped, streams=arguments.streams, records_dir=records_dir
+            )
+            title = "clips" if ranks.world == 1 else f"clips of rank 0 of {ranks.world}"
+            for score in tqdm(scoring, total=len(mine), desc=title, dynamic_ncols=True):
+                scores.append(score)
+                if failed_elsewhere(ranks):
+                    break
+        scores = {score.clip_id: score for part in to_main(scores, ranks) for score in part}
         if not taken_over:
-            print(f"{sum(score.frames for score in scores)} frames in {time.perf_counter() - started:.1f} s")
+            frames = sum(score.frames for score in scores.values())
+            print(f"{frames} frames in {time.perf_counter() - started:.1f} s")
         return scores
 
-    scores, told = streamed(jobs, RECORDS), []
+    own, told = streamed(jobs, RECORDS), {}
     if arguments.moments == "reference":
-        told = streamed([dataclasses.replace(job, moments=reference_moments(job.clip)) for job in jobs], RECORDS_TOLD)
-    made = flatten(to_dict(config)) | {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
-    report(scores, told, made, similarity, as_typed(arguments), out)
+        told = streamed(dataclasses.replace(jobs, told=True), RECORDS_TOLD)
+    skipped = [line for part in to_main(skipped, ranks) for line in part]
+    with together(ranks):
+        if ranks.main:
+            if skipped:  # in either pass, so that both tables are of the same clips
+                tell([], skipped)
+                both = own.keys() & told.keys() if told else own.keys()
+                own, told = ({id: scores[id] for id in scores if id in both} for scores in (own, told))
+                if out is not None:
+                    write_references(out, jobs.raw(both))
+            if not own:
+                raise ProspectError("no clip could be streamed", where=", ".join(arguments.data))
+            made = flatten(to_dict(config)) | {"checkpoint": str(checkpoint), "step": read_state(checkpoint).step}
+            report([*own.values()], [*told.values()], made, similarity, as_typed(arguments), out)
 
 
 def print_again(arguments: argparse.Namespace) -> None:
@@ -356,11 +367,6 @@ def print_again(arguments: argparse.Namespace) -> None:
         raise ProspectError(what, where=str(made), remedy="evaluate again") from error
 
 
-def tell(warnings: list[str], skipped: list[str]) -> None:
-    for line in warnings + [f"skipped: {line}" for line in skipped]:
-        print(line, file=sys.stderr)
-
-
 def as_typed(arguments: argparse.Namespace) -> str:
     """The command that gives these results again. (--out is left away: it changes none of them.)"""
     words = ["python", "-m", "prospect.evaluate"]
@@ -374,13 +380,15 @@ def as_typed(arguments: argparse.Namespace) -> str:
     return shlex.join(words + arguments.overrides)
 
 
-def settings(checkpoint: Path, config: Config, files: list[str], jobs: list[Job]) -> dict[str, Any]:
-    """All that decides what the records of these clips are, by name: checkpoint, configuration, clips, embeddings."""
+def settings(checkpoint: Path, config: Config, files: list[str], embeddings: dict[str, str]) -> dict[str, Any]:
+    """All that decides what the records of these clips are, by name: checkpoint, configuration, clips, embeddings.
+
+    embeddings: the digests of the clips', by id.
+    """
     state, data = read_state(checkpoint), hashlib.sha256()
     for path in files:
         data.update(Path(path).read_bytes())
-    for job in jobs:
-        data.update(np.ascontiguousarray(job.embeddings))
+    data.update(json.dumps(embeddings, sort_keys=True).encode())
     found = flatten(to_dict(config)) | {f"trained on {name}": digest for name, digest in state.data.items()}
     for file in sorted(checkpoint.glob("*.safetensors")):  # a run trained again writes new files under the old names
         found[f"time of {file.name}"] = file.stat().st_mtime_ns

@@ -1,8 +1,9 @@
 """What streaming starts from: a checkpoint ready to run, and a clip ready to be streamed."""
 
 import functools
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from prospect.checkpoint import read_config, read_state
@@ -10,7 +11,7 @@ from prospect.clip_files import Source, load_embeddings
 from prospect.clips import Clip
 from prospect.config import Config, apply_overrides, make_config, to_dict, torch_dtype
 from prospect.decisions import SETTINGS
-from prospect.distributed import pick_device
+from prospect.distributed import check_precision, pick_device
 from prospect.embeddings import check_finite
 from prospect.errors import ProspectError
 from prospect.features import Features, warnings
@@ -31,7 +32,8 @@ APPLY = (
 def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tuple[Config, Tokenizer, Prospect]:
     """A checkpoint ready to stream: its configuration with overrides, its tokenizer, its model in eval mode.
 
-    Raises ProspectError for an override that does not apply to a checkpoint.
+    Adapters are added to their weights, so that a frame costs what it costs without them. Raises ProspectError for an
+    override that does not apply to a checkpoint, and where the GPU cannot compute in the precision asked for.
 
     Decisions that the configuration leaves open (thresholds, evidence) are those found best on validation, stored in
     the checkpoint. They were found for the checkpoint's own infer.decision; for another they are one half.
@@ -49,11 +51,14 @@ def load_for_inference(directory: str | Path, overrides: list[str] = ()) -> tupl
         if getattr(config.infer, setting) is None:
             setattr(config.infer, setting, found.get(name, 0.5))
     tokenizer = Tokenizer(directory, config.data.template)
+    config.infer.precision = config.infer.precision or config.train.precision
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = pick_device(config.infer.device, local_rank, local_world)
+    check_precision(config.infer.precision, device)
     dtype = torch_dtype(config.infer.precision)
-    model = Prospect.from_pretrained(directory, dtype=dtype).to(pick_device(config.infer.device), dtype)
+    model = Prospect.from_pretrained(directory, dtype=dtype).to(device, dtype)
     merge_lora(model)
-    model.eval()
-    prepare(model)
+    prepare(model.eval())
     return config, tokenizer, model
 
 
@@ -81,14 +86,14 @@ def trained_on(directory: str | Path) -> Features:
 
 
 def unlike_training(
-    directory: str | Path, clips: Sequence[Clip], config: Config, features: Features | None = None
+    directory: str | Path, clips: Iterable[Clip], config: Config, features: Features | None = None
 ) -> list[str]:
-    """How clips, and their features where given, differ from what a checkpoint was trained on: a line each, or none."""
-    found = prompts_unlike_training(directory, clips, config)
+    """How a stream of the clips, and their features where given, would differ from training: a line each, or none."""
+    found = [*prompts_unlike_training(directory, clips, config), *untaught_strategy(config)]
     return found if features is None else [*warnings(features, trained_on(directory), directory), *found]
 
 
-def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config: Config) -> list[str]:
+def prompts_unlike_training(directory: str | Path, clips: Iterable[Clip], config: Config) -> list[str]:
     """One line, or none: which parts the clips' prompts have that no training clip had, or lack that every one had.
 
     Nothing is said about a checkpoint that does not know what it was trained on, since it is older.
@@ -101,6 +106,22 @@ def prompts_unlike_training(directory: str | Path, clips: Sequence[Clip], config
             lacks, had = ("no", "every") if share else ("a", "no")
             found.append(f"{lacks} {part} in {odd[0]}{more} ({had} training clip had one)")
     return [f"prompts are not as in training: {'; '.join(found)}"] if found else []
+
+
+def untaught_strategy(config: Config) -> list[str]:
+    """One line, or none: whether a full context starts again in a shape that training never showed."""
+    strategy, summaries, dst = config.infer.strategy, config.data.summaries, config.data.dst
+    taught = {
+        "none": True,
+        "slide": summaries < 1,
+        "drop_all": not dst,  # the prompt tells the state with which the stream began
+        "drop_middle": False,
+        "summarize_and_drop": summaries > 0 and not dst,  # likewise
+        "summarize_with_dst": summaries > 0,
+    }[strategy]
+    how = f"data.summaries={summaries:g}, data.dst={str(dst).lower()}"
+    line = f"infer.strategy={strategy}: training showed no context that starts again as a full one will ({how})"
+    return [] if taught else [line]
 
 
 def load_job(source: Source, index: int, vision_dim: int) -> tuple[Job, str | None]:

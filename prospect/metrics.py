@@ -19,6 +19,7 @@ Letters: F frames, P predictions, R references, S steps. Frames are rows here: 0
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from prospect.errors import ProspectError
 Result = TypeVar("Result")
 Update = tuple[int, Transition]  # (row of the frame at which it stands, what it does)
 Event = tuple[int, int]  # the rows in which something is due, both ends included
+Choices = tuple[np.ndarray, np.ndarray]  # the columns that a row of an assignment may take, and what each costs
 
 CANDIDATES = 50  # thresholds tried at the most
 EVENT_TOLERANCE = 1.0  # seconds: an event counts as found when it is predicted in its range or this close to it
@@ -71,48 +73,69 @@ class Counts:
 # ---- the assignment behind both other parts ------------------------------------------------------
 
 
-def minimum_cost_assignment(cost: np.ndarray) -> np.ndarray:
-    """Give every row of `cost` [n, m], n <= m, a column of its own at the least total cost; np.inf forbids a pair.
+def cheapest_assignment(choices: Sequence[Choices], alone: float = math.inf) -> list[int]:
+    """Give every row one of its columns, no two the same, at the least total cost; -1: none, which costs `alone`.
+
+    choices    of each row: the columns it may take, and what each costs
+    alone      inf: every row must take a column; else more than any cost saved by leaving a row out
 
     Rows enter one at a time. A new row looks for the cheapest chain "it takes a column, that column's row moves to
-    another, ... until a free column is found": Dijkstra over the columns. Prices per row and column keep
-    cost - row_price - column_price >= 0 everywhere and = 0 on assigned pairs, which is what makes Dijkstra right, and
-    the assignment optimal, after every row. O(n^2 m), vectorised over m.
+    another, ... until a free column is found, or a row is left alone": Dijkstra over the columns. Prices per row and
+    column keep cost - row_price - column_price >= 0 everywhere and = 0 on assigned pairs, which is what makes Dijkstra
+    right, and the assignment optimal, after every row. Of chains of one length, that to the lowest column.
 
-    Returns the column of each row, [n]. Raises ValueError where no assignment of all rows exists.
+    Only columns that the search reaches are touched: time and memory grow with the choices, not with rows times
+    columns. Raises ValueError where no assignment of all rows exists.
     """
-    n, m = cost.shape
-    row_price, column_price = np.zeros(n), np.zeros(m)
-    column_of = np.full(n, -1)
-    row_of = np.full(m, -1)
-    for new_row in range(n):
-        length = np.full(m, np.inf)  # of the cheapest chain known to each column
-        came_from = np.full(m, -1)  # the row that takes this column in that chain
-        settled = np.zeros(m, bool)
-        row, reached = new_row, 0.0
+    column_of = [-1] * len(choices)
+    row_of: dict[int, int] = {}
+    row_price, column_price = [0.0] * len(choices), defaultdict(float)
+    for new_row in range(len(choices)):
+        length: dict[int, float] = {}  # of the cheapest chain known to each column; -inf once it is settled
+        came_from: dict[int, int] = {}  # the row that takes this column in that chain
+        settled: list[tuple[int, float]] = []  # columns, in order of their length
+        queue: list[tuple[float, int]] = []  # of lengths; those that have been undercut or settled stay in it
+        row, reached, left_out, at_most = new_row, 0.0, -1, math.inf  # at_most: no longer chain is needed
+        ends_alone = math.inf  # the length of the cheapest chain that leaves a row, `left_out`, alone
         while True:
-            through = reached + cost[row] - row_price[row] - column_price
-            shorter = ~settled & (through < length)
-            length[shorter], came_from[shorter] = through[shorter], row
-            column = int(np.argmin(np.where(settled, np.inf, length)))
-            if settled[column] or length[column] == np.inf:
+            through = reached + alone - row_price[row]
+            if through < ends_alone:
+                ends_alone, left_out, at_most = through, row, min(at_most, through)
+            for column, cost in zip(*(part.tolist() for part in choices[row])):
+                through = reached + cost - row_price[row] - column_price[column]
+                if through <= at_most and through < length.get(column, math.inf):
+                    length[column], came_from[column] = through, row
+                    heapq.heappush(queue, (through, column))
+                    if column not in row_of:
+                        at_most = through
+            while queue and queue[0][0] != length[queue[0][1]]:
+                heapq.heappop(queue)
+            if not queue and left_out < 0:
                 raise ValueError(f"row {new_row} can have no column of its own")
-            settled[column], reached = True, length[column]
-            if row_of[column] < 0:
+            if not queue or ends_alone < queue[0][0]:
+                row, column, reached = left_out, -1, ends_alone
+                break
+            reached, column = heapq.heappop(queue)
+            settled.append((column, reached))
+            length[column] = -math.inf
+            if column not in row_of:
+                row = came_from[column]
                 break
             row = row_of[column]
 
         row_price[new_row] += reached
-        moved = settled & (row_of >= 0)
-        row_price[row_of[moved]] += reached - length[moved]
-        column_price[settled] -= reached - length[settled]
+        for passed, at in settled:
+            column_price[passed] -= reached - at
+            if passed in row_of:
+                row_price[row_of[passed]] += reached - at
 
         while True:  # walk the chain back: each row takes its new column and gives up its old one
-            row = came_from[column]
-            row_of[column] = row
+            if column >= 0:
+                row_of[column] = row
             column_of[row], column = column, column_of[row]
             if row == new_row:
                 break
+            row = came_from[column]
     return column_of
 
 
@@ -172,21 +195,19 @@ def match_events(predicted: Sequence[int], reference: Sequence[Event], tolerance
     """Pair predictions with reference events one to one, each inside the event's range or at most `tolerance` frames
     from it: as many pairs as possible, and of all ways to have so many the one with the least total distance.
 
-    predicted: rows; reference: ranges of rows, both ends included. A reference that finds no prediction takes a column
-    of its own, at a cost above all distances together. Returns (index into `predicted`, index into `reference`) pairs,
-    in the order of the references.
+    predicted: rows; reference: ranges of rows, both ends included. A reference that finds no prediction costs more than
+    all distances together. Returns (index into `predicted`, index into `reference`) pairs, in the order of the
+    references.
     """
-    P, R = len(predicted), len(reference)
-    if P == 0 or R == 0:
-        return []
     rows = np.asarray(predicted, np.int64)  # [P]
-    first, last = np.asarray(reference, np.int64).T[:, :, None]  # [R,1] each
-    distance = np.maximum(np.maximum(first - rows, rows - last), 0)  # [R,P]
-    unmatched = 1 + tolerance * R
-    cost = np.full((R, P + R), float(unmatched))
-    cost[:, :P] = np.where(distance <= tolerance, distance, np.inf)
-    taken = minimum_cost_assignment(cost)
-    return [(int(p), r) for r, p in enumerate(taken) if p < P]
+    in_time = np.argsort(rows, kind="stable")
+    choices = []
+    for first, last in reference:
+        begin, end = np.searchsorted(rows, (first - tolerance, last + tolerance + 1), sorter=in_time)
+        near = in_time[begin:end]
+        choices.append((near, np.maximum(np.maximum(first - rows[near], rows[near] - last), 0)))
+    taken = cheapest_assignment(choices, alone=1 + tolerance * len(reference))
+    return [(p, r) for r, p in enumerate(taken) if p >= 0]
 
 
 def event_counts(predicted: Sequence[int], reference: Sequence[Event], fps: float) -> Counts:
@@ -414,7 +435,7 @@ def match_dialogue(
     """
     predicted, reference = np.asarray(predicted_frames, np.int64), np.asarray(reference_frames, np.int64)  # [P], [R]
     P, R = len(predicted), len(reference)
-    similarity = np.abs(np.asarray(similarity, np.float64)) if P and R else np.zeros((P, R))
+    similarity = np.asarray(similarity, np.float64) if P and R else np.zeros((P, R))
     if similarity.shape != (P, R) or not np.isfinite(similarity).all():
         what = f"similarity must be finite and {(P, R)}, is {similarity.shape}"
         raise ProspectError(what, where="match_dialogue", remedy="one row a prediction, one column a reference")
@@ -432,26 +453,26 @@ def match_dialogue(
         what = f"window {tuple(window_seconds)} does not hold the prediction's own frame"
         raise ProspectError(what, where="match_dialogue", remedy="seconds (l, r) with l <= 0 <= r")
 
-    # Only frames that some prediction can reach become columns, C of them.
-    columns = np.unique(predicted[:, None] + np.arange(earliest, latest + 1))
-    columns = columns[(columns >= 0) & (columns < num_frames)]  # [C]
-    reference_at = np.full(num_frames, -1)
+    # Each prediction chooses among the W frames of its window.
+    offset = np.arange(earliest, latest + 1)  # [W]
+    frames = predicted[:, None] + offset  # [P, W]
+    inside = (frames >= 0) & (frames < num_frames)
+    reference_at = np.full(num_frames, -1)  # [F] index of the reference there, -1 for none
     reference_at[reference] = np.arange(R)
-    reference_of = reference_at[columns]  # [C] index of the reference there, -1 for none
-    offset = columns[None, :] - predicted[:, None]  # [P, C]
-    # Similarity 0 to "no reference", which index -1 finds in the padded last column.
-    text_cost = 1 - np.pad(similarity, ((0, 0), (0, 1)))[:, reference_of]  # [P, C]
+    reference_of = np.where(inside, reference_at[frames.clip(0, num_frames - 1)], -1)  # [P, W]
+    rows, places = np.nonzero(reference_of >= 0)
+    text_cost = np.ones(frames.shape)
+    text_cost[rows, places] -= np.abs(similarity[rows, reference_of[rows, places]])
     reach = max(abs(earliest), latest) or 1  # a window of one frame has no distance
     cost = text_cost + distance_factor * (np.abs(offset) / reach) ** distance_power
-    cost[(offset < earliest) | (offset > latest)] = np.inf
+    alone = math.inf
     if compat == "proassist":
-        cost[cost == 0] = np.inf
-        no_frame = np.full((P, P), 2 * P * (1 + distance_factor))  # dearer than any assignment that has a frame for it
-        cost, reference_of = np.hstack([cost, no_frame]), np.concatenate([reference_of, np.full(P, -1)])
+        inside &= cost != 0
+        alone = 2 * P * (1 + distance_factor)  # dearer than any assignment that has a frame for it
+    taken = cheapest_assignment([(frames[p, inside[p]], cost[p, inside[p]]) for p in range(P)], alone)
 
-    taken = reference_of[minimum_cost_assignment(cost)]  # [P] the reference of each prediction, or -1
-    pairs = [(p, int(r)) for p, r in enumerate(taken) if r >= 0]
-    scores = [float(similarity[pair]) for pair in pairs]
+    pairs = [(p, int(reference_at[frame])) for p, frame in enumerate(taken) if frame >= 0 and reference_at[frame] >= 0]
+    scores = [abs(float(similarity[pair])) for pair in pairs]
     correct = [pair for pair, score in zip(pairs, scores) if score > threshold]
     semantic = [score for score in scores if score >= threshold]
     result = _dialogue_rates(
@@ -602,18 +623,19 @@ def pair_updates(
     `same_meaning` admits only pairs of the same step and transition. The three wishes, in their order, are one cost: a
     frame of distance weighs more than all disagreements together, an update left alone more than all distances.
     """
-    P, R = len(predicted), len(reference)
-    cost = np.full((P, R + P), np.inf)  # the last P columns: left alone
-    disagreements = 2 * min(P, R) + 1
-    distances = (max(abs(window[0]), window[1]) * min(P, R) + 1) * disagreements
-    cost[:, R:] = distances
-    for p, (p_row, p_move) in enumerate(predicted):
+    disagreements = 2 * min(len(predicted), len(reference)) + 1
+    choices = []
+    for p_row, p_move in predicted:
+        columns, costs = [], []
         for r, (r_row, r_move) in enumerate(reference):
             differ = (p_move.id != r_move.id) + (p_move.transition != r_move.transition)
             if window[0] <= r_row - p_row <= window[1] and not (same_meaning and differ):
-                cost[p, r] = abs(r_row - p_row) * disagreements + differ
-    taken = minimum_cost_assignment(cost)
-    return [(predicted[p], reference[r]) for p, r in enumerate(taken) if r < R]
+                columns.append(r)
+                costs.append(abs(r_row - p_row) * disagreements + differ)
+        choices.append((np.array(columns), np.array(costs)))
+    furthest = max(abs(window[0]), window[1]) * min(len(predicted), len(reference))  # all distances together
+    taken = cheapest_assignment(choices, alone=(furthest + 1) * disagreements)
+    return [(predicted[p], reference[r]) for p, r in enumerate(taken) if r >= 0]
 
 
 # ---- reporting -----------------------------------------------------------------------------------

@@ -17,10 +17,12 @@ What it rests on: minutes are alike and independent of one another, those to com
 several alarms counts once. The file is as quiet, as dark and as crowded as the place where the assistant will be.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from prospect.config import Config
+from prospect.distributed import ALONE, Ranks, gather_objects
 from prospect.errors import ProspectError
 from prospect.metrics import Counts
 from prospect.model import Prospect
@@ -58,7 +60,7 @@ def minutes_needed(max_per_hour: float) -> int:
     return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-max_per_hour / 60))
 
 
-def check_quiet(quiet: list[Job], max_per_hour: float) -> None:
+def check_quiet(quiet: Sequence[Job], max_per_hour: float) -> None:
     """Raises ProspectError where the clips cannot certify anything, whatever the model does."""
     if not 0 < max_per_hour < 60:
         remedy = "more than 0, less than 60: a minute counts once"
@@ -75,19 +77,26 @@ def check_quiet(quiet: list[Job], max_per_hour: float) -> None:
 
 
 def choose_quiet(
-    model: Prospect, tokenizer: Tokenizer, quiet: list[Job], jobs: list[Job], config: Config, max_per_hour: float
+    model: Prospect,
+    tokenizer: Tokenizer,
+    quiet: Sequence[Job],
+    jobs: Sequence[Job],
+    config: Config,
+    max_per_hour: float,
+    ranks: Ranks = ALONE,
 ) -> float:
     """The evidence that is best on `jobs`, of all that the quiet clips certify. Prints what it costs.
 
-    Raises ProspectError where none is certified, or none can be.
+    Every rank streams its share of the clips. Raises ProspectError where none is certified, or none can be.
     """
     check_quiet(quiet, max_per_hour)
     thresholds = {"speaking": config.infer.speaking_threshold, "dst": config.infer.dst_threshold}
     print("| evidence | alarmed minutes | p-value | certified |\n|---:|---:|---:|---|")
     certified: list[float] = []
     for evidence in EVIDENCE:
-        clips = streamed_clips(model, tokenizer, quiet, with_decisions(config, thresholds, evidence))
-        minutes = [alarm for job, records in clips for alarm in alarmed(records, job.clip.fps)]
+        clips = streamed_clips(model, tokenizer, mine(quiet, ranks), with_decisions(config, thresholds, evidence))
+        alarms = [alarm for job, records in clips for alarm in alarmed(records, job.clip.fps)]
+        minutes = [alarm for part in gather_objects(alarms, ranks) for alarm in part]
         ok = passes(sum(minutes), len(minutes), max_per_hour)
         p = p_value(sum(minutes), len(minutes), max_per_hour)
         print(f"| {evidence} | {sum(minutes)} of {len(minutes)} | {p:.4f} | {'yes' if ok else 'no'} |", flush=True)
@@ -99,21 +108,30 @@ def choose_quiet(
         raise ProspectError(what, where=quiet[0].clip.where, remedy="more hours, or a larger --max-false-alarms")
 
     target = config.infer.tuned_for
-    tried = list(try_evidence(model, tokenizer, some_of(jobs), config, thresholds, grid=certified))
+    gather, some = functools.partial(gather_objects, ranks=ranks), list(mine(some_of(jobs), ranks))
+    tried = list(try_evidence(model, tokenizer, some, config, thresholds, gather, certified))
     best = best_tried(tried, target).evidence
     print(f"\ncertified: at most {max_per_hour:g} false alarms an hour, at {CONFIDENCE:.0%} confidence")
     print(f"\n| evidence | {' | '.join(('speaking events caught', 'update events caught')[: 1 + config.data.dst])} |")
     print("|---:|" + "---:|" * (1 + config.data.dst))
     for name, evidence in (("before", config.infer.evidence), ("certified", best)):
-        caught = events_caught(model, tokenizer, jobs, with_decisions(config, thresholds, evidence))
+        caught = events_caught(model, tokenizer, jobs, with_decisions(config, thresholds, evidence), ranks)
         cells = [f"{counts.matched} of {counts.reference} ({cell_text(counts.recall)})" for counts in caught.values()]
         print(f"| {name}: {evidence} | {' | '.join(cells)} |")
     return best
 
 
-def events_caught(model: Prospect, tokenizer: Tokenizer, jobs: list[Job], config: Config) -> dict[str, Counts]:
+def mine(jobs: Sequence[Job], ranks: Ranks) -> Iterator[Job]:
+    """Every so many-th, each read when it is its turn."""
+    return (jobs[number] for number in range(ranks.rank, len(jobs), ranks.world))
+
+
+def events_caught(
+    model: Prospect, tokenizer: Tokenizer, jobs: Sequence[Job], config: Config, ranks: Ranks
+) -> dict[str, Counts]:
     """Of each head, over all clips."""
     similarity, dst = load_similarity("lexical"), config.data.dst
-    clips = streamed_clips(model, tokenizer, jobs, config)
-    scores = [score_clip(job.clip, records, similarity, dst).events for job, records in clips]
-    return {head: sum((events[head] for events in scores), Counts()) for head in scores[0]}
+    clips = streamed_clips(model, tokenizer, mine(jobs, ranks), config)
+    events = [score_clip(job.clip, records, similarity, dst).events for job, records in clips]
+    events = [of_clip for part in gather_objects(events, ranks) for of_clip in part]
+    return {head: sum((of_clip[head] for of_clip in events), Counts()) for head in events[0]}

@@ -14,13 +14,13 @@ import dataclasses
 import hashlib
 import json
 import urllib.parse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prospect.clip_files import ClipFile, clip_id
 from prospect.clips import Clip
 from prospect.errors import ProspectError
-from prospect.files import read_json, read_lines, write_json, write_text
+from prospect.files import read_json, read_lines, write_json, write_whole
 from prospect.stream import FrameRecord
 
 RECORDS, RECORDS_TOLD, REFERENCES = "records", "records-reference", "references.jsonl"
@@ -50,13 +50,11 @@ def read_records(path: Path, clip: Clip) -> list[dict] | None:
     return records if whole else None
 
 
-def write_references(out: Path, paths: list[str], ids: set[str]) -> None:
+def write_references(out: Path, clips: Iterable[dict[str, Any]]) -> None:
     """The clips that are evaluated, as they are in their files, so that `out` can be scored again by itself."""
-    raw = [
-        (clip_id(clip, i), clip) for path in paths for i, clip in enumerate(ClipFile(path)) if isinstance(clip, dict)
-    ]
-    lines = [json.dumps(clip | {"id": id}) + "\n" for id, clip in raw if id in ids]
-    write_text(out / REFERENCES, "".join(lines))
+    with write_whole(out / REFERENCES) as file:
+        for clip in clips:
+            file.write(json.dumps(clip).encode() + b"\n")
 
 
 def same_settings(out: Path, wanted: dict[str, Any]) -> None:

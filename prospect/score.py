@@ -62,7 +62,7 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
     said = {record["frame_idx"] - first: record["text"] for record in records if record["text"] is not None}
     wanted = {frame - first: text for frame, text in clip.replies().items()}
     said_rows, wanted_rows = list(said), list(wanted)
-    alike = similarity.between([said[row] for row in said_rows], [wanted[row] for row in wanted_rows])  # [P, R]
+    alike = np.abs(similarity.between([said[row] for row in said_rows], [wanted[row] for row in wanted_rows]))  # [P, R]
     window = window_of(clip.dataset)
     dialogue = match_dialogue(said_rows, wanted_rows, alike, num_frames=F, fps=clip.fps, window_seconds=window)
     pairs = [(said[said_rows[p]], wanted[wanted_rows[r]]) for p, r in dialogue["correct_pairs"]]
@@ -76,7 +76,7 @@ def score_clip(clip: Clip, records: list[dict], similarity: Similarity, dst: boo
     timing = timing_counts(
         said,
         list(zip(rows_of(clip, "assistant"), wanted.values())),
-        np.abs(alike),
+        alike,
         similarity.between,
         [row for row, record in enumerate(records) if record["speaking_decision"] or record["dst_update_decision"]],
         [event for role in ("user", "assistant", "DST_UPDATE") for event in rows_of(clip, role)],

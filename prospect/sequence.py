@@ -26,7 +26,7 @@ D width of an embedding.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from prospect.config import DataConfig
 from prospect.dst import State, Step, write_update
 from prospect.errors import ProspectError
 from prospect.model import IGNORE
+from prospect.summaries import SUMMARY_REQUEST, can_be_summarized, reference_summary
 from prospect.tokenizer import IMAGE, Piece, Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful and proactive assistant."
@@ -74,6 +75,11 @@ def clip_prompt(clip: Clip, state: State, config: DataConfig, summary: str = "")
     system = "\n".join(turn.text for turn in clip.turns if turn.role == "system")
     knowledge = clip.knowledge if config.recipe else ""
     return prompt_text(system, clip.goal, clip.steps, state, dst=config.dst, knowledge=knowledge, summary=summary)
+
+
+def summary_prompt(clip: Clip, state: State, config: DataConfig, summary: str) -> str:
+    """The prompt of a context that begins with a summary. It always brings the recipe along, as ProAssist's does."""
+    return clip_prompt(clip, state, replace(config, recipe=True), summary)
 
 
 def prompt_parts(clip: Clip, config: DataConfig) -> dict[str, bool]:
@@ -173,6 +179,9 @@ class Layout:
     said: list[Said]
     units: np.ndarray
 
+    def first_frame(self, unit: int) -> int:
+        return int(self.frames[self.units[unit]])
+
 
 def lay_out(
     clip: Clip, config: DataConfig, rate: float, seed: int, epoch: int, window: "Window | None" = None
@@ -267,6 +276,7 @@ class Window:
     end: int
     num_tokens: int  # of the whole sequence, prompt included
     units: tuple[int, ...] | None = None
+    summarized: bool = False  # it begins with a summary of the window before it, and ends with one for the next
 
     def shows(self, U: int) -> np.ndarray:
         """Which of the clip's U units it shows, [U] bool."""
@@ -280,7 +290,27 @@ class Window:
         return np.union1d(begins, [self.learn])
 
 
-def plan_windows(clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataConfig, per_frame: int) -> list[Window]:
+def is_summarized(clip: Clip, config: DataConfig, seed: int) -> bool:
+    """Whether the clip's windows hand a summary on: so do a share `data.summaries` of the clips that can be summarized.
+
+    Drawn for (seed, clip), the same in every epoch, so that the windows stay.
+    """
+    if config.summaries == 0 or config.long_clips == "truncate" or not can_be_summarized(clip):
+        return False
+    return generator(seed, "summaries", clip.id).random() < config.summaries
+
+
+def window_prompt(clip: Clip, frame: int, config: DataConfig, summarized: bool) -> str:
+    """The prompt of a window whose first frame is `frame`. summarized: it follows a window that ends with a summary."""
+    state = clip.state_before(frame)
+    if summarized:
+        return summary_prompt(clip, state, config, reference_summary(clip, frame))
+    return clip_prompt(clip, state, config)
+
+
+def plan_windows(
+    clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataConfig, per_frame: int, seed: int = 0
+) -> list[Window]:
     """Cut a clip into sequences of at most max_seq_len tokens.
 
     A window begins with the prompt and the last `overlap` share of the previous window's frames and text, which is not
@@ -290,31 +320,43 @@ def plan_windows(clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataC
         window 1   <prompt: state at g>              g h i j k l m n          learned from i on
         window 2   <prompt: state at m>                          m n o p ...  learned from o on
 
+    Windows of a summarized clip, drawn from `seed`, hand a summary on in place of the overlap (prospect/summaries.py).
     No window for a clip without frames to show (the turns layout of a clip in which nobody speaks).
     Raises ProspectError where a prompt and a single unit are more than max_seq_len.
     """
     tokens = unit_tokens(layout, tokenizer, per_frame)  # [U]
     until = np.concatenate(([0], np.cumsum(tokens)))  # [U+1] tokens before each unit
-    U = len(tokens)
-    known: dict[tuple[str, ...], int] = {}  # the prompt's length by the state it tells; nothing else in it changes
+    U, summarized = len(tokens), is_summarized(clip, config, seed)
+    known: dict[str, int] = {}  # tokens of prompts met before
 
     def prompt_length(unit: int) -> int:
-        state = clip.state_before(int(layout.frames[layout.units[unit]]))
-        key = tuple(state.values())
-        if key not in known:
-            [known[key]] = tokenizer.count_tokens([prompt_pieces(clip_prompt(clip, state, config), tokenizer)])
-            known[key] += int(config.silence_lm)  # the closing end token, see format_conversation_with_ranges
-        return known[key]
+        prompt = window_prompt(clip, layout.first_frame(unit), config, summarized and unit > 0)
+        if prompt not in known:
+            [known[prompt]] = tokenizer.count_tokens([prompt_pieces(prompt, tokenizer)])
+            known[prompt] += int(config.silence_lm)  # the closing end token, see format_conversation_with_ranges
+        return known[prompt]
+
+    def ending_length(end: int) -> int:
+        """Tokens of the request for a summary, and of the summary, with which a window ends before unit `end`."""
+        if not summarized or end == U:
+            return 0
+        return sum(tokenizer.count_tokens(summary_turns(reference_summary(clip, layout.first_frame(end)), tokenizer)))
+
+    def length(first: int, end: int) -> int:
+        return prompt_length(first) + int(until[end] - until[first]) + ending_length(end)
 
     def fit(first: int) -> int:
         """The units first..end-1 fit into one sequence; returns end."""
         room = config.max_seq_len - prompt_length(first)
-        return int(np.searchsorted(until, until[first] + room, side="right")) - 1
+        end = int(np.searchsorted(until, until[first] + room, side="right")) - 1
+        while end > first and length(first, end) > config.max_seq_len:  # the summary needs room
+            end -= 1
+        return end
 
     if U == 0:
         return []
     if fit(0) == U:
-        return [Window(0, 0, U, prompt_length(0) + int(until[U]))]
+        return [Window(0, 0, U, length(0, U))]
     if config.long_clips == "truncate":
         return [_truncate(clip, layout, tokens, prompt_length, config)]
 
@@ -324,13 +366,12 @@ def plan_windows(clip: Clip, layout: Layout, tokenizer: Tokenizer, config: DataC
             first += 1
         end = fit(first)
         if end <= learn:
-            frame = int(layout.frames[layout.units[learn]])
-            needed = prompt_length(learn) + int(tokens[learn])
+            frame, needed = layout.first_frame(learn), length(learn, learn + 1)
             what = f"the prompt and what is said at frame {frame} need {needed} tokens"
             remedy = f"data.max_seq_len is {config.max_seq_len}: raise it, or shorten the text"
             raise ProspectError(what, where=clip.where, remedy=remedy)
-        windows.append(Window(first, learn, end, prompt_length(first) + int(until[end] - until[first])))
-        first, learn = overlap_start(until, first, end, config.overlap), end
+        windows.append(Window(first, learn, end, length(first, end), summarized=summarized))
+        first, learn = overlap_start(until, first, end, 0.0 if summarized else config.overlap), end
     return windows
 
 
@@ -345,6 +386,13 @@ def overlap_start(until: np.ndarray, first: int, end: int, overlap: float) -> in
 
 def turn_pieces(said: Said, tokenizer: Tokenizer) -> list[Piece]:
     return tokenizer.template.turn(said.role, said.text) + tokenizer.template.suffix()
+
+
+def summary_turns(summary: str, tokenizer: Tokenizer) -> tuple[list[Piece], list[Piece]]:
+    """The request for a summary and the summary, as turns with what follows them."""
+    template = tokenizer.template
+    request = template.turn("user", SUMMARY_REQUEST) + template.suffix()
+    return request, template.turn("assistant", summary) + template.suffix()
 
 
 def unit_tokens(layout: Layout, tokenizer: Tokenizer, per_frame: int) -> np.ndarray:
@@ -389,7 +437,13 @@ class Formatted:
 
 
 def format_conversation_with_ranges(
-    prompt: str, layout: Layout, window: Window, tokenizer: Tokenizer, per_frame: int = 1, silence_lm: bool = False
+    prompt: str,
+    layout: Layout,
+    window: Window,
+    tokenizer: Tokenizer,
+    per_frame: int = 1,
+    silence_lm: bool = False,
+    summary: str | None = None,
 ) -> Formatted:
     """Write a window's text and note, in the same pass, where each range of characters begins and ends.
 
@@ -399,6 +453,7 @@ def format_conversation_with_ranges(
                             '-----------------'                         speaking_ranges  [7, 26)
 
     (The prompt, which stands in front, is left out of the drawing.) per_frame: I, the <image> tokens of one frame.
+    summary: what the window ends with, after the request for it; learned like a reply.
     With silence_lm one more end token closes the sequence: a silent frame is taught that token as the one behind it
     (see label_tokens), and behind a window's last frame there would be none to carry the label.
     """
@@ -433,6 +488,12 @@ def format_conversation_with_ranges(
         pieces += turn + tokenizer.template.suffix()
         length = end + len(tokenizer.template.after)
     show(len(shown))
+    if summary is not None:
+        request, answer = summary_turns(summary, tokenizer)
+        begin = length + sum(len(piece.text) for piece in request)
+        end = begin + sum(len(piece.text) for piece in answer) - len(tokenizer.template.after)
+        ranges["assistant"].append((begin, end))
+        pieces += request + answer
     if silence_lm:
         pieces.append(Piece(tokenizer.template.end, control=True))
 
@@ -469,9 +530,13 @@ def make_sample(
 ) -> Sample:
     """One window of a clip as arrays. embeddings: [rows, I, D], row r is frame clip.start_frame + r."""
     per_frame = embeddings.shape[1]
-    frame = int(layout.frames[layout.units[window.first]])
-    prompt = clip_prompt(clip, clip.state_before(frame), config)
-    formatted = format_conversation_with_ranges(prompt, layout, window, tokenizer, per_frame, config.silence_lm)
+    prompt = window_prompt(clip, layout.first_frame(window.first), config, window.summarized and window.first > 0)
+    summary = None
+    if window.summarized and window.end < len(layout.units) - 1:
+        summary = reference_summary(clip, layout.first_frame(window.end))
+    formatted = format_conversation_with_ranges(
+        prompt, layout, window, tokenizer, per_frame, config.silence_lm, summary
+    )
     ids, starts = tokenizer.encode_pieces(formatted.pieces)
     labels, decided = label_tokens(formatted, ids, starts, config, tokenizer.end_id)
     rows = embeddings[formatted.frames - clip.start_frame]  # [F, I, D], in the order of the <image> tokens

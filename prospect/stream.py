@@ -30,14 +30,15 @@ from torch import Tensor
 
 from prospect.clips import MAX_TEXT, Clip, unpaired_surrogate
 from prospect.config import Config
-from prospect.context import SUMMARY_REQUEST, stream_room, summary_tokens, user_ids
+from prospect.context import stream_room, summary_tokens, user_ids
 from prospect.decisions import Evidence, Moments, decide
 from prospect.dst import STATES, State, UpdateError, apply_update, legal_continuations, legal_updates, parse_update
 from prospect.errors import ProspectError
 from prospect.graph import ForwardGraph
 from prospect.memory import check_fits
 from prospect.model import Generated, KVCache, Prospect, sent
-from prospect.sequence import clip_prompt, overlap_start, prompt_pieces
+from prospect.sequence import clip_prompt, overlap_start, prompt_pieces, summary_prompt
+from prospect.summaries import SUMMARY_REQUEST
 from prospect.tokenizer import Piece, Tokenizer
 
 DROP_MIDDLE_TAIL = 512  # tokens of the recent past that drop_middle keeps (ProAssist)
@@ -230,8 +231,9 @@ class StreamSession:
         """Make room for `needed` tokens, by the configured strategy. What is kept is fed again, from position 0 on.
 
         slide (ours) keeps the last `overlap` share under a prompt with the state at the first kept frame: exactly the
-        windows of training. The others are there to compare. drop_all, drop_middle and summarize_and_drop know no task
-        state, so their prompt stays the one that the stream began with; summarize_with_dst tells the predicted one.
+        windows of training. summarize_and_drop and summarize_with_dst begin like the windows of training with
+        data.summaries. drop_all and drop_middle are there to compare. All but slide and summarize_with_dst know no task
+        state: their prompt tells the one with which the stream began.
         """
         started, before = time.perf_counter(), self.num_tokens
         clip, data, strategy = self.clip, self.config.data, self.config.infer.strategy
@@ -250,12 +252,12 @@ class StreamSession:
             while kept and self.prompt_tokens + sum(unit.num_tokens for unit in kept) + needed > self.limit:
                 kept = kept[1:]  # a long text follows: it needs their room
         else:
-            summary, data = self._summarize(), replace(data, recipe=True)
+            summary = self._summarize()
             state = self.state if strategy == "summarize_with_dst" else clip.initial_state
-            prompt = clip_prompt(clip, state, data, summary)
+            prompt = summary_prompt(clip, state, data, summary)
             while summary and self._prompt_tokens(prompt) + needed > self.limit:
                 summary = summary[: len(summary) // 2].rstrip()  # likewise
-                prompt = clip_prompt(clip, state, data, summary)
+                prompt = summary_prompt(clip, state, data, summary)
         self._restart(prompt, kept, needed)
         return ContextEvent(strategy, before, self.num_tokens, summary, time.perf_counter() - started)
 
@@ -325,7 +327,7 @@ class StreamSession:
         if before + summary_tokens(self.tokenizer, self.config) > self.config.data.max_seq_len:
             self.cache.lengths[self.stream] -= len(self.units[-1].after_ids)
         self._run(user_ids(self.tokenizer, [SUMMARY_REQUEST]), None)
-        [turn] = generate([self], "assistant")
+        [turn] = generate([self], "assistant", self.config.infer.max_summary_tokens)
         self.cache.lengths[self.stream] = before
         return self.tokenizer.decode(turn.ids).strip()
 
@@ -434,8 +436,9 @@ def advance(sessions: list[StreamSession], upcoming: list[list[Frame]]) -> list[
 
     # First the update, then the reply that may rest on it, as training has them.
     last = [(session, taken[-1]) for session, taken in zip(sessions, records)]
-    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")
-    write([pair for pair in last if pair[1].speaking_decision], "assistant")
+    infer = session.config.infer
+    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)
+    write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)
     return records
 
 
@@ -486,10 +489,10 @@ def read_heads(model: Prospect, hidden: Tensor, decision: str, end_id: int) -> l
     ]
 
 
-def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str) -> None:
-    """Generate a turn of `role` in each of the streams that decided on one, side by side."""
+def write(deciding: list[tuple[StreamSession, FrameRecord]], role: str, limit: int) -> None:
+    """Generate a turn of `role`, at most `limit` tokens, in each of the streams that decided on one, side by side."""
     if deciding:
-        turns = generate([session for session, _ in deciding], role)
+        turns = generate([session for session, _ in deciding], role, limit)
         for (session, record), turn in zip(deciding, turns):
             session.wrote(role, turn, record)
 
@@ -504,17 +507,16 @@ def fitting(session: StreamSession, frames: list[Frame]) -> tuple[list[Unit], Co
     return units[: int(np.searchsorted(until, session.limit - session.num_tokens, side="right"))], event
 
 
-def generate(sessions: list[StreamSession], role: str) -> list[Generated]:
-    """One turn of `role` in each of the sessions, side by side."""
+def generate(sessions: list[StreamSession], role: str, limit: int) -> list[Generated]:
+    """One turn of `role`, of `limit` tokens at most, in each of the sessions, side by side."""
     first = sessions[0]
-    infer = first.config.infer
-    constrained = role == "DST_UPDATE" and infer.constrain_dst
+    constrained = role == "DST_UPDATE" and first.config.infer.constrain_dst
     return first.model.fast_greedy_generate(
         first.headers[role],
         first.cache,
         [session.stream for session in sessions],
         end_ids=first.end_ids,
-        max_new_tokens=infer.max_update_tokens if role == "DST_UPDATE" else infer.max_reply_tokens,
+        max_new_tokens=limit,
         forbidden=first.forbidden,
         allowed=[constraint(session) for session in sessions] if constrained else None,
     )

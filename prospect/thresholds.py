@@ -11,13 +11,16 @@ prospect/metrics.py.
 import contextlib
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from prospect.config import Config
 from prospect.data import Corpus, collate, to_device
+from prospect.errors import ProspectError
 from prospect.metrics import (
     DecisionCounts,
     HeadTrace,
@@ -54,15 +57,46 @@ class TeacherForced:
     sequences: list[SequenceTrace]
 
 
+class ForcedBatch(NamedTuple):  # a tuple, so that a data loader pins what is in it
+    """Sequences as a forward takes them, all of it made on the CPU."""
+
+    tensors: dict[str, Tensor | list]  # from collate
+    positions: list[Tensor]  # of each sequence, [F]: where its decisions are read
+    sequences: list[SequenceTrace]  # still without probabilities
+
+
+class ForcedBatches(Dataset):
+    """Lists of sequence numbers to batches, here or in a worker process."""
+
+    def __init__(self, corpus: Corpus):
+        self.corpus = corpus
+
+    def __getitem__(self, batch: list[int]) -> ForcedBatch | ProspectError:
+        try:
+            return make_batch(self.corpus, batch)
+        except ProspectError as error:  # raised by the receiver, as in data.MicroBatches
+            return error
+
+
+def make_batch(corpus: Corpus, batch: list[int]) -> ForcedBatch:
+    samples: list[Sample] = [corpus[(0, index)] for index in batch]
+    sequences = []
+    for index, sample in zip(batch, samples):
+        entry, labels = corpus.entries[index], reference_labels(corpus, index)
+        sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, {}, labels))
+    positions = [torch.from_numpy(sample.decision_positions) for sample in samples]
+    return ForcedBatch(collate(samples, corpus.tokenizer.pad_id), positions, sequences)
+
+
 @torch.no_grad()
 def teacher_forced(
     model: Prospect,
     corpus: Corpus,
-    batch: list[int],
+    batch: list[int] | ForcedBatch,
     config: Config,
     autocast: contextlib.AbstractContextManager | None = None,
 ) -> TeacherForced:
-    """One forward over sequences with the reference conversation in place.
+    """One forward over sequences with the reference conversation in place. batch: their numbers, or made already.
 
     With `infer.decision: lm` the probability of speaking is 1 - P(end token) at the frame instead of the head's, as
     when streaming, so the threshold is tuned on the quantity that streaming compares it with. An LM taught by
@@ -70,24 +104,20 @@ def teacher_forced(
     models without task state: before an update comes no end token either.
     """
     device = model.lm_head.weight.device
-    samples: list[Sample] = [corpus[(0, index)] for index in batch]
-    tensors = collate(samples, corpus.tokenizer.pad_id)
-    on_device = to_device(tensors, device)
+    batch = batch if isinstance(batch, ForcedBatch) else make_batch(corpus, batch)
+    on_device = to_device(batch.tensors, device)
     with autocast or contextlib.nullcontext():
         hidden = model(on_device["input_ids"], on_device["image_embeds"])
         sums = loss_sums(model, hidden, on_device["targets"], config.loss)
-    sequences = []
-    for b, (index, sample) in enumerate(zip(batch, samples)):
-        states = hidden[b, torch.from_numpy(sample.decision_positions).to(device)]  # [F,H]
+    for b, (sequence, positions) in enumerate(zip(batch.sequences, batch.positions)):
+        states = hidden[b, positions.to(device, non_blocking=True)]  # [F,H]
         parts = [
             model.decision_probabilities(part, config.infer.decision, corpus.tokenizer.end_id)
             for part in states.split(FRAMES_AT_ONCE)
         ]
-        found = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
-        entry = corpus.entries[index]
-        labels = reference_labels(corpus, index)
-        sequences.append(SequenceTrace(entry.file, entry.clip, entry.window.first, sample.frames, found, labels))
-    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, count_labels(tensors["targets"]), sequences)
+        sequence.probabilities = {head: torch.cat([part[head] for part in parts]).cpu().numpy() for head in parts[0]}
+    counts = count_labels(batch.tensors["targets"])
+    return TeacherForced({k: v.double().cpu() for k, v in sums.items()}, counts, batch.sequences)
 
 
 def reference_labels(corpus: Corpus, index: int) -> dict[str, np.ndarray]:

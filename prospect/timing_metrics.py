@@ -100,13 +100,15 @@ def timing_counts(
     same = alike > SAME  # [P,R]
     timeliness, taken, untimely = take_slots(timely((rows[:, None] - last) / fps), same)
     pairs = match_events(rows, [(end, end) for end in last], int(CLOSE * fps))
+    replies, behind = list(said.items()), int(np.ceil(EVENT_TOLERANCE * fps)) + 1
+    spans = [slice(*np.searchsorted(rows, (begin, end + behind))) for begin, end in due]  # replies that may count
     busy = busy_rows(turns, int(EVENT_TOLERANCE * fps), num_frames)
     return TimingCounts(
         slots=len(due),
         slots_taken=taken,
         timeliness=timeliness,
         untimely=untimely,
-        earliness=sum(earliness(said, event, text, between, fps) for event, text in wanted),
+        earliness=sum(earliness(dict(replies[span]), *one, between, fps) for span, one in zip(spans, wanted)),
         chunks=chunk_confusion(rows, last, num_frames, fps),
         close=Counts(len(pairs), len(rows), len(due)),
         close_same=sum(bool(same[pair]) for pair in pairs),

@@ -14,7 +14,8 @@ An adapter puts a trainable product beside a frozen weight W [out,in], of rank r
 
     y = x W^T + (alpha / r) * dropout(x) A^T B^T          A [r,in], B [out,r], B = 0 at the start
 
-so nothing changes at the start. At the end the product can be added to W, and inference costs nothing extra.
+so nothing changes at the start. Streaming and an export add the product to W when they load a checkpoint, and
+inference costs nothing extra; the checkpoint itself keeps the two apart.
 """
 
 import math

@@ -9,21 +9,30 @@ the default smoothing, so more evidence than that would never be found in a shor
 What is best is named by `infer.tuned_for`: one of score.task_scores, or `mean`, the combined score.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
+from prospect.checkpoint import read_config, read_state
 from prospect.config import Config
-from prospect.data import Corpus
+from prospect.data import Corpus, as_streamed, ordered_batches
+from prospect.decisions import SETTINGS
+from prospect.distributed import Ranks, gather_objects
 from prospect.errors import ProspectError
+from prospect.files import write_json
+from prospect.jobs import Jobs
 from prospect.model import Prospect
-from prospect.score import ClipScore, combined_score, decision_numbers, score_clip, task_scores
+from prospect.score import ClipScore, cell_text, combined_score, decision_numbers, score_clip, task_scores
 from prospect.stream import Job, streamed_clips
 from prospect.text_metrics import load_similarity
-from prospect.thresholds import decision_report, teacher_forced, traces
+from prospect.thresholds import SequenceTrace, decision_report, teacher_forced, traces
 from prospect.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -40,7 +49,7 @@ class Tried:
     numbers: dict[str, float]
 
 
-def some_of(clips: list[T]) -> list[T]:
+def some_of(clips: Sequence[T]) -> list[T]:
     """At most CLIPS of the clips, evenly spread."""
     return [clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, min(CLIPS, len(clips))).astype(int))]
 
@@ -55,7 +64,7 @@ def with_decisions(config: Config, thresholds: dict[str, float], evidence: float
 def try_evidence(
     model: Prospect,
     tokenizer: Tokenizer,
-    jobs: list[Job],
+    jobs: Sequence[Job],
     config: Config,
     thresholds: dict[str, float],
     gather: Callable[[list[ClipScore] | ProspectError], list[list[ClipScore] | ProspectError]] = lambda mine: [mine],
@@ -89,11 +98,16 @@ def try_evidence(
 
 
 def teacher_forced_odds(
-    model: Prospect, corpus: Corpus, config: Config, batches: Iterable[list[int]]
+    model: Prospect,
+    corpus: Corpus,
+    config: Config,
+    batches: Iterable[list[int]],
+    gather: Callable[[list[SequenceTrace]], list[list[SequenceTrace]]] = lambda mine: [mine],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Each head's even odds from one teacher-forced pass, and all numbers of that pass."""
-    parts = [part for batch in batches for part in teacher_forced(model, corpus, batch, config).sequences]
-    heads = traces(corpus, parts)
+    """Each head's even odds from one teacher-forced pass, and all numbers of that pass. gather: as in `try_evidence`,
+    where each rank has batches of its own."""
+    mine = [part for batch in batches for part in teacher_forced(model, corpus, batch, config).sequences]
+    heads = traces(corpus, [part for parts in gather(mine) for part in parts])
     report = decision_report(heads)
     return {head: report[f"{head}_even_odds"] for head in heads}, report
 
@@ -109,3 +123,50 @@ def best_tried(tried: list[Tried], target: str) -> Tried:
     values = [target_value(one.numbers, target) for one in tried]
     at_best = [one for one, value in zip(tried, values) if value == max(values)]
     return at_best[len(at_best) // 2]
+
+
+# ---- on any clips --------------------------------------------------------------------------------
+
+
+def sweep(checkpoint: Path, jobs: Jobs, model: Prospect, tokenizer: Tokenizer, config: Config, ranks: Ranks) -> None:
+    """Choose the decisions: thresholds from a teacher-forced pass, evidence on streamed clips. Print and store them.
+
+    Every rank takes its share of the clips. A checkpoint's decisions belong to its own infer.decision. Those found for
+    the other are only printed.
+    """
+    gather, data = functools.partial(gather_objects, ranks=ranks), as_streamed(config.data)
+    files = [str(source.file.path) for source in jobs.sources]
+    corpus = Corpus(files, data, tokenizer, jobs.vision_dim, rate=1.0, seed=config.run.seed)
+    batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))[ranks.rank :: ranks.world]
+    bar = tqdm(batches, desc="teacher-forced", dynamic_ncols=True)
+    odds, report = teacher_forced_odds(model, corpus, config, bar, gather)
+    for head in odds:
+        titles = {"event_f1": "event F1", "threshold": "at", "average_precision": "average precision", "auroc": "AUROC"}
+        shown = ", ".join(f"{title} {report[f'{head}_{name}']:.4f}" for name, title in titles.items())
+        print(f"{head}, teacher-forced: {shown}")
+
+    target, numbers, tried = config.infer.tuned_for, some_of(range(len(jobs))), []
+    print(f"\n{len(numbers)} clips streamed; the choice is for {target}, infer.tuned_for")
+    print("| evidence | chosen for | speaking F1 | update F1 | joint goal | replies right |")
+    print("|---:|---:|---:|---:|---:|---:|")
+    for one in try_evidence(model, tokenizer, jobs.only(numbers).share(ranks), config, odds, gather):
+        tried.append(one)
+        shown = ("speaking_event_f1", "dst_event_f1", "joint_goal_accuracy", "replies_right_f1")
+        cells = [target_value(one.numbers, target), *(one.numbers.get(name) for name in shown)]
+        print(f"| {one.evidence} | {' | '.join(map(cell_text, cells))} |", flush=True)
+    found = odds | {"evidence": best_tried(tried, target).evidence}
+    print("chosen:", " ".join(f"infer.{SETTINGS[name]}={value:.6f}" for name, value in found.items()))
+    if ranks.main:
+        store(checkpoint, config, found)
+
+
+def store(checkpoint: Path, config: Config, found: dict[str, float]) -> None:
+    """Make what was found the checkpoint's own. Its decisions belong to its own infer.decision."""
+    decision, own = config.infer.decision, read_config(checkpoint).infer.decision
+    if decision != own:
+        print(f"not stored, for the checkpoint's infer.decision is {own}: use infer.decision={decision} with the above")
+        return
+    state = read_state(checkpoint)
+    state.thresholds |= found
+    write_json(checkpoint / "state.json", dataclasses.asdict(state))
+    print(f"stored in {checkpoint / 'state.json'}")

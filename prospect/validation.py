@@ -5,18 +5,28 @@ Every validation sees the same draw of text places and negatives, that of epoch 
 
 import contextlib
 import functools
+import math
 
 import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from prospect.checkpoint import TrainState
 from prospect.config import Config, TrainConfig, torch_dtype
 from prospect.context import check_streamable
-from prospect.data import Corpus, ordered_batches
-from prospect.distributed import Ranks, StopRequest, any_rank, gather_objects, release, sum_named
+from prospect.data import Corpus, ordered_batches, received
+from prospect.distributed import (
+    Ranks,
+    StopRequest,
+    any_rank,
+    gather_objects,
+    leave_signals_to_parent,
+    release,
+    sum_named,
+)
 from prospect.errors import ProspectError
 from prospect.model import LOSS_CLASSES, Prospect, added, loss_terms, total_loss
-from prospect.thresholds import decision_report, teacher_forced, traces
+from prospect.thresholds import ForcedBatches, decision_report, teacher_forced, traces
 
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -34,18 +44,26 @@ def validate(
     was_training = model.training
     model.eval()
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
+    # A rank for which no batch is left runs the first all the same, without counting it: FSDP needs every rank's share
+    # of the weights for every forward.
+    mine = batches[ranks.rank :: ranks.world]
+    shown = mine + batches[:1] * (math.ceil(len(batches) / ranks.world) - len(mine))
+    loader = DataLoader(
+        ForcedBatches(corpus),
+        sampler=shown,
+        batch_size=None,  # one of `shown` is a whole batch
+        num_workers=config.data.workers,
+        worker_init_fn=leave_signals_to_parent,
+        generator=torch.Generator(),  # its own: the loader draws a number whenever it starts
+        pin_memory=ranks.device.type == "cuda",
+    )
     parts, stopped = [], False
-    for first in range(0, len(batches), ranks.world):
+    for batch in received(loader):
         stopped = any_rank(stop.requested, ranks)
         if stopped:
             break
-        # A rank for which no batch is left runs the first all the same, without counting it: FSDP needs every rank's
-        # share of the weights for every forward.
-        mine = first + ranks.rank
-        batch = batches[mine if mine < len(batches) else 0]
-        part = teacher_forced(model, corpus, batch, config, autocast(config.train, ranks.device))
-        if mine < len(batches):
-            parts.append(part)
+        parts.append(teacher_forced(model, corpus, batch, config, autocast(config.train, ranks.device)))
+    parts = parts[: len(mine)]
     release(model)
     model.train(was_training)
     if stopped:

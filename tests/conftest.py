@@ -112,7 +112,7 @@ def samples_of(
 ) -> list[Sample]:
     """All windows of a clip, planned and drawn as Corpus does; config: fields of DataConfig."""
     config = DataConfig(**{"max_seq_len": 100_000, **config})
-    windows = plan_windows(clip, lay_out(clip, config, rate, seed, epoch), tokenizer, config, per_frame)
+    windows = plan_windows(clip, lay_out(clip, config, rate, seed, epoch), tokenizer, config, per_frame, seed)
     rows = frame_rows(clip, per_frame)
     layouts = [lay_out(clip, config, rate, seed, epoch, window) for window in windows]  # with the epoch's places
     samples = [

@@ -186,6 +186,7 @@ def pretended_card() -> Iterator[PretendedCard]:
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "get_rng_state", lambda device: torch.get_rng_state()),  # what draws on the card draws there
         (torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state)),
+        (torch.cuda, "is_bf16_supported", lambda including_emulation=True: True),
         (torch.accelerator, "is_available", lambda: True),  # else a DataLoader does not pin
         (torch._C, "_group_tensors_by_device_and_dtype", grouped),
     ]

@@ -109,10 +109,11 @@ class Naive:
         return [(id, None) for id in self.tokenizer.encode(pieces)]
 
     @torch.no_grad()
-    def write(self, context: list[Token], role: str, state: dict[str, str]) -> tuple[list[Token], str, str | None]:
+    def write(
+        self, context: list[Token], role: str, state: dict[str, str], limit: int
+    ) -> tuple[list[Token], str, str | None]:
         """A turn written greedily behind the context: its tokens, its text, and why it was cut."""
         infer, template, end = self.config.infer, self.tokenizer.template, self.tokenizer.end_id
-        limit = infer.max_update_tokens if role == "DST_UPDATE" else infer.max_reply_tokens
         legal = None
         if role == "DST_UPDATE" and infer.constrain_dst:
             legal = [template.gap + update for update in self.legal_texts(state)]
@@ -258,12 +259,14 @@ class Naive:
 
             # First the update, then the reply that may rest on it.
             if "dst" in fired:
-                tokens, record["dst_update"], record["dst_update_cut"] = self.write(context, "DST_UPDATE", state)
+                limit = infer.max_update_tokens
+                tokens, record["dst_update"], record["dst_update_cut"] = self.write(context, "DST_UPDATE", state, limit)
                 new, context = new + tokens, context + tokens
                 after = self.apply(record["dst_update"], state)
                 record["invalid"], state = after is None, state if after is None else after
             if "speaking" in fired:
-                tokens, record["text"], record["text_cut"] = self.write(context, "assistant", state)
+                limit = infer.max_reply_tokens
+                tokens, record["text"], record["text_cut"] = self.write(context, "assistant", state, limit)
                 new, context = new + tokens, context + tokens
             past[-1].tokens, past[-1].replied = new, "speaking" in fired
             records.append(record | {"dst_state": state, "context_tokens": len(context)})
@@ -330,7 +333,8 @@ class Naive:
         request = self.turn("user", REQUEST)
         around = len(self.tokens(self.tokenizer.template.header("assistant"))) + 1
         around += len(self.tokens(self.tokenizer.template.suffix()))
-        if len(context) + len(request) + around + self.config.infer.max_reply_tokens > self.config.data.max_seq_len:
+        limit = self.config.infer.max_summary_tokens
+        if len(context) + len(request) + around + limit > self.config.data.max_seq_len:
             while context[-1][1] is None:
                 context = context[:-1]
-        return self.write(context + request, "assistant", {})[1]
+        return self.write(context + request, "assistant", {}, limit)[1]

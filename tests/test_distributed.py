@@ -37,7 +37,7 @@ import train
 from prospect import validation
 from prospect.build import load_corpus, load_tokenizer
 from prospect.checkpoint import checkpoints, read_state
-from prospect.data import DataOrder, collate
+from prospect.data import DataOrder, collate, ordered_batches
 from prospect.distributed import share_model
 from prospect.model import ModelConfig, Prospect, count_labels, find_targets
 from prospect.sequence import LABEL_KEYS
@@ -268,10 +268,12 @@ def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     Under DDP each rank also streams a share of the clips; under FSDP none does, and no evidence is chosen.
     """
     write_tiny_corpus(tmp_path)
-    streamable = ["infer.evidence=null"]
+    streamable = ["infer.evidence=null", "data.max_seq_len=400", "data.batch_tokens=400"]
+    config = tiny_config(tmp_path, *streamable)
+    lengths = load_corpus(config, load_tokenizer(config), "val").lengths()
+    assert len(list(ordered_batches(lengths, 400))) == 3
     metrics_of_steps(tmp_path, "run.name=one", "train.gradient_accumulation_steps=2", *streamable)
-    ways = [f"train.parallel={parallel}", "data.batch_tokens=512", *streamable]
-    assert run_training(tmp_path, "run.name=two", *ways, world=2) == [0, 0]
+    assert run_training(tmp_path, "run.name=two", f"train.parallel={parallel}", *streamable, world=2) == [0, 0]
     one, two = ([line for line in metrics(tmp_path, name) if "evaluation" in line] for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two] == [3, 6]
     for a, b in zip(one, two):

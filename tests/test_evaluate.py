@@ -91,7 +91,7 @@ def make_checkpoint(directory: Path, *overrides: str, speaking: float = 0.5, dst
     infer = ["infer.max_reply_tokens=6", "infer.max_update_tokens=30", "infer.constrain_dst=true", "infer.device=cpu"]
     config = tiny_config(directory, *infer, *overrides)
     save_model(
-        random_model(tokenizer, seed, vision_dim=VISION_DIM, dst=config.data.dst),
+        random_model(tokenizer, seed, vision_dim=config.model.vision_dim, dst=config.data.dst),
         directory,
         eos_token_id=tokenizer.end_id,
     )
@@ -388,7 +388,7 @@ def test_a_real_ctrl_c(clips, checkpoint, tmp_path):
     file, out = write_clips(tmp_path, "long.json", long), tmp_path / "out"
     silent = ["infer.speaking_threshold=1", "infer.dst_threshold=1"]
     command = [sys.executable, "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", file, "--out", out,
-               "--streams", "1", "infer.lookahead=1", *silent]  # fmt: skip
+               "--streams", "2", "infer.lookahead=1", *silent]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)  # fmt: skip

@@ -1,18 +1,26 @@
 """Adapters: what they compute, what they leave alone, where they are kept, and what is trained at which rate."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from test_evaluate import DST, SPEAKING, make_checkpoint, write_clips
+from tiny import tiny_clip
 
 from prospect.config import TrainConfig, load_config
+from prospect.distributed import check_precision
 from prospect.errors import ProspectError
+from prospect.jobs import load_jobs
+from prospect.load import load_for_inference
 from prospect.memory import Memory, describe_memory, memory_of, planned_model
 from prospect.model import LoraConfig, ModelConfig, Prospect, init_weights
+from prospect.stream import streamed_clips
 from prospect.tune import (
     LoRALinear,
     add_lora,
@@ -24,7 +32,7 @@ from prospect.tune import (
     set_trainable,
     storage_dtype,
 )
-from prospect.weights import fill_model, load_model, open_model, save_model, trained_tensors
+from prospect.weights import fill_model, load_model, open_model, read_config, save_model, trained_tensors
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -466,3 +474,94 @@ def test_the_configs_fit_the_cards_they_name(name, trained, card):
     for number in memory.replace(":", ",").split(", ")[1:]:  # the parts, as the file's own comment gives them
         value = number.split()[0]
         assert float(value) == 0 or f"{value} GB" in text, (value, name)
+    config.train.precision = {"bf16": "fp16", "fp16": "bf16"}[config.train.precision]  # on another card
+    assert describe_memory(config) == [parameters, memory]
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint with adapters as train.py leaves it, its backbone being another checkpoint; and clips."""
+    folder = tmp_path_factory.mktemp("adapted")
+    base, directory = make_checkpoint(folder / "base", speaking=SPEAKING, dst=DST), folder / "step"
+    model, config = load_model(base), lora_config()
+    set_trainable(model, config)
+    stir(model)
+    save_model(model, directory, names=checkpoint_names(model, config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.yaml", "state.json"):
+        shutil.copy(base / name, directory / name)
+    draw = np.random.default_rng(7)
+    clips = [tiny_clip(draw, f"clip{n}", 12 + 3 * n, replies=3, words=4) for n in range(4)]
+    return directory, write_clips(folder, "clips.json", clips)
+
+
+def records_by(model: Prospect, directory: Path, clips: Path, *overrides: str) -> list[dict]:
+    config, tokenizer, _ = load_for_inference(directory, list(overrides))
+    jobs = load_jobs([str(clips)], config, tokenizer)
+    return [record for _, records in streamed_clips(model, tokenizer, jobs, config) for record in records]
+
+
+def test_nothing_of_an_adapter_remains_when_it_streams_and_the_records_are_the_same(adapted):
+    """Merged in fp32, a probability differs by less than 1e-5, and no decision or text does."""
+    directory, clips = adapted
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    _, _, merged = load_for_inference(directory)
+    assert not any(is_adapter(name) for name in merged.state_dict()) and merged.config.lora is None
+    beside = load_model(directory).eval()
+    assert any(is_adapter(name) for name in beside.state_dict())
+    found, expected = (records_by(model, directory, clips) for model in (merged, beside))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine == other | {
+            name: pytest.approx(value, abs=1e-5) for name, value in other.items() if isinstance(value, float)
+        }
+    without = records_by(load_for_inference(read_config(directory).backbone)[2], directory, clips)
+    assert [record["text"] for record in without] != [record["text"] for record in found]  # the adapters matter
+    assert sum(record["text"] is not None for record in found) > 5
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_merged_in_bf16_it_is_as_near_to_fp32_as_beside(adapted):
+    directory, clips = adapted
+    quiet = ["infer.speaking_threshold=1", "infer.dst_threshold=1", "infer.coupling=0"]
+    exact = records_by(load_for_inference(directory)[2], directory, clips, *quiet)
+    merged = load_for_inference(directory, ["infer.precision=bf16"])[2]
+    beside = load_model(directory, dtype=torch.bfloat16).eval()
+    away = []
+    for model in (merged, beside):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        found = records_by(model, directory, clips, *quiet)
+        away.append(np.mean([abs(a["speaking_prob"] - b["speaking_prob"]) for a, b in zip(found, exact, strict=True)]))
+    assert 0 < away[0] < 1.5 * away[1] and away[0] < 0.02
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_a_checkpoint_streams_in_the_precision_that_it_was_trained_in(trained, dtype, adapted, tmp_path):
+    directory, clips = shutil.copytree(adapted[0], tmp_path / "step"), adapted[1]
+    text = (directory / "config.yaml").read_text()
+    assert text.count("precision: fp32") == 1 and text.count("precision: null") == 1
+    (directory / "config.yaml").write_text(text.replace("precision: fp32", f"precision: {trained}"))
+    config, _, model = load_for_inference(directory)
+    assert config.infer.precision == trained and {p.dtype for p in model.parameters()} == {dtype}
+    records = records_by(model, directory, clips)
+    exact = load_for_inference(directory, ["infer.precision=fp32"])
+    assert exact[0].infer.precision == "fp32" and {p.dtype for p in exact[2].parameters()} == {torch.float32}
+    first = records_by(exact[2], directory, clips)[0]["speaking_prob"]
+    assert records[0]["speaking_prob"] == pytest.approx(first, abs={"fp32": 1e-9, "bf16": 0.03, "fp16": 0.005}[trained])
+
+
+def test_bf16_on_a_card_without_it_is_refused(monkeypatch):
+    """torch would imitate it, many times slower, and say nothing."""
+    card, asked = torch.device("cuda", 0), []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: asked.append(including_emulation))
+    with pytest.raises(ProspectError, match="cuda:0 has no bf16") as caught:
+        check_precision("bf16", card)
+    assert "train.precision=fp16" in caught.value.remedy and asked == [False]
+    for precision, device in (("fp16", card), ("fp32", card), ("bf16", torch.device("cpu"))):
+        check_precision(precision, device)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    check_precision("bf16", card)

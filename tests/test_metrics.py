@@ -4,6 +4,8 @@ import itertools
 import math
 import shutil
 import sys
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from prospect.metrics import (
     average_precision,
     best_threshold,
     by_dataset,
+    cheapest_assignment,
     confusion,
     event_counts,
     fires,
@@ -31,7 +34,6 @@ from prospect.metrics import (
     macro_f1,
     match_dialogue,
     match_events,
-    minimum_cost_assignment,
     state_matrix,
     sum_dialogue,
     task_state_metrics,
@@ -341,14 +343,24 @@ def test_each_clip_has_a_second_of_its_own():
 # ---- the assignment ------------------------------------------------------------------------------
 
 
+def assignment(cost: np.ndarray, alone: float = math.inf) -> np.ndarray:
+    """The column of each row of a table [n, m] of costs; inf is no choice."""
+    choices = [(np.flatnonzero(row < np.inf), row[row < np.inf]) for row in np.asarray(cost, float)]
+    return np.array(cheapest_assignment(choices, alone), int)
+
+
 def test_assignment_by_hand():
     # Row 0 wants column 0 (1), row 1 wants it more (1 against 9): 0-1, 1-0 costs 3, the greedy choice 10.
-    assert minimum_cost_assignment(np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [1, 0]
-    assert minimum_cost_assignment(np.array([[np.inf, 0.0, 5.0], [np.inf, 0.0, 1.0]])).tolist() == [1, 2]
-    assert minimum_cost_assignment(np.array([[-3.0, -1.0]])).tolist() == [0]
-    assert minimum_cost_assignment(np.zeros((0, 4))).tolist() == []
+    assert assignment(np.array([[1.0, 2.0], [1.0, 9.0]])).tolist() == [1, 0]
+    assert assignment(np.array([[np.inf, 0.0, 5.0], [np.inf, 0.0, 1.0]])).tolist() == [1, 2]
+    assert assignment(np.array([[-3.0, -1.0]])).tolist() == [0]
+    assert assignment(np.zeros((0, 4))).tolist() == []
+    # Either row may go without, for 3: the one that has no cheap column does.
+    assert assignment(np.array([[1.0, np.inf], [2.0, 9.0]]), alone=3.0).tolist() == [0, -1]
+    assert assignment(np.array([[2.0, 9.0], [1.0, np.inf]]), alone=3.0).tolist() == [-1, 0]
+    assert assignment(np.array([[np.inf, np.inf]]), alone=3.0).tolist() == [-1]
     with pytest.raises(ValueError):
-        minimum_cost_assignment(np.array([[1.0, np.inf], [1.0, np.inf]]))
+        assignment(np.array([[1.0, np.inf], [1.0, np.inf]]))
 
 
 def test_assignment_costs_as_little_as_any_does():
@@ -357,7 +369,7 @@ def test_assignment_costs_as_little_as_any_does():
         n, m = int(rng.integers(1, 5)), int(rng.integers(4, 6))
         cost = np.round(rng.normal(size=(n, m)) * 3)
         cheapest = min(sum(cost[i, j] for i, j in enumerate(chosen)) for chosen in itertools.permutations(range(m), n))
-        mine = minimum_cost_assignment(cost)
+        mine = assignment(cost)
         assert len(set(mine.tolist())) == n and cost[np.arange(n), mine].sum() == cheapest
 
 
@@ -370,9 +382,110 @@ def test_assignment_costs_as_little_as_scipys():
         if rng.random() < 0.5:
             cost = np.round(cost)  # ties
         cost[(rng.random(cost.shape) < 0.3) & ~np.eye(*cost.shape, dtype=bool)] = np.inf
-        mine = minimum_cost_assignment(cost)
+        mine = assignment(cost)
         assert len(set(mine.tolist())) == n
         assert cost[np.arange(n), mine].sum() == pytest.approx(cost[optimize.linear_sum_assignment(cost)].sum())
+
+
+def dense_assignment(cost: np.ndarray) -> np.ndarray:
+    """The same method on a whole table [n, m], every step over all columns: what the sparse one is compared with."""
+    n, m = cost.shape
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    column_of, row_of = np.full(n, -1), np.full(m, -1)
+    for new_row in range(n):
+        length, came_from, settled = np.full(m, np.inf), np.full(m, -1), np.zeros(m, bool)
+        row, reached = new_row, 0.0
+        while True:
+            through = reached + cost[row] - row_price[row] - column_price
+            shorter = ~settled & (through < length)
+            length[shorter], came_from[shorter] = through[shorter], row
+            column = int(np.argmin(np.where(settled, np.inf, length)))
+            settled[column], reached = True, length[column]
+            if row_of[column] < 0:
+                break
+            row = row_of[column]
+        row_price[new_row] += reached
+        moved = settled & (row_of >= 0)
+        row_price[row_of[moved]] += reached - length[moved]
+        column_price[settled] -= reached - length[settled]
+        while True:
+            row = came_from[column]
+            row_of[column] = row
+            column_of[row], column = column, column_of[row]
+            if row == new_row:
+                break
+    return column_of
+
+
+def dense_pairs(predicted, reference, similarity, num_frames, fps, window, compat) -> list[tuple[int, int]]:
+    """match_dialogue's pairs from a table with a column for every frame of the clip."""
+    earliest, latest = (int(seconds * fps) for seconds in window)
+    offset = np.arange(num_frames) - np.array(predicted, int)[:, None]
+    text_cost = np.ones(offset.shape)
+    for r, frame in enumerate(reference):
+        text_cost[:, frame] = 1 - np.abs(similarity[:, r])
+    cost = text_cost + 0.3 * (np.abs(offset) / (max(-earliest, latest) or 1)) ** 1.5
+    cost[(offset < earliest) | (offset > latest)] = np.inf
+    if compat:
+        cost[cost == 0] = np.inf
+        cost = np.hstack([cost, np.full((len(predicted), len(predicted)), 2 * len(predicted) * 1.3)])
+    at = {int(frame): r for r, frame in enumerate(reference)}
+    return [(p, at[frame]) for p, frame in enumerate(dense_assignment(cost).tolist()) if frame in at]
+
+
+@pytest.mark.parametrize("cases", [250, pytest.param(8000, marks=pytest.mark.slow)])
+def test_the_sparse_assignment_is_the_dense_one_ties_included(cases):
+    """The very pairs, also where many assignments cost the same: texts all alike or all different, frames all taken."""
+    rng, tied = np.random.default_rng(8), 0
+    for _ in range(cases):
+        F = int(rng.integers(1, 40))
+        everything = rng.random() < 0.3  # the assistant that always speaks
+        predicted, reference = rng.permutation(F)[: F if everything else rng.integers(F + 1)], rng.permutation(F)
+        reference = reference[: rng.integers(F + 1)]
+        if rng.random() < 0.8:
+            predicted, reference = np.sort(predicted), np.sort(reference)
+        similarity = rng.uniform(-1, 1, (len(predicted), len(reference)))
+        levels = int(rng.integers(0, 4))  # of similarity: any, all 0, or a few
+        similarity = similarity if levels == 3 else np.round(similarity * levels) / max(levels, 1)
+        window = [(-2.5, 2.5), (-4, 8.5), (0, 2), (-2, 0), (0, 0), (-30, 30)][int(rng.integers(6))]
+        fps, compat = float(rng.choice([0.5, 2, 4])), [None, "proassist"][int(rng.integers(2))]
+        found = dialogue(predicted, reference, similarity, num_frames=F, fps=fps, window_seconds=window, compat=compat)
+        assert found["pairs"] == dense_pairs(predicted, reference, similarity, F, fps, window, compat)
+        tied += levels < 3 and len(found["pairs"]) > 1
+
+        said, due, tolerance = random_events(rng, 12)
+        away = np.array([[max(first - row, row - last, 0) for row in said] for first, last in due], float)
+        away = np.where(away > tolerance, np.inf, away).reshape(len(due), len(said))
+        alone = np.full((len(due), len(due)), 1.0 + tolerance * len(due))
+        taken = dense_assignment(np.hstack([away, alone])).tolist()
+        pairs = [(p, r) for r, p in enumerate(taken) if p < len(said)]
+        assert match_events(said, due, tolerance) == pairs
+        close = assignment(away, alone=1.0 + tolerance * len(due)).tolist()
+        assert [(p, r) for r, p in enumerate(close) if p >= 0] == pairs
+    assert tied > cases / 4
+
+
+def test_two_hours_of_always_speaking_are_matched_in_two_seconds_and_200_mb():
+    """14,400 frames, a reply due every 15 s, ego4d's window. A table of all pairs would hold 1.7 GB of costs alone."""
+    rng = np.random.default_rng(0)
+
+    def match(frames: int) -> float:
+        reference = list(range(5, frames, 30))
+        similarity = rng.random((frames, len(reference)))
+        began = time.process_time()
+        window = (-4.0, 8.5)
+        found = dialogue(range(frames), reference, similarity, num_frames=frames, window_seconds=window)
+        seconds = time.process_time() - began
+        # Each reference is taken, by a text that says it well: 26 could.
+        assert (found["num_matched"], found["num_redundant"]) == (len(reference), frames - len(reference))
+        return seconds
+
+    assert match(14_400) < 2
+    tracemalloc.start()
+    match(1440)  # a tenth, in a tenth of the memory: a table of pairs needs a hundredth of its own
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
 
 
 # ---- dialogue ------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_roo
         smoothing=pick(1.0, 0.5, 0.3), coupling=pick(0.0, 0.5, 2.0, 100.0), max_reply_tokens=pick(4, 8, 24),
         max_update_tokens=60 if constrained else pick(4, 8), constrain_dst=constrained,
     )  # fmt: skip
+    infer["max_summary_tokens"] = {4: 8, 8: 24, 24: 4}[infer["max_reply_tokens"]]
     infer |= fixed
     data = dict(
         dst=dst, dst_format=pick("arrow", "json"), overlap=pick(0.0, 0.25, 0.5, 0.9), recipe=pick(True, False, False)
@@ -132,11 +133,12 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_roo
 
     summarized, template = infer["strategy"].startswith("summarize"), tokenizer.template
     header = tokens(template.header("DST_UPDATE")) + tokens(template.suffix()) + 1
-    config.infer.reserved = infer["max_reply_tokens"] + header + pick(0, 20)
-    request = tokens(template.turn("user", REQUEST) + template.suffix()) if summarized else 0
-    config.infer.reserved += max(infer["max_update_tokens"] + header if dst else 0, request)
+    request = tokens(template.turn("user", REQUEST) + template.suffix())
+    replying = infer["max_reply_tokens"] + header + (infer["max_update_tokens"] + header if dst else 0)
+    summarizing = infer["max_summary_tokens"] + header + request if summarized else 0
+    config.infer.reserved = max(replying, summarizing) + pick(0, 20)
     longest = replace(config.data, recipe=config.data.recipe or summarized)
-    summary = "x" * 3 * infer["max_reply_tokens"] if summarized else ""
+    summary = "x" * 3 * infer["max_summary_tokens"] if summarized else ""
     prompts = [
         clip_prompt(job.clip, dict.fromkeys(job.clip.initial_state, state), longest, summary)
         for job in jobs

@@ -97,7 +97,7 @@ def faked(monkeypatch, alarms: dict[float, int], best: float) -> list[float]:
                 ],
             )
 
-    def tried(model, tokenizer, jobs, config, thresholds, grid):
+    def tried(model, tokenizer, jobs, config, thresholds, gather, grid):
         return [Tried(one, {"replies_right_f1": -abs(one - best), "speaking_event_f1": 0.0}) for one in grid]
 
     monkeypatch.setattr(quiet, "streamed_clips", streamed)

@@ -79,7 +79,7 @@ STREAMING = [
         "kept[0].state_before if kept else self.state", "self.state"),
     Bug("a summary under a stale state", StreamSession.refresh,
         'self.state if strategy == "summarize_with_dst" else clip.initial_state', "clip.initial_state"),
-    Bug("a summary without the recipe", StreamSession.refresh, "replace(data, recipe=True)", "data"),
+    Bug("a summary without the recipe", sequence.summary_prompt, "replace(config, recipe=True)", "config"),
     Bug("the slide keeps one frame less", sequence.overlap_start,
         'side="left")', 'side="left").clip(max=end - 1) + 1'),
     Bug("drop_middle keeps too long a tail", StreamSession._first_exchange_and_tail, "room // 2", "room"),
@@ -97,10 +97,10 @@ STREAMING = [
     Bug("heads are read one token early", stream.look,
         "torch.from_numpy(end - 1)", "torch.from_numpy(end - 2).clamp(min=0)"),
     Bug("the reply comes before the update", stream.advance,
-        'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")\n'
-        '    write([pair for pair in last if pair[1].speaking_decision], "assistant")',
-        'write([pair for pair in last if pair[1].speaking_decision], "assistant")\n'
-        '    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE")'),
+        'write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)\n'
+        '    write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)',
+        'write([pair for pair in last if pair[1].speaking_decision], "assistant", infer.max_reply_tokens)\n'
+        '    write([pair for pair in last if pair[1].dst_update_decision], "DST_UPDATE", infer.max_update_tokens)'),
     Bug("evidence is not reset when a text is written", decisions.decide,
         "evidence.speaking = evidence.dst = 0.0", "pass"),
     Bug("a threshold is not even odds", decisions.centred, "(1 - probability) * threshold", "1 - probability"),

@@ -71,6 +71,7 @@ def stream_config(**infer) -> Config:
         dst_threshold=NEVER,
         evidence=0.5,
         max_reply_tokens=8,
+        max_summary_tokens=8,
         max_update_tokens=8,
         reserved=130,
         lookahead=1,
@@ -388,7 +389,7 @@ def filled(tokenizer: Tokenizer, strategy: str, *, dst: bool = True, **fields) -
     turns = [("user", "Hi", 2, 2), ("assistant", "Yes.", 2, 2), ("assistant", "So.", 100, 100)]
     turns += [("DST_UPDATE", [{"id": "S1", "transition": "start"}], 3, 3)]
     clip = read(raw_clip(turns, 0, 999, **fields))
-    config = stream_config(strategy=strategy, max_reply_tokens=20, data=dict(max_seq_len=480, dst=dst))
+    config = stream_config(strategy=strategy, max_summary_tokens=20, data=dict(max_seq_len=480, dst=dst))
     layout = lay_out(clip, config.data, 1.0, 0, 0)
     tape, session = Tape(model), StreamSession(model, tokenizer, clip, config)
     for i in range(1000):
@@ -449,7 +450,7 @@ def test_summary_is_what_the_model_writes_to_the_request(plain, talks):
     model = random_model(plain, 4)
     clip = read(raw_clip([], 0, 999))
     fires = dict(speaking_threshold=-1.0, dst_threshold=-1.0, max_update_tokens=30, reserved=100) if talks else {}
-    config = stream_config(strategy="summarize_with_dst", max_reply_tokens=12, data=dict(max_seq_len=330), **fires)
+    config = stream_config(strategy="summarize_with_dst", max_summary_tokens=12, data=dict(max_seq_len=330), **fires)
     tape, session = Tape(model), StreamSession(model, plain, clip, config)
     request = [*b"User: Summarize what has been done so far.", END]
     needed = len(request) + len(b"Assistant:") + 12 + 1
@@ -542,7 +543,7 @@ def test_constrained_updates_are_all_legal(plain, words, dst_format, which):
             sessions.append(
                 StreamSession(model, tokenizer, replace(clip, initial_state=state), config, cache=cache, stream=row)
             )
-        for session, turn in zip(sessions, generate(sessions, "DST_UPDATE")):
+        for session, turn in zip(sessions, generate(sessions, "DST_UPDATE", config.infer.max_update_tokens)):
             text = tokenizer.decode(turn.ids).strip()
             assert is_legal(text, session.state, dst_format) and turn.cut is None, (text, session.state)
             texts.append(text)
@@ -772,7 +773,7 @@ def test_a_frame_that_is_refused_leaves_no_trace(plain):
 
 @pytest.mark.parametrize("change, message", [
     (dict(reserved=39), "infer.reserved"),
-    (dict(strategy="summarize_and_drop", reserved=50, max_reply_tokens=4, max_update_tokens=4), "infer.reserved"),
+    (dict(strategy="summarize_and_drop", reserved=50, max_reply_tokens=4, max_update_tokens=4), "max_summary_tokens"),
     (dict(speaking_threshold=None), "threshold"),
     (dict(data=dict(dst=False)), "data.dst"),
     (dict(data=dict(max_seq_len=200)), "max_seq_len"),

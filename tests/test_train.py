@@ -18,7 +18,7 @@ from tiny import tiny_config, train_here, write_tiny_config, write_tiny_corpus
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from prospect import tuning
+from prospect import thresholds, tuning
 from prospect.build import load_corpus
 from prospect.checkpoint import TrainState, read_state
 from prospect.config import TrainConfig
@@ -354,6 +354,24 @@ def test_validation_streams_and_stores_the_evidence_that_did_best(corpus, capsys
     assert best.evidence == state.thresholds["evidence"]
     assert {f"streamed_{name}": value for name, value in best.numbers.items()} == pytest.approx(
         {name: value for name, value in lines[-1].items() if name.startswith("streamed_")})  # fmt: skip
+
+
+def test_validation_data_is_made_by_the_workers_and_the_numbers_stay(corpus, tmp_path, monkeypatch):
+    made, real = tmp_path / "made", thresholds.make_batch
+
+    def noted(*arguments):
+        with open(made, "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()}\n")
+        return real(*arguments)
+
+    monkeypatch.setattr(thresholds, "make_batch", noted)
+    short = ["train.max_steps=1"]
+    found = []
+    for workers in (0, 2):
+        made.unlink(missing_ok=True)
+        found.append(losses(corpus, f"workers{workers}", *short, f"data.workers={workers}"))
+        assert (str(os.getpid()) in made.read_text().split()) == (workers == 0)
+    assert found[0] == found[1] and found[0][-1]["evaluation"]["loss"] > 0
 
 
 def test_streaming_leaves_training_as_it_was(corpus):

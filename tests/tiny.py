@@ -90,7 +90,9 @@ def tiny_config(folder: Path, *overrides: str) -> Config:
         "train": {
             "max_steps": 6, "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 3, "save_every": 3, "device": "cpu",
         },
-        "infer": {"reserved": 64, "max_reply_tokens": 8, "max_update_tokens": 20, "evidence": 0.5},
+        "infer": {
+            "reserved": 64, "max_reply_tokens": 8, "max_summary_tokens": 8, "max_update_tokens": 20, "evidence": 0.5,
+        },
     }  # fmt: skip
     return make_config(apply_overrides(values, list(overrides)), "tiny")
 
