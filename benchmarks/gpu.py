@@ -165,7 +165,7 @@ def default_run(scale: Scale, out: Path) -> list[Row]:
     for name, device, lookahead in (("cpu", "cpu", 32), ("ahead", scale.device, 32), ("each", scale.device, 1)):
         file = folder / f"{name}.jsonl"
         clips = [part for index in range(scale.clips) for part in ("--clip", f"{folder}/sample/val.json:{index}")]
-        how = [f"infer.device={device}", f"infer.lookahead={lookahead}"]
+        how = [f"infer.device={device}", f"infer.lookahead={lookahead}", "infer.precision=fp32"]
         seconds = command(["infer.py", *clips, "--checkpoint", str(checkpoint), "--out", str(file), *how])
         streamed[name] = [json.loads(line) for line in read_lines(file)]
         row = {"what": f"`python infer.py` on the {device}, {lookahead} frame(s) at once", "seconds": seconds}

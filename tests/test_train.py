@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_names_clip_and_frames(tmp_path):
     write_tiny_corpus(tmp_path)
     [brief] = [clip for clip in json.loads((tmp_path / "train.json").read_text()) if clip["id"] == "brief"]
     first, last = brief["start_frame_idx"], brief["end_frame_idx"]
-    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 1e38, np.float32))
+    np.save(tmp_path / "embeddings/brief_embeddings.npy", np.full((last - first + 1, 16), 3e38, np.float32))
     with pytest.raises(ProspectError, match=r"the loss of step \d is not finite") as caught:
         train_here(tmp_path, "data.batch_tokens=512", "train.max_steps=9", "train.eval_every=99")
     assert f"brief: frames {first}..{last} of video brief, {first / 2:.1f} to {last / 2:.1f} s" in str(caught.value)
