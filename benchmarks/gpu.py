@@ -301,7 +301,7 @@ def streaming(scale: Scale, name: str) -> list[Row]:
     rows = []
     for streams, lookahead, graphs in [*itertools.product(scale.streams, [1], [True, False]), (1, 32, True)]:
         cache = work.cache(streams, graphs)
-        engine(work.sessions(cache), work.frames[:lookahead], lookahead)  # records the graph
+        engine(work.sessions(cache), work.frames, lookahead)  # records the graphs of all lengths
         seconds, speaking = engine(work.sessions(cache), work.frames, lookahead)
         graphs = cache.graph is not None
         ahead = f", {lookahead} frames at once" if lookahead > 1 else ""

@@ -4,15 +4,16 @@ A token goes through some dozen small kernels in every layer, and Python launche
 them. A graph is recorded once and then launched whole, but it repeats exactly what was recorded: the same shapes at the
 same addresses, and nothing that the host decides in between. So inside it
 
-    every stream of the cache runs       those not asked for write behind their last token, where nobody looks
-    the whole capacity is looked at      what a stream does not hold is masked
-    positions are a tensor               and with them the places to write to, the mask and the angles of RoPE
+    every stream of the cache runs    those not asked for write behind their last token, where nobody looks
+    whole stretches are looked at     of 512 positions, with a graph for each number of them; the rest is masked
+    positions are a tensor            and with them the places to write to, the mask and the angles of RoPE
 
 Elsewhere the same blocks run, in the streams that are asked for and over what they hold, and give the same.
 Recorded by hand rather than by torch.compile: the kernels and their results are those of an eager forward, and no
 compiler is needed.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,37 +21,41 @@ from torch import Tensor
 
 from prospect.model import KVCache, Llama, sent
 
+STRETCH = 512
+
+Forward = tuple[Tensor, Tensor, Callable[[], Tensor]]  # x [streams,T,H] and begins [streams]; what runs on them
+
 
 class ForwardGraph:
-    """Forwards of few tokens in a cache's streams: recorded when their number T is first met, then replayed."""
+    """Forwards of few tokens in a cache's streams: recorded when a shape is first met, then replayed."""
 
     def __init__(self, llama: Llama, cache: KVCache):
         self.llama, self.cache = llama, cache
-        self.forwards: dict[
-            int, tuple[Tensor, Tensor, Callable[[], Tensor]]
-        ] = {}  # by T: inputs, and what runs on them
+        self.forwards: dict[tuple[int, int], Forward] = {}  # by the number of tokens, and how far queries look
 
     def __call__(self, x: Tensor, streams: list[int]) -> Tensor:
         """x [B,T,H] -> [B,T,H], behind what `streams` [B] hold."""
         cache, T = self.cache, x.shape[1]
         ids, begins = sent([*streams, *cache.lengths], x.device).split([len(streams), len(cache.lengths)])
-        if T not in self.forwards:
-            self.forwards[T] = self.record(x, begins)
-        all_x, all_begins, forward = self.forwards[T]
+        needed = T + max(cache.lengths[stream] for stream in streams)
+        end = min(math.ceil(needed / STRETCH) * STRETCH, cache.capacity)
+        assert needed <= end or len(streams) > 1, f"{needed} tokens in a cache of {cache.capacity}"
+        if (T, end) not in self.forwards:
+            self.forwards[T, end] = self.record(x, begins, end)
+        all_x, all_begins, forward = self.forwards[T, end]
         all_x.zero_().index_copy_(0, ids, x)  # zeros: nothing of an older frame, which may not have been finite
         all_begins.copy_(begins)
         for stream in streams:
             cache.lengths[stream] += T
-            assert len(streams) > 1 or cache.lengths[stream] <= cache.capacity, f"more than {cache.capacity} tokens"
         return forward().index_select(0, ids)
 
-    def record(self, x: Tensor, begins: Tensor) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    def record(self, x: Tensor, begins: Tensor, end: int) -> Forward:
         cache, (_, T, H) = self.cache, x.shape
         everyone = torch.arange(len(begins), device=x.device)
         x, begins = x.new_zeros(len(begins), T, H), begins.clone()
 
         def forward() -> Tensor:
-            slots = cache.slots(slice(None), everyone, begins, T, cache.capacity)
+            slots = cache.slots(slice(None), everyone, begins, T, end)
             return self.llama.blocks(x, slots.rope, cache, slots)
 
         return x, begins, recorded(forward)

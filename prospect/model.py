@@ -95,7 +95,7 @@ class Slots:
 
     streams  the cache rows of this forward: a slice (a view of the cache) where they are neighbours, else their ids
     rows     where new keys and values are written, [B*T*K]: in one layer's [streams, K, S, E], its rows of width E
-    end      how far queries look: one past the last position that any of these streams holds, or the whole capacity
+    end      how far queries look: one past the last position that any of these streams holds, or more
     mask     [B,1,T,end], added to scores: 0 where a query may look, else -inf; None: the plain causal square
     rope     cos and sin for the new tokens, [B,T,1,E]
     """
@@ -193,13 +193,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # [B,T,H] -> [B,T,H]
-        return rms_norm(x, self.weight, self.eps)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
-    normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+        normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

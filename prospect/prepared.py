@@ -2,7 +2,8 @@
 
 A silent frame multiplies every weight by a single row, so it takes as long as reading the weights, and every operation
 beside that is waste. Here query, key and value are one product, gate and up another, the residual is added within a
-product, and both rotations are one. Training is better off with model.py's plain layers, where operations are large.
+product, both rotations are one, and so are the operations of a norm. Training is better off with model.py's plain
+layers: there operations are large.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from prospect.model import Block, KVCache, Prospect, Slots, attend, rms_norm, rotate
+from prospect.model import Block, KVCache, Prospect, Slots, attend, rotate
 
 
 @torch.no_grad()
@@ -60,25 +61,21 @@ class PreparedBlock:
 
     def __init__(self, block: Block):
         attention, mlp = block.self_attn, block.mlp
-        self.norms = [(norm.weight, norm.eps) for norm in (block.input_layernorm, block.post_attention_layernorm)]
-        self.layer, self.N, self.K, self.E = (
-            attention.layer,
-            attention.num_heads,
-            attention.num_kv_heads,
-            attention.head_dim,
-        )
+        self.layer = attention.layer
+        self.heads = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
+        self.before_attention = (block.input_layernorm.weight, block.input_layernorm.eps)
+        self.before_mlp = (block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
         self.o = Product(attention.o_proj)
         self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
         self.down = Product(mlp.down_proj)
 
     def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache, slots: Slots) -> Tensor:
-        B, T, H = x.shape
-        N, K, E = self.N, self.K, self.E
+        (B, T, H), (N, K, E) = x.shape, self.heads
         x = x.view(B * T, H)
-        qkv = self.qkv(rms_norm(x, *self.norms[0])).view(B, T, N + 2 * K, E)
+        qkv = self.qkv(F.rms_norm(x, (H,), *self.before_attention)).view(B, T, N + 2 * K, E)
         qk = rotate(qkv[:, :, : N + K], *rope)
         k, v = cache.update(self.layer, qk[:, :, N:], qkv[:, :, N + K :], slots)  # [B,K,S,E]
         x = self.o.added_to(x, attend(qk[:, :, :N], k, v, slots.mask).view(B * T, N * E))
-        gate, up = self.gate_up(rms_norm(x, *self.norms[1])).chunk(2, dim=-1)
+        gate, up = self.gate_up(F.rms_norm(x, (H,), *self.before_mlp)).chunk(2, dim=-1)
         return self.down.added_to(x, F.silu(gate) * up).view(B, T, H)

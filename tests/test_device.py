@@ -34,6 +34,7 @@ pytestmark = pytest.mark.usefixtures("one_thread_and_usual_signals")
 def card(monkeypatch):
     """A card whose graphs are not recorded: what would be replayed runs again, on the same buffers."""
     monkeypatch.setattr(graph, "recorded", lambda forward: forward)
+    monkeypatch.setattr(graph, "STRETCH", 64)
     with pretended_card() as card:
         yield card
 
@@ -166,6 +167,7 @@ LONGER = [pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 10, 15)]
 def test_streams_on_the_card_are_those_of_a_naive_engine_on_the_cpu(tokenizer_dir, seed, monkeypatch):
     """Live and as whole clips, side by side, looking ahead, with texts generated, constrained and fed again."""
     monkeypatch.setattr(graph, "recorded", lambda forward: forward)
+    monkeypatch.setattr(graph, "STRETCH", 64)
     case = test_naive.random_case(seed, tokenizer_dir).stream_naively()
     with pretended_card() as card:
         case.model.to(card.device)

@@ -57,8 +57,9 @@ def test_a_hundred_frames_are_one_graph(plain, monkeypatch, backend):
 
 @torch.inference_mode()
 def test_streams_that_do_not_run_keep_what_they_hold(plain, monkeypatch):
-    """Also one that is full, and one whose last frame was not finite."""
+    """Also one that is full, and one whose last frame was not finite. Queries look at 16 positions of 20."""
     monkeypatch.setattr(graph, "recorded", lambda forward: forward)
+    monkeypatch.setattr(graph, "STRETCH", 8)
     model = random_model(plain, 0)
     cache = make_cache(model, stream_config(data={"max_seq_len": 20}), 4)
     ids = torch.randint(65, 90, (4, 20), generator=torch.Generator().manual_seed(0))
@@ -72,6 +73,7 @@ def test_streams_that_do_not_run_keep_what_they_hold(plain, monkeypatch):
     for row, length in enumerate((20, 7, 3)):
         for now, before in zip((cache.keys, cache.values), held):
             assert torch.equal(now[:, row, :, :length], before[:, row, :, :length]), row
+    assert list(cache.graph.forwards) == [(2, 8), (2, 16)]
     assert cache.lengths == [20, 9, 5, 0] and cache.keys[:, 3].isfinite().all()
     for b, (row, length) in enumerate(((2, 3), (1, 7))):
         whole = torch.cat((ids[row, :length], ids[row, 10:12]))[None]
