@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prospect.clips import Clip
 from prospect.config import IGNORE, DataConfig
+from prospect.distributed import signals_held
 from prospect.errors import ProspectError
 from prospect.model import added, count_labels, find_targets
 from prospect.plan import Entries, Entry, Plan, Wanted, make_plan, open_planned
@@ -293,7 +294,9 @@ class MicroBatches(Dataset):
 
 
 def received(loader: DataLoader) -> Iterator[dict]:
-    for batch in loader:
+    with signals_held():  # one that came while a worker starts would kill it
+        batches = iter(loader)
+    for batch in batches:
         if isinstance(batch, ProspectError):
             raise batch
         yield batch

@@ -297,7 +297,21 @@ class StopRequest:
             self.requested, self.first = True, time.monotonic()
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Signals that ask to stop wait until the end of the block. Processes that start inside begin with them held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """For processes that prepare data: a signal to the whole group must not kill them during an unfinished step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
