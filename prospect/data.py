@@ -296,7 +296,10 @@ class MicroBatches(Dataset):
 def received(loader: DataLoader) -> Iterator[dict]:
     with signals_held():  # one that came while a worker starts would kill it
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, ProspectError):
-            raise batch
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, ProspectError):
+                raise batch
+            yield batch
+    finally:
+        del batches  # its workers end with it, also where a traceback keeps this frame

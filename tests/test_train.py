@@ -1,6 +1,7 @@
 """The loop's parts: schedule, order of the data, precision, compilation; and the script as a user runs it."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -193,6 +194,7 @@ def test_a_bad_clip_found_by_a_worker_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(ProspectError) as caught:
         train_here(tmp_path, "data.workers=1", "train.max_steps=30")
     assert "_embeddings.npy" in str(caught.value) and "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()  # a worker ignores SIGTERM: one that is left would hang the exit
 
 
 def test_half_precision_follows_full(corpus):
