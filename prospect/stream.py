@@ -5,10 +5,11 @@
     record = session.feed(embedding)                            one frame in, one record out
 
 At every frame one forward pass puts the frame into the cache and the heads are read at it. prospect/decisions.py says
-when they fire. If the update head fires,
-the turn's header is fed and the update generated, parsed, checked and applied; then, if the speaking head fires, the
-reply is generated. The LM head is not touched on a silent frame. The sequence that builds up in the cache is the one
-that training shows (prospect/data.py), token by token, and stays so when the context is refreshed.
+when they fire. If the update head fires, the turn's header is fed and the update generated, parsed, checked and
+applied; then, if the speaking head fires, the reply is generated. The LM head is not touched on a silent frame. The
+sequence that builds up in the cache is the one that training shows (prospect/sequence.py), token by token. It stays so
+when the context is refreshed, by every strategy that was trained (`slide`, or with data.summaries the two that
+summarize).
 
 Two things make it fast without changing a record. *Look-ahead*: when frames are on disk already, K of them run in one
 causal forward; everything behind the first frame that fires is rolled back, so a silent stretch costs one prefill.
