@@ -284,7 +284,7 @@ class StreamSession:
             ids += unit.ids(self.tokenizer.image_id)
             self.per_frame = len(unit.rows)
         self.cache.lengths[self.stream] = 0
-        self._run(ids, torch.cat([unit.rows for unit in units]) if units else None)
+        self._run(ids, rows_of(units) if units else None)
 
     @torch.inference_mode()
     def _run(self, ids: list[int], rows: Tensor | None) -> None:
@@ -448,11 +448,12 @@ def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list
     """Run the frames of each session's chunk, and read the heads at them, as lists [B][K]. ends: of each frame."""
     session, device = sessions[0], sessions[0].cache.keys.device
     streams = [session.stream for session in sessions]
-    rows = [torch.cat([unit.rows for unit in chunk]) for chunk in chunks]  # [F,D] each
+    rows = rows_of([unit for chunk in chunks for unit in chunk])  # [F,D] of all streams
     each, K = len(chunks[0][0].rows), len(chunks[0])
     if all(len(chunk) == K and all(unit.num_tokens == len(unit.rows) == each for unit in chunk) for chunk in chunks):
         # Frames alone, alike in every stream: neither ids nor padding.
-        hidden = session.model(None, sent(torch.stack(rows), device), cache=session.cache, streams=streams)  # [B,T,H]
+        image_embeds = sent(rows.unflatten(0, (len(sessions), -1)), device)  # [B,T,D]
+        hidden = session.model(None, image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
         hidden = hidden[:, each - 1 :: each]  # [B,K,H]
     else:
         # Right-padded to the longest.
@@ -463,10 +464,17 @@ def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list
             ids = [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
             input_ids[b, : len(ids)] = torch.tensor(ids)
             read_at[b, : len(end)] = torch.from_numpy(end - 1)
-        image_embeds = sent(torch.cat(rows), device)
-        hidden = session.model(sent(input_ids, device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
+        hidden = session.model(
+            sent(input_ids, device), sent(rows, device), cache=session.cache, streams=streams
+        )  # [B,T,H]
         hidden = hidden.gather(1, sent(read_at, device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
     return read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)
+
+
+def rows_of(units: Sequence[Unit]) -> Tensor:  # [F,D]
+    """The embedding rows of the units' frames, in one tensor."""
+    with torch.autocast("cpu", enabled=False):  # which would refuse to concatenate float16
+        return torch.cat([unit.rows for unit in units])
 
 
 @dataclass

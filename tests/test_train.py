@@ -206,6 +206,15 @@ def test_half_precision_follows_full(corpus):
     assert half == pytest.approx(full, rel=0.01) and half != full
 
 
+def test_streams_of_float16_rows_are_tuned_in_bf16(tmp_path):
+    """As published features are stored. Autocast on a CPU refuses to concatenate float16."""
+    write_tiny_corpus(tmp_path)
+    for path in (tmp_path / "embeddings").iterdir():
+        np.save(path, np.load(path).astype(np.float16))
+    assert train_here(tmp_path, "train.precision=bf16", "train.max_steps=1", STREAMED) == 0
+    assert read_state(tmp_path / "runs" / "tiny" / "best").thresholds["evidence"] in EVIDENCE
+
+
 def test_a_step_copies_each_weight_to_16_bits_once(corpus, monkeypatch):
     """However many micro-batches it has, and though checkpointing runs every block twice."""
     step, copied = train.train_step, []
