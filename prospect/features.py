@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prospect.clip_files import Source
+from prospect.clip_files import Source, clip_rows
 from prospect.embeddings import read_embeddings
 from prospect.packs import read_bytes
 
@@ -46,8 +46,9 @@ def features_of(clips: Sequence[tuple[Source, int]]) -> Features:
     looked_at, made = [], []
     for at in evenly(len(clips), CLIPS):
         source, index = clips[at]
-        path = source.embeddings_path(source.file.clip(index))
-        rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
+        clip = source.file.clip(index)
+        path = source.embeddings_path(clip)
+        rows = clip_rows(clip, read_embeddings(path), path)  # [rows, D] or [rows, I, D]
         looked_at.append(rows[evenly(len(rows), ROWS)])
         made.append(made_by(path))
     names = set.intersection(*map(set, made))
