@@ -55,7 +55,8 @@ from prospect.tokenizer import Tokenizer
 from prospect.tune import checkpoint_names
 from prospect.weights import hf_config, parse_config, save_state, tensors_of
 
-NEWER = ("best_by", "best_value", "features", "scale", "prompts")  # fields that an older checkpoint lacks
+# Fields that an older checkpoint lacks.
+NEWER = ("best_by", "best_value", "loss_of_best", "since_best", "features", "scale", "prompts")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
 
@@ -75,6 +76,8 @@ class TrainState:
     best_step: int | None = None
     best_by: str = "loss"  # what the best was chosen by
     best_value: float | None = None  # and its value, larger being better: of a loss, its negative
+    loss_of_best: float | None = None  # its validation loss, which decides between equal values
+    since_best: int = 0  # validations since then
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint

@@ -152,8 +152,16 @@ def note_validation(state: TrainState, numbers: dict[str, float], thresholds: di
     """Keep what a validation found, and whether its checkpoint is the best. best_by: `train.best_by`."""
     state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
     by, value = worth(numbers, best_by)
-    if state.best_value is None or by != state.best_by or value > state.best_value:  # another measure begins anew
-        state.best_by, state.best_value, state.best_step = by, value, state.step
+    loss, loss_then = numbers["loss"], math.inf if state.loss_of_best is None else state.loss_of_best
+    state.since_best += 1
+    if state.best_value is None or by != state.best_by or (value, -loss) > (state.best_value, -loss_then):
+        state.best_by, state.best_value, state.loss_of_best = by, value, loss  # another measure begins anew
+        state.best_step, state.since_best = state.step, 0
+
+
+def out_of_patience(state: TrainState, patience: int | None) -> bool:
+    """Whether the run ends early. patience: `train.patience`."""
+    return patience is not None and state.since_best >= patience
 
 
 def worth(numbers: dict[str, float], best_by: str) -> tuple[str, float]:
