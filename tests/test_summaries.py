@@ -39,7 +39,7 @@ THREE = [
     (2, "Done: nothing yet. Under way: two."),
     (4, "Done: two. Under way: one."),
     (5, "Done: two. Under way: one; three."),
-    (7, "Done: two; one. Under way: three."),  # in the order of completion
+    (7, "Done: one; two. Under way: three."),  # in the order of the list
 ])  # fmt: skip
 def test_a_summary_is_written_from_the_updates_so_far(frame, expected):
     assert reference_summary(read(raw_clip(THREE, 0, 9, steps=3)), frame) == expected
