@@ -87,7 +87,7 @@ COMMON = (  # what every run shares beyond config.yaml
 
 NO_STATE = ("data.dst=false", "model.dst_state_head=false")
 SUMMARIES = ("data.summaries=1",)
-WHOLE = ("data.max_seq_len=1536", "data.batch_tokens=1536")  # the longest clip has 1,300 tokens
+WHOLE = ("data.max_seq_len=1536", "data.batch_tokens=1536")  # the longest clip of the corpora has 1,167 tokens
 BY_LM = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", "infer.smoothing=1")
 
 TRAINED: dict[str, tuple[str, ...]] = {  # the settings in which each differs from config.yaml and COMMON

@@ -70,7 +70,7 @@ def corrupted_state(share: float) -> Callable[[Clip, int], State]:
     """The true state, each step of which is, with this probability, in one of its two other states."""
 
     def state_at(clip: Clip, frame: int) -> State:
-        draw, state = generator("corrupted", share, clip.id, frame), clip.state_before(frame)
+        draw, state = generator("corrupted", share, clip.id, frame), dict(clip.state_before(frame))
         for step, true in state.items():
             if draw.random() < share:
                 state[step] = draw.choice([other for other in STATES if other != true]).item()

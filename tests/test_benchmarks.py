@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,23 @@ def test_step_names_in_summaries_are_counted_as_by_hand():
 
 
 # ---- streams that nobody would use ---------------------------------------------------------------
+
+
+def test_a_corrupted_state_has_so_many_steps_wrong_and_leaves_the_clip_alone():
+    steps = [{"id": f"S{n}", "name": f"step {n}", "start_ts": 60, "end_ts": 61, "type": "step"} for n in range(10)]
+    raw = {
+        "video_uid": "c", "clip_idx": 0, "fps": 2, "start_frame_idx": 0, "end_frame_idx": 999, "dst": steps,
+        "conversation": [update(10, "S1", "start"), update(500, "S1", "complete")],
+    }  # fmt: skip
+    clip, _ = parse_clip(raw, "by hand", 0)
+    before, corrupted, wrong = dict(clip.initial_state), controls.corrupted_state(0.2), Counter()
+    for frame in range(1000):
+        true, found = controls.true_state(clip, frame), corrupted(clip, frame)
+        assert found == corrupted(clip, frame)
+        wrong.update((true[step], found[step]) for step in true if found[step] != true[step])
+    assert sum(wrong.values()) == pytest.approx(2000, abs=160)  # of 10,000: four standard deviations
+    assert wrong["not_started", "completed"] == pytest.approx(wrong["not_started", "in_progress"], rel=0.2)
+    assert clip.initial_state == before == controls.no_state(clip, 500)
 
 
 def test_the_timer_says_what_usually_comes_when_it_usually_comes():
