@@ -17,6 +17,7 @@ This command checks everything anew; before training, what was found and has not
 import argparse
 import contextlib
 import importlib
+import math
 import shlex
 import sys
 from collections import Counter
@@ -31,7 +32,7 @@ from prospect.clips import Clip
 from prospect.config import DataConfig
 from prospect.embeddings import check_finite, read_embeddings
 from prospect.errors import ProspectError, print_next, run_entry_point
-from prospect.features import by_dataset, difference
+from prospect.features import by_dataset, difference, rate_of
 from prospect.kept import Found, Task, find_all
 from prospect.names import clip_file_names
 from prospect.packs import stamp
@@ -103,9 +104,13 @@ def check_embeddings(found: Found, source: Source, clip: Clip | None, vision_dim
         what = f"{path}: embeddings are {checked.width} wide, model.vision_dim is {vision_dim}"
         note("wrong width", what, f"set model.vision_dim={checked.width} or encode again")
     try:
-        rows = rows if clip is None else clip_rows(clip, rows, path)
+        file, rows = rows, rows if clip is None else clip_rows(clip, rows, path)
     except ProspectError as error:
         return note("wrong row count", error.what, error.remedy)
+    rate = None if rows is file else rate_of(path)  # of a whole video's file, which has rows for any clip at any rate
+    if rate is not None and not math.isclose(rate, clip.fps, rel_tol=0.01):
+        what = f"{path}: encoded at {rate:g} rows per second, the clip's fps is {clip.fps:g}"
+        note("wrong rate", what, "encode at the clip's fps, or correct it and the clip's frames")
     try:
         check_finite(rows, str(path))
     except ProspectError as error:

@@ -693,7 +693,7 @@ def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
         remedy = "row r is frame start_frame_idx + r: encode the clip again"
         if clip.num_frames >= 20 and not 0.9 < rows / clip.num_frames < 1.1:  # not a frame or two: another rate
             rate = f"about {rows / clip.num_frames * clip.fps:.3g} rows for a second of the clip, not {clip.fps:g}"
-            remedy = f"{rate}: encode at the clip's fps, and with --clips, so that the file has the clip's frames alone"
+            remedy = f"{rate}: encode at the clip's fps with --clips; of a whole video, set embeddings_start_frame_idx"
         raise ProspectError(what, where=clip.where, remedy=remedy)
     last = clip.end_frame - 1
     in_time = sorted(clip.turns, key=lambda turn: turn.end_frame)  # so that updates moved to one frame keep their order

@@ -108,6 +108,18 @@ def test_a_video_that_ends_too_early_is_one_line(tmp_path, monkeypatch, capsys):
     assert caught.value.remedy.startswith("row r is frame 50 + r")
 
 
+@pytest.mark.parametrize(("fps", "wrong"), [("2", False), ("30000/1001", True), ("1/0", False), ("many", False)])
+def test_a_video_encoded_at_another_rate_is_refused(tmp_path, fps, wrong):
+    """It has rows enough for every clip. encode writes its rate beside it."""
+    source = source_of(tmp_path, clip_of(0, 9), clip_of(0, 99, id="v_own"))
+    for name in ("v", "v_own"):  # of the clip's own, the rows are counted
+        np.save(tmp_path / f"embeddings/{name}.npy", numbered(range(100)))
+        (tmp_path / f"embeddings/{name}.json").write_text(json.dumps({"weights_sha256": "ab", "fps": fps}))
+    first, own = (checked.problems for _, _, checked in check.check_all([source], None, 1, keep=False))
+    told = f"{tmp_path}/embeddings/v.npy: encoded at 29.97 rows per second, the clip's fps is 2"
+    assert [problem.what for problem in first] == [told] * wrong and own == []
+
+
 def test_only_the_rows_of_the_clip_are_read(tmp_path, monkeypatch):
     """Of a file of 8 GB that takes no room on the disk. Rows that are not finite matter where a clip has them."""
     source = source_of(tmp_path, clip_of(1_999_990, 1_999_999), clip_of(5, 9))
