@@ -352,10 +352,12 @@ class Results:
         return np.array([[clips[clip].get(column, (0, 0)) for clip in self.clips] for clips in of])
 
     def cell(self, key: str, column: str) -> str:
-        """Mean and deviation over the seeds."""
+        """Mean and deviation over the seeds; a dash where there was nothing to count."""
         if (counts := self.counts(key, column)) is None:
             return ""
-        by_seed = [numerator / max(denominator, 1) for numerator, denominator in counts.sum(1)]
+        by_seed = [numerator / denominator for numerator, denominator in counts.sum(1) if denominator]
+        if not by_seed:
+            return "–"
         spread = f" ± {statistics.stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
         return f"{statistics.mean(by_seed):.3f}{spread}"
 
