@@ -1,6 +1,7 @@
 """Does tracking the task state help, against the memory that ProAssist has? Trains, streams, writes docs/ablation.md.
 
-    python benchmarks/ablation.py [--seeds 0 1 2 3 4] [--difficulties noisy clear] [--out runs/ablation] [--jobs 2]
+    python benchmarks/ablation.py [--trained state summaries nothing ...] [--pictures noisy clear] [--seeds 0 1 2 3 4]
+                                  [--out runs/ablation] [--jobs 2]
 
 People work through whole tasks (prospect/sample.py: `long` in clear pictures, `hard` in noisy ones), several times as
 long as the context. Which step to name next depends on what was completed minutes ago, so the assistants differ in what
@@ -86,18 +87,21 @@ COMMON = (  # what every run shares beyond config.yaml
 # ---- what is trained -----------------------------------------------------------------------------
 
 NO_STATE = ("data.dst=false", "model.dst_state_head=false")
-SUMMARIES = ("data.summaries=1",)
+SUMMARIES, DROP = ("data.summaries=1",), "infer.strategy=summarize_and_drop"
 WHOLE = ("data.max_seq_len=1536", "data.batch_tokens=1536")  # the longest clip of the corpora has 1,167 tokens
+LONGER = tuple(f"train.{name}={3 * STEPS}" for name in ("max_steps", "eval_every", "save_every"))
 BY_LM = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", "infer.smoothing=1")
 
 TRAINED: dict[str, tuple[str, ...]] = {  # the settings in which each differs from config.yaml and COMMON
     "state": (),
-    "summaries": (*NO_STATE, *SUMMARIES, "infer.strategy=summarize_and_drop"),
+    "summaries": (*NO_STATE, *SUMMARIES, DROP),
     "nothing": NO_STATE,
     "whole-state": WHOLE,
     "whole": (*NO_STATE, *WHOLE),
     "both": (*SUMMARIES, "infer.strategy=summarize_with_dst"),
-    "proassist": (*NO_STATE, *SUMMARIES, "infer.strategy=summarize_and_drop", *BY_LM),
+    "proassist": (*NO_STATE, *SUMMARIES, DROP, *BY_LM),
+    "state-longer": LONGER,
+    "summaries-longer": (*NO_STATE, *SUMMARIES, DROP, *LONGER),
 }
 
 
@@ -130,6 +134,8 @@ MEMORY = (
     Row("neither", "nothing"),
     Row("the whole task in the context, task state", "whole-state"),
     Row("the whole task in the context", "whole"),
+    Row("task state, three times as many steps", "state-longer"),
+    Row("learned summaries, three times as many steps", "summaries-longer"),
 )
 LADDER = (
     *(Row(title, "state", title) for title in ("no state", "20 % wrong", "10 % wrong", "5 % wrong")),
@@ -143,6 +149,7 @@ ROWS = {row.key: row for row in (*MEMORY, *LADDER, RECENT)}
 PAIRS = (  # keys of rows: what one adds to the other
     ("state", "summaries"), ("state", "proassist"), ("state", "nothing"), ("summaries", "nothing"),
     ("both", "state"), ("both", "summaries"), ("whole-state", "whole"), ("state", "whole"), ("state", "whole-state"),
+    ("state-longer", "summaries-longer"),
 )  # fmt: skip
 
 COLUMNS = {
@@ -345,10 +352,12 @@ class Results:
         return np.array([[clips[clip].get(column, (0, 0)) for clip in self.clips] for clips in of])
 
     def cell(self, key: str, column: str) -> str:
-        """Mean and deviation over the seeds."""
+        """Mean and deviation over the seeds; a dash where there was nothing to count."""
         if (counts := self.counts(key, column)) is None:
             return ""
-        by_seed = [numerator / max(denominator, 1) for numerator, denominator in counts.sum(1)]
+        by_seed = [numerator / denominator for numerator, denominator in counts.sum(1) if denominator]
+        if not by_seed:
+            return "–"
         spread = f" ± {statistics.stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
         return f"{statistics.mean(by_seed):.3f}{spread}"
 
@@ -380,13 +389,14 @@ def paired_bootstrap(
     return float(difference), *map(float, np.percentile(drawn, (2.5, 97.5)))
 
 
-def results(pictures: str, seeds: list[int], out: Path) -> Results:
+def results(pictures: str, trained: list[str], seeds: list[int], out: Path) -> Results:
     by_row = {
         row.key: [read_json(measured_file(row, Run(row.trained, pictures, seed), out)) for seed in seeds]
         for row in ROWS.values()
+        if row.trained in trained
     }
     by_row |= {name: [measure_blind(pictures, name, out)] for name in BLIND}
-    return Results(sorted(by_row["state"][0]), by_row)
+    return Results(sorted(by_row[next(iter(BLIND))][0]), by_row)
 
 
 def page(found: dict[str, Results], floors: dict[str, float], seeds: list[int], command: str) -> str:
@@ -405,16 +415,19 @@ def page(found: dict[str, Results], floors: dict[str, float], seeds: list[int], 
         )
         for title, rows in tables:
             lines += [f"### In {pictures} pictures: {title}", ""]
-            lines += table(COLUMNS, [(name, [of.cell(key, column) for column in COLUMNS]) for name, key in rows])
+            measured = [(name, [of.cell(key, column) for column in COLUMNS]) for name, key in rows if key in of.by_row]
+            lines += table(COLUMNS, measured)
         lines += [f"### In {pictures} pictures: differences, with intervals of 95 %", ""]
         titles = {row.key: row.title for row in MEMORY}
         columns = {column: COLUMNS[column] for column in ("next_step", "replies_right_f1")}
         lines += table(columns, [
             (f"{titles[one]} − {titles[other]}", [of.difference(one, other, column) for column in columns])
             for one, other in PAIRS
+            if one in of.by_row and other in of.by_row
         ])  # fmt: skip
         lines += [f"### In {pictures} pictures: completed steps named in summaries", ""]
-        wrote = [row for row in MEMORY if of.counts(row.key, "summary_recall") is not None]
+        measured = [row for row in MEMORY if row.key in of.by_row]
+        wrote = [row for row in measured if of.counts(row.key, "summary_recall") is not None]
         lines += table(OF_SUMMARIES, [(row.title, [of.cell(row.key, name) for name in OF_SUMMARIES]) for row in wrote])
         what = "The most frequent step after the one just completed, guessed without any memory, is the right next step"
         lines += [f"{what} in {floors[pictures]:.3f} of cases in {pictures} pictures.", ""]
@@ -429,13 +442,15 @@ def table(columns: dict[str, str], rows: list[tuple[str, list[str]]]) -> list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = "rows of the tables: all, or those of which these are trained"
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=list(TRAINED), help=what)
+    parser.add_argument("--pictures", nargs="+", default=list(PICTURES), choices=list(PICTURES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--difficulties", nargs="+", default=list(PICTURES), choices=list(PICTURES))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--jobs", type=int, default=2, help="runs trained side by side, on one thread each")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    for pictures in arguments.difficulties:
+    for pictures in arguments.pictures:
         corpora = [(out / pictures, 0, TRAIN_CLIPS, VAL_CLIPS)]
         corpora += [(held_out(pictures, seed, out).parent, seed, 1, HELD_OUT_CLIPS) for seed in HELD_OUT_SEEDS]
         for path, seed, clips, val_clips in corpora:
@@ -447,7 +462,7 @@ def main() -> None:
     ) as pool:
         runs = [
             Run(trained, pictures, seed)
-            for pictures in arguments.difficulties for seed in arguments.seeds for trained in TRAINED
+            for pictures in arguments.pictures for seed in arguments.seeds for trained in arguments.trained
         ]  # fmt: skip
         work = [pool.submit(run_and_measure, run, out) for run in runs]
         try:
@@ -457,8 +472,8 @@ def main() -> None:
         except BaseException:  # a run that failed, or Ctrl-C: what has not begun does not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    found = {pictures: results(pictures, arguments.seeds, out) for pictures in arguments.difficulties}
-    floors = {pictures: next_step_floor(pictures, out) for pictures in arguments.difficulties}
+    found = {pictures: results(pictures, arguments.trained, arguments.seeds, out) for pictures in arguments.pictures}
+    floors = {pictures: next_step_floor(pictures, out) for pictures in arguments.pictures}
     command = " ".join(["python benchmarks/ablation.py", *sys.argv[1:]])
     write_tables(page(found, floors, arguments.seeds, command))
     print(f"written: {PAGE}")

@@ -100,7 +100,6 @@ def prompt_pieces(prompt: str, tokenizer: Tokenizer) -> list[Piece]:
 # ---- the layout ----------------------------------------------------------------------------------
 
 
-SUMMARIZED_FROM = 0.6  # of max_seq_len: the shortest window that ends with a summary
 LATE = 0.75  # share of the texts that stand behind the last frame of their turn, with data.text_at=drawn
 
 
@@ -262,6 +261,9 @@ def frame_labels(
 
 
 # ---- the windows ---------------------------------------------------------------------------------
+
+
+SUMMARIZED_FROM = 0.6  # of max_seq_len: the shortest window that ends with a summary
 
 
 @dataclass(frozen=True)

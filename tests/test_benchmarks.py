@@ -91,12 +91,16 @@ def test_the_page_holds_mean_deviation_and_interval_and_leaves_the_prose_alone(t
             if row.key == "summaries":
                 clips["1001/a"] |= {"summary_precision": [3, 4], "summary_recall": [3, 6]}
             file.write_text(json.dumps(clips))
-    monkeypatch.setattr(ablation, "measure_blind", lambda *_: {"1000/a": {"next_step": [1, 4]}, "1001/a": {}})
-    found = ablation.results("noisy", [0, 1], tmp_path)
+    monkeypatch.setattr(
+        ablation,
+        "measure_blind",
+        lambda *_: {"1000/a": {"next_step": [1, 4], "replies_right_f1": [0, 0]}, "1001/a": {}},
+    )
+    found = ablation.results("noisy", list(ablation.TRAINED), [0, 1], tmp_path)
     page = ablation.page({"noisy": found}, {"noisy": 0.25}, [0, 1], "the command")
     # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2).
     assert "| task state |  |  |  | 0.600 ± 0.141 | 0.250 ± 0.000 |" in page
-    assert "| always silent |  |  |  | 0.250 |  |" in page
+    assert "| always silent |  |  |  | 0.250 | – |" in page
     assert "| task state − neither | **+0.200 [+0.100, +0.300]** | +0.000 [+0.000, +0.000] |" in page
     assert "| learned summaries (ProAssist's memory) | 0.750 ± 0.000 | 0.500 ± 0.000 |" in page
     assert page.startswith("`the command`") and "in 0.250 of cases" in page
