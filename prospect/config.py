@@ -163,7 +163,7 @@ class TrainConfig:
     save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
     # what the best is chosen by: combined, the combined score of streamed validation clips (where none are streamed,
-    # the mean of the heads' teacher-forced event F1), and of equals the lower loss; or loss, the total on validation
+    # the mean of the heads' teacher-forced event F1), and within 0.03 the lower loss; or loss, the total on validation
     best_by: Literal["combined", "loss"] = "combined"
     patience: int | None = None  # validations in a row without a better best after which the run ends; null: none do
     # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it

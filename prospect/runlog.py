@@ -27,7 +27,8 @@ def validation_line(state: TrainState, patience: int | None) -> str:
     for name, title in VALIDATION_SHOWN.items():
         value = numbers.get(f"streamed_{name}", numbers.get(name))
         shown += [] if value is None else [f"{title} {value:.3f}"]
-    shown.append(f"best so far: {state.best_by} {abs(state.best_value):.4f} at step {state.best_step}")
+    best = f"best so far: {state.best_by} {abs(state.best_value):.4f} at step {state.best_step}"
+    shown.append(best + (f" (highest {state.highest:.4f})" if state.highest > state.best_value else ""))
     shown += [f"patience {state.since_best} of {patience}"] if patience else []
     return "  ".join(shown)
 
