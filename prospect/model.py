@@ -9,7 +9,8 @@ whether to speak and whether to update the task state.
                                                          when one fires:    lm_head --> the reply or `S5->complete`
 
 The transformer is Llama's (Touvron et al. 2023, arXiv 2302.13971; grouped queries and RoPE scaling as in Llama 3,
-arXiv 2407.21783) and keeps Hugging Face's tensor names and config fields, so that published weights load as they are.
+arXiv 2407.21783), or Qwen2's or Qwen3's, which differ from it in Attention alone (arXiv 2407.10671, 2505.09388). It
+keeps Hugging Face's tensor names and config fields, so that published weights load as they are.
 The projector and the idea of a decision head beside the LM head come from ProAssist (arXiv 2506.05904), whose single
 "stay silent" head becomes two direct ones: speak, and update the task state.
 
@@ -59,7 +60,7 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. Fields up to `mlp_bias` are Hugging Face's LlamaConfig, under its names."""
+    """The shape of a model. Fields up to `model_type` are Hugging Face's LlamaConfig, under its names."""
 
     vocab_size: int
     hidden_size: int
@@ -75,6 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    model_type: str = "llama"  # or qwen2 (Qwen2.5 too), qwen3
     # ours
     vision_dim: int = 2048  # D: 2048 for SmolVLM2 embeddings, 1152 for SigLIP
     image_token_id: int = 0  # may lie beyond vocab_size: <image> is never looked up and never generated
@@ -192,10 +194,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [B,T,H] -> [B,T,H]
+    def forward(self, x: Tensor) -> Tensor:  # [...,H] -> [...,H]
         normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return (self.weight * normed.to(x.dtype)).to(x.dtype)  # under autocast a weight may be wider than x
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -248,17 +250,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias
+        bias = config.attention_bias or config.model_type == "qwen2"  # Qwen2's q, k and v have one, its o has none
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        normed = config.model_type == "qwen3"  # each head of q and k, so that no score grows without bound
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         N, K, E = self.num_heads, self.num_kv_heads, self.head_dim
-        q = rotate(self.q_proj(x).view(B, T, N, E), *rope)
-        k = rotate(self.k_proj(x).view(B, T, K, E), *rope)
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, N, E)), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, K, E)), *rope)
         v = self.v_proj(x).view(B, T, K, E)
         if cache is None:
             # Right padding needs no mask: a real token looks only at what stands before it, which is real too.

@@ -323,7 +323,7 @@ def test_a_lora_checkpoint_as_backbone_goes_on_with_its_adapters(tmp_path):
     assert torch.equal(answer(load_model(tmp_path / "next").eval()), answer(model))
 
 
-@pytest.mark.parametrize("name", ["llama-3.2", "biases"])
+@pytest.mark.parametrize("name", ["llama-3.2", "biases", "qwen2.5", "qwen3"])
 def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     peft = pytest.importorskip("peft", reason="pip install -r requirements-dev.txt")
@@ -333,7 +333,7 @@ def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
     stir(model)
     save_model(model, tmp_path, names=checkpoint_names(model, config))
 
-    theirs = transformers.LlamaForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     saved = set(peft.get_peft_model_state_dict(theirs))
     assert saved == {"base_model.model." + name for name in model.state_dict() if is_adapter(name)}
