@@ -100,6 +100,10 @@ def memory_of(model: Prospect, config: Config, world: int) -> Memory:
     kind = "lora with dropout" if t.tune == "lora" and t.lora_dropout else t.tune
     by_hidden, by_inner = BLOCK_BYTES_FP32 if t.precision == "fp32" else BLOCK_BYTES[kind]
     of_block = by_hidden * shape.hidden_size + by_inner * shape.intermediate_size
+    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    of_block += 2 * size * (queries - shape.hidden_size)  # queries, and what they found, where heads are wider
+    if shape.model_type == "qwen3":  # norms keep their input in fp32 and, where trained, their output
+        of_block += (4 + (size if t.tune == "full" else 0)) * (queries + keys)
     block_input = storage_dtype(t).itemsize * shape.hidden_size
     of_token = layers * block_input + of_block if t.activation_checkpointing else layers * of_block
     activations = of_token * config.data.batch_tokens
