@@ -27,13 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prospect.config import DataConfig
 from prospect.distributed import laid_out, own_rows
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, read_json, write_json
@@ -599,7 +600,7 @@ def main() -> None:
     look = commands.add_parser("check", help="load a backbone or a checkpoint and count its parameters")
     look.add_argument("directory", type=Path)
     look.add_argument(
-        "--template", choices=["plain", "chatml", "llama3", "smolvlm"], default="plain", help="data.template to be used"
+        "--template", choices=get_args(DataConfig.__annotations__["template"]), default="plain", help="data.template"
     )
     ship = commands.add_parser("export", help="merge adapters and write a directory that transformers can load")
     ship.add_argument("checkpoint", type=Path)
