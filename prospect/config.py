@@ -32,7 +32,7 @@ class RunConfig:
 class ModelSection:
     """A backbone directory, or the shape of a small model trained from scratch."""
 
-    backbone: str | None = None  # a Hugging Face directory (Llama, SmolLM2, SmolVLM2); null: train from scratch
+    backbone: str | None = None  # a Hugging Face directory (Llama, Qwen, SmolLM2, SmolVLM2); null: train from scratch
     vision_dim: int = 2048  # width of a frame embedding: 2048 SmolVLM2, 1152 SigLIP, 1024 CLIP
     speaking_head: bool = True  # false: the LM decides when to speak (infer.decision=lm, data.silence_lm=true)
     dst_state_head: bool = True  # a third head, with data.dst: the state of the most recently started step

@@ -73,7 +73,7 @@ def longest_prompt(clip: Clip, tokenizer: Tokenizer, config: Config) -> int:
     if strategy.startswith("summarize"):
         data = replace(data, recipe=True)
         prompts.append(clip_prompt(clip, clip.initial_state, data))
-    if strategy in ("slide", "summarize_with_dst"):
+    if strategy not in ("none", "drop_all", "drop_middle", "summarize_and_drop"):  # which tell the first state alone
         prompts += [clip_prompt(clip, dict.fromkeys(clip.initial_state, state), data) for state in STATES]
     return max(tokenizer.count_tokens([prompt_pieces(prompt, tokenizer) for prompt in prompts]))
 

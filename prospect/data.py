@@ -24,7 +24,7 @@ from prospect.distributed import signals_held
 from prospect.errors import ProspectError
 from prospect.model import added, count_labels, find_targets
 from prospect.plan import Entries, Entry, Plan, Wanted, make_plan, open_planned
-from prospect.sequence import LABEL_KEYS, Sample, generator, lay_out, make_sample
+from prospect.sequence import Sample, generator, lay_out, make_sample
 from prospect.tokenizer import Tokenizer
 
 # ---- the corpus ----------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ def collate(samples: Sequence[Sample], pad_id: int, multiple: int = 1) -> dict[s
     T += -T % multiple
     input_ids = torch.full((B, T), pad_id, dtype=torch.long)
     attention_mask = torch.zeros((B, T), dtype=torch.bool)
-    labels = {key: torch.full((B, T), IGNORE, dtype=torch.long) for key in LABEL_KEYS}
+    labels = {key: torch.full((B, T), IGNORE, dtype=torch.long) for key in samples[0].labels}
     for b, sample in enumerate(samples):
         length = len(sample.input_ids)
         input_ids[b, :length] = torch.from_numpy(sample.input_ids)
         attention_mask[b, :length] = True
-        for key in LABEL_KEYS:
+        for key in labels:
             labels[key][b, :length] = torch.from_numpy(sample.labels[key])
     image_embeds = torch.from_numpy(np.concatenate([sample.image_embeds for sample in samples]))  # [F, D]
     return {

@@ -115,10 +115,9 @@ def untaught_strategy(config: Config) -> list[str]:
         "none": True,
         "slide": summaries < 1,
         "drop_all": not dst,  # the prompt tells the state with which the stream began
-        "drop_middle": False,
         "summarize_and_drop": summaries > 0 and not dst,  # likewise
         "summarize_with_dst": summaries > 0,
-    }[strategy]
+    }.get(strategy, False)
     how = f"data.summaries={summaries:g}, data.dst={str(dst).lower()}"
     line = f"infer.strategy={strategy}: training showed no context that starts again as a full one will ({how})"
     return [] if taught else [line]

@@ -31,6 +31,18 @@ PUBLISHED = {
     "Llama-3.1-8B": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+    "Qwen2.5-3B": {
+        "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 11008,
+        "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "Qwen2.5-7B": {
+        "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+        "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
+    "Qwen3-4B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "Qwen3-8B": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
 }  # fmt: skip
 
 
@@ -41,7 +53,7 @@ def published_config(backbone: str) -> ModelConfig:
     if not known:
         what = f"no such directory, and no published shape of that name ({', '.join(PUBLISHED)})"
         raise ProspectError(what, where=backbone, remedy="download the model there, or correct model.backbone")
-    return parse_config(PUBLISHED[known[0]] | {"model_type": "llama"}, backbone)
+    return parse_config({"model_type": "llama"} | PUBLISHED[known[0]], backbone)
 
 
 # What a block keeps of one token until its backward pass, in bytes: (for each of H, for each of intermediate_size).
@@ -88,6 +100,10 @@ def memory_of(model: Prospect, config: Config, world: int) -> Memory:
     kind = "lora with dropout" if t.tune == "lora" and t.lora_dropout else t.tune
     by_hidden, by_inner = BLOCK_BYTES_FP32 if t.precision == "fp32" else BLOCK_BYTES[kind]
     of_block = by_hidden * shape.hidden_size + by_inner * shape.intermediate_size
+    queries, keys = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    of_block += 2 * size * (queries - shape.hidden_size)  # queries, and what they found, where heads are wider
+    if shape.model_type == "qwen3":  # norms keep their input in fp32 and, where trained, their output
+        of_block += (4 + (size if t.tune == "full" else 0)) * (queries + keys)
     block_input = storage_dtype(t).itemsize * shape.hidden_size
     of_token = layers * block_input + of_block if t.activation_checkpointing else layers * of_block
     activations = of_token * config.data.batch_tokens

@@ -9,7 +9,8 @@ whether to speak and whether to update the task state.
                                                          when one fires:    lm_head --> the reply or `S5->complete`
 
 The transformer is Llama's (Touvron et al. 2023, arXiv 2302.13971; grouped queries and RoPE scaling as in Llama 3,
-arXiv 2407.21783) and keeps Hugging Face's tensor names and config fields, so that published weights load as they are.
+arXiv 2407.21783), or Qwen2's or Qwen3's, which differ from it in Attention alone (arXiv 2407.10671, 2505.09388). It
+keeps Hugging Face's tensor names and config fields, so that published weights load as they are.
 The projector and the idea of a decision head beside the LM head come from ProAssist (arXiv 2506.05904), whose single
 "stay silent" head becomes two direct ones: speak, and update the task state.
 
@@ -21,6 +22,7 @@ S tokens in the cache.
 import math
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -59,7 +61,7 @@ class LoraConfig:
 
 @dataclass
 class ModelConfig:
-    """The shape of a model. Fields up to `mlp_bias` are Hugging Face's LlamaConfig, under its names."""
+    """The shape of a model. Fields up to `model_type` are Hugging Face's LlamaConfig, under its names."""
 
     vocab_size: int
     hidden_size: int
@@ -75,6 +77,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    model_type: str = "llama"  # or qwen2 (Qwen2.5 too), qwen3
     # ours
     vision_dim: int = 2048  # D: 2048 for SmolVLM2 embeddings, 1152 for SigLIP
     image_token_id: int = 0  # may lie beyond vocab_size: <image> is never looked up and never generated
@@ -192,10 +195,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:  # [B,T,H] -> [B,T,H]
+    def forward(self, x: Tensor) -> Tensor:  # [...,H] -> [...,H]
         normed = x.float()  # the mean of squares of a bf16 row would lose half its digits
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return (self.weight * normed.to(x.dtype)).to(x.dtype)  # under autocast a weight may be wider than x
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
@@ -248,17 +251,20 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias
+        bias = config.attention_bias or config.model_type == "qwen2"  # Qwen2's q, k and v have one, its o has none
         self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=bias)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        normed = config.model_type == "qwen3"  # each head of q and k, so that no score grows without bound
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if normed else nn.Identity()
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, slots: Slots | None) -> Tensor:
         B, T, _ = x.shape
         N, K, E = self.num_heads, self.num_kv_heads, self.head_dim
-        q = rotate(self.q_proj(x).view(B, T, N, E), *rope)
-        k = rotate(self.k_proj(x).view(B, T, K, E), *rope)
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, N, E)), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, K, E)), *rope)
         v = self.v_proj(x).view(B, T, K, E)
         if cache is None:
             # Right padding needs no mask: a real token looks only at what stands before it, which is real too.
@@ -544,25 +550,43 @@ def init_weights(model: Prospect, seed: int) -> None:
         parameters[name].data.copy_(value)
 
 
-# ---- the four losses -----------------------------------------------------------------------------
+# ---- the losses ----------------------------------------------------------------------------------
 
-# Labels are counted, and losses summed, by class; the losses are quotients of these. Keeping sums and counts apart
-# until the whole optimizer step is known is what makes a step the same however it is cut into micro-batches and ranks.
-#
-#     what is learned       label key             classes                       loss term        read by
-#     what to say           speaking_gen_labels   speaking_gen                  speaking_gen     lm_head
-#     speak now?            speaking_labels       speaking_pos, speaking_neg    speaking_binary  speaking_decision_head
-#     which step changes    dst_gen_labels        dst_gen                       dst_gen          lm_head
-#     update now?           dst_update_labels     dst_pos, dst_neg              dst_binary       dst_update_head
-#     state of the step     dst_state_labels      dst_state                     dst_state        dst_state_head
-LOSS_CLASSES = ("speaking_gen", "speaking_pos", "speaking_neg", "dst_gen", "dst_pos", "dst_neg", "dst_state")
-SHIFTED = {
-    "speaking_gen_labels": True,
-    "speaking_labels": False,
-    "dst_gen_labels": True,
-    "dst_update_labels": False,
-    "dst_state_labels": False,
-}  # by label key: whether a label is learned at the position before it
+
+@dataclass(frozen=True)
+class Learned:
+    """What is learned: from which labels, by which of Prospect's heads, and how.
+
+    token: cross-entropy of a token, at the position before it. decision: binary cross-entropy where it is labelled.
+    category: cross-entropy there.
+    """
+
+    label: str
+    head: str
+    kind: Literal["token", "decision", "category"]
+
+
+LEARNED = {  # by loss term
+    "speaking_gen": Learned("speaking_gen_labels", "lm_head", "token"),  # what to say
+    "speaking_binary": Learned("speaking_labels", "speaking_decision_head", "decision"),  # speak now?
+    "dst_gen": Learned("dst_gen_labels", "lm_head", "token"),  # which step changes
+    "dst_binary": Learned("dst_update_labels", "dst_update_head", "decision"),  # update now?
+    "dst_state": Learned("dst_state_labels", "dst_state_head", "category"),  # state of the step
+}
+
+
+def classes(term: str) -> tuple[str, ...]:
+    """The classes of a loss term: a decision's positives and negatives, else the term itself.
+
+    Labels are counted, and losses summed, by class; the losses are quotients of these. Keeping sums and counts apart
+    until the whole optimizer step is known is what makes a step the same however it is cut into micro-batches and
+    ranks.
+    """
+    stem = term.removesuffix("_binary")
+    return (f"{stem}_pos", f"{stem}_neg") if LEARNED[term].kind == "decision" else (term,)
+
+
+LOSS_CLASSES = tuple(name for term in LEARNED for name in classes(term))
 LM_CHUNK = 4096  # labelled positions per LM head call: logits of more than [4096, V] are never held at once
 
 
@@ -585,14 +609,15 @@ def labelled(labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
 def find_targets(labels: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is learned, by label key: [2,n], flat indices into B*T (see `labelled`) above the labels that stand there.
 
-    labels: the five keys, each [B,T], and perhaps `attention_mask`. On the CPU, when a batch is made: to find positions
-    on a GPU, the host would have to wait for their number. Raises ProspectError for padding that is not on the right.
+    labels: LEARNED's, each [B,T], and perhaps `attention_mask`. On the CPU, when a batch is made: to find positions on
+    a GPU, the host would have to wait for their number. Raises ProspectError for padding that is not on the right.
     """
     mask = labels.get("attention_mask")  # [B,T]
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
         what = "a sequence has padding before a token, which would be seen"
         raise ProspectError(what, where="attention_mask", remedy="pad on the right, as prospect.data.collate does")
-    return {key: torch.stack(labelled(labels[key], shift=shift)) for key, shift in SHIFTED.items()}
+    shifted = {learned.label: learned.kind == "token" for learned in LEARNED.values()}
+    return {key: torch.stack(labelled(labels[key], shift=shift)) for key, shift in shifted.items()}
 
 
 def loss_sums(model: Prospect, hidden: Tensor, targets: dict[str, Tensor], loss: LossConfig) -> dict[str, Tensor]:
@@ -620,10 +645,7 @@ def loss_sums(model: Prospect, hidden: Tensor, targets: dict[str, Tensor], loss:
                 losses.append(token_losses(model.lm_head, part, target))
         return [part.sum() for part in torch.cat(losses).split(counts)]
 
-    def decision(head: nn.Linear | None, key: str) -> tuple[Tensor, Tensor]:
-        if head is None:
-            return nothing, nothing
-        states, label = read(key)
+    def decision(head: nn.Linear, states: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         logits, label = head(states).float().squeeze(-1), label.float()
         losses = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
         if loss.bce == "focal":
@@ -631,18 +653,19 @@ def loss_sums(model: Prospect, hidden: Tensor, targets: dict[str, Tensor], loss:
             losses = weight * focal(losses, loss.focal_gamma)
         return (losses * label).sum(), (losses * (1 - label)).sum()
 
-    nothing = hidden.new_zeros((), dtype=torch.float32)
-    sums = dict.fromkeys(LOSS_CLASSES, nothing)
-    sums["speaking_pos"], sums["speaking_neg"] = decision(model.speaking_decision_head, "speaking_labels")
-    sums["dst_pos"], sums["dst_neg"] = decision(model.dst_update_head, "dst_update_labels")
-    if model.config.dst:
-        sums["speaking_gen"], sums["dst_gen"] = generation(["speaking_gen_labels", "dst_gen_labels"])
-    else:
-        [sums["speaking_gen"]] = generation(["speaking_gen_labels"])
-    if model.dst_state_head is not None:
-        states, state = read("dst_state_labels")
-        losses = token_losses(model.dst_state_head, states, state)
-        sums["dst_state"] = (focal(losses, loss.focal_gamma) if loss.dst_state_focal else losses).sum()
+    tokens = {term: learned.label for term, learned in LEARNED.items() if learned.kind == "token"}
+    sums = dict.fromkeys(LOSS_CLASSES, hidden.new_zeros((), dtype=torch.float32))
+    sums |= zip(tokens, generation(list(tokens.values())))
+    for term, learned in LEARNED.items():
+        head = getattr(model, learned.head)
+        if learned.kind == "token" or head is None:
+            continue
+        states, label = read(learned.label)
+        if learned.kind == "decision":
+            sums |= zip(classes(term), decision(head, states, label))
+        else:
+            losses = token_losses(head, states, label)
+            sums[term] = (focal(losses, loss.focal_gamma) if loss.dst_state_focal else losses).sum()
     return sums
 
 
@@ -665,19 +688,12 @@ def count_labels(targets: dict[str, Tensor]) -> dict[str, Tensor]:
     targets: of `find_targets`, on the host.
     """
 
-    def count(key: str, value: int | None = None) -> Tensor:
-        _, label = targets[key]
-        return torch.tensor(float(len(label) if value is None else (label == value).sum()), dtype=torch.float64)
-
-    return {
-        "speaking_gen": count("speaking_gen_labels"),
-        "speaking_pos": count("speaking_labels", 1),
-        "speaking_neg": count("speaking_labels", 0),
-        "dst_gen": count("dst_gen_labels"),
-        "dst_pos": count("dst_update_labels", 1),
-        "dst_neg": count("dst_update_labels", 0),
-        "dst_state": count("dst_state_labels"),
-    }
+    counts = {}
+    for term, learned in LEARNED.items():
+        _, label = targets[learned.label]
+        values = (label == 1, label == 0) if learned.kind == "decision" else (label != IGNORE,)
+        counts |= zip(classes(term), [which.sum().double() for which in values])
+    return counts
 
 
 def added(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -695,19 +711,13 @@ def loss_terms(sums: dict[str, Tensor], counts: dict[str, Tensor], loss: LossCon
     """
     s, n = sums, {name: counts[name].float() for name in LOSS_CLASSES}
 
-    def binary(head: str) -> Tensor:
-        pos, neg = f"{head}_pos", f"{head}_neg"
-        if loss.bce == "balanced":
-            return 0.5 * (s[pos] / n[pos].clamp(min=1) + s[neg] / n[neg].clamp(min=1))
-        return (s[pos] + s[neg]) / (n[pos] + n[neg]).clamp(min=1)
+    def quotient(term: str) -> Tensor:
+        names = classes(term)
+        if len(names) == 2 and loss.bce == "balanced":
+            return 0.5 * sum(s[name] / n[name].clamp(min=1) for name in names)
+        return sum(s[name] for name in names) / sum(n[name] for name in names).clamp(min=1)
 
-    return {
-        "speaking_gen": s["speaking_gen"] / n["speaking_gen"].clamp(min=1),
-        "speaking_binary": binary("speaking"),
-        "dst_gen": s["dst_gen"] / n["dst_gen"].clamp(min=1),
-        "dst_binary": binary("dst"),
-        "dst_state": s["dst_state"] / n["dst_state"].clamp(min=1),
-    }
+    return {term: quotient(term) for term in LEARNED}
 
 
 def total_loss(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

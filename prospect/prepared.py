@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from prospect.model import Block, KVCache, Prospect, Slots, attend, rotate
+from prospect.model import Block, KVCache, Prospect, RMSNorm, Slots, attend, rotate
 
 
 @torch.no_grad()
@@ -66,6 +66,10 @@ class PreparedBlock:
         self.before_attention = (block.input_layernorm.weight, block.input_layernorm.eps)
         self.before_mlp = (block.post_attention_layernorm.weight, block.post_attention_layernorm.eps)
         self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qk_norm = None
+        if isinstance(attention.q_norm, RMSNorm):  # Qwen3's: one weight for all queries, another for all keys
+            norms = [attention.q_norm] * attention.num_heads + [attention.k_norm] * attention.num_kv_heads
+            self.qk_norm = torch.stack([norm.weight for norm in norms]), attention.q_norm.eps  # [N+K,E]
         self.o = Product(attention.o_proj)
         self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
         self.down = Product(mlp.down_proj)
@@ -74,7 +78,11 @@ class PreparedBlock:
         (B, T, H), (N, K, E) = x.shape, self.heads
         x = x.view(B * T, H)
         qkv = self.qkv(F.rms_norm(x, (H,), *self.before_attention)).view(B, T, N + 2 * K, E)
-        qk = rotate(qkv[:, :, : N + K], *rope)
+        qk = qkv[:, :, : N + K]
+        if self.qk_norm is not None:
+            weight, eps = self.qk_norm
+            qk = F.rms_norm(qk, (E,), eps=eps) * weight
+        qk = rotate(qk, *rope)
         k, v = cache.update(self.layer, qk[:, :, N:], qkv[:, :, N + K :], slots)  # [B,K,S,E]
         x = self.o.added_to(x, attend(qk[:, :, :N], k, v, slots.mask).view(B * T, N * E))
         gate, up = self.gate_up(F.rms_norm(x, (H,), *self.before_mlp)).chunk(2, dim=-1)

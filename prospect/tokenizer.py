@@ -42,9 +42,10 @@ class Template:
         smolvlm  Assistant: Great! Now the wheels.<end_of_utterance>⏎
 
     The end token is learned as part of the turn; `after` (the line break of chatml and smolvlm) is not. System, user
-    and assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's, llama3
-    Llama 3's, smolvlm SmolVLM2's. Two lines are left out on purpose: Llama 3.1 and 3.2 start the system turn with
-    "Cutting Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made.
+    and assistant turns are byte for byte what the families' own chat templates write: chatml SmolLM2's and Qwen's,
+    llama3 Llama 3's, smolvlm SmolVLM2's. Two things are left out on purpose: Llama 3.1 and 3.2 start the system turn
+    with "Cutting Knowledge Date" and "Today Date", and the latter would make a sequence depend on the day it was made;
+    Qwen3 begins a chat's last answer with an empty thought, so a turn would change when another follows it.
     """
 
     bos: str  # control token before everything, or ""

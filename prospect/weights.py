@@ -2,7 +2,7 @@
 
 Everything is safetensors and JSON. One layout serves checkpoints and exports:
 
-    config.json                   Hugging Face's LlamaConfig, and our own settings under the key "prospect"
+    config.json                   Hugging Face's config, and our own settings under the key "prospect"
     model.safetensors             the transformer (or shards with model.safetensors.index.json)
     prospect.safetensors          mm_projector and the decision heads
     adapter_config.json,          LoRA adapters, as peft writes them
@@ -11,7 +11,7 @@ Everything is safetensors and JSON. One layout serves checkpoints and exports:
 A backbone has only the first two. A checkpoint of `tune: full` has the first three. A checkpoint of `tune: heads` or
 `lora` leaves the transformer out and names its directory in config.json: loading combines the two. An export
 (`python -m prospect.weights export CHECKPOINT OUT`) has its adapters merged and contains the full transformer, so that
-`LlamaForCausalLM.from_pretrained` opens it.
+`AutoModelForCausalLM.from_pretrained` opens it.
 
 A model is opened on the meta device, where it has shapes and types but no memory: names, shapes and types of all files
 are compared there. Then it is filled: each rank maps its own rows of a tensor (all, or under FSDP its share) from the
@@ -27,13 +27,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prospect.config import DataConfig
 from prospect.distributed import laid_out, own_rows
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import WRITING, read_json, write_json
@@ -59,7 +60,8 @@ FLOAT_TYPES = ("F32", "BF16", "F16")  # safetensors' names of the types a Llama 
 
 # ---- config.json ---------------------------------------------------------------------------------
 
-# LlamaConfig's own defaults: a config.json may leave out what equals them (SmolVLM2's text_config does).
+# LlamaConfig's own defaults: a config.json may leave out what equals them (SmolVLM2's text_config does). Qwen's differ
+# in sizes alone, which its files name; one left out would not fit the tensors.
 LLAMA_DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
@@ -84,7 +86,10 @@ TEXT_PREFIX = {"llama": "model.", "smolvlm": "model.text_model."}
 # What is beside the text model and is ignored: SmolVLM2's vision tower, and a buffer that old Llama files carry.
 LEFT_ALONE = ("model.vision_model.", "model.connector.")
 OLD_BUFFER = ".rotary_emb.inv_freq"
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "smolvlm": "SmolVLMForConditionalGeneration"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+}  # fmt: skip
 
 # ModelConfig's fields that are not the transformer's: our settings, and where its weights came from.
 SETTINGS = ("vision_dim", "image_token_id", "speaking_head", "dst", "dst_state_head")
@@ -136,20 +141,22 @@ class Fields:
 def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     """A model's shape from Hugging Face's fields and, in one of our checkpoints, its settings from ours.
 
-    Raises ProspectError naming everything that this Llama does not support, and every value that makes no sense.
+    Raises ProspectError naming everything that model.py does not compute, and every value that makes no sense.
     """
     problems: list[str] = []
     outer = Fields(values, problems)
-    kind = "smolvlm" if "text_config" in values else "llama"
-    text = outer.inner("text_config") if kind == "smolvlm" else outer
-    if values.get("model_type") != kind:
+    has_text = "text_config" in values
+    text = outer.inner("text_config") if has_text else outer
+    kind, model_type = str(values.get("model_type")), str(text.values.get("model_type"))
+    if kind not in ARCHITECTURES or has_text != (kind == "smolvlm"):
         problems.append(f"model_type {values.get('model_type')!r}")
-    elif text.values.get("model_type") != "llama":
+    elif has_text and model_type != "llama":
         problems.append(f"text_config.model_type {text.values.get('model_type')!r}")
-    if values.get("architectures") not in (None, [ARCHITECTURES[kind]]):
+    elif values.get("architectures") not in (None, [ARCHITECTURES[kind]]):
         problems.append(f"architectures {values['architectures']}")
     for key in NEUTRAL:
-        text.neutral(key)
+        if key != "sliding_window" or not model_type.startswith("qwen"):  # theirs counts where use_sliding_window
+            text.neutral(key)
 
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "max_position_embeddings")
     shape = {key: text.number(key, LLAMA_DEFAULTS[key], 1, 10**7) for key in sizes}
@@ -157,7 +164,10 @@ def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     shape["rms_norm_eps"] = text.number("rms_norm_eps", LLAMA_DEFAULTS["rms_norm_eps"], 0.0, 1.0)
     heads = shape["num_attention_heads"]
     shape["num_key_value_heads"] = text.number("num_key_value_heads", heads, 1, heads)
-    shape["head_dim"] = text.number("head_dim", shape["hidden_size"] // heads, 2, 10**4)
+    default = 128 if model_type == "qwen3" else shape["hidden_size"] // heads  # Qwen3's is no share of the width
+    shape["head_dim"] = text.number("head_dim", default, 2, 10**4)
+    if text.values.get("layer_types") not in (None, ["full_attention"] * shape["num_hidden_layers"]):
+        problems.append("layer_types other than full_attention")
     if heads % shape["num_key_value_heads"]:
         problems.append(
             f"num_attention_heads {heads} is no multiple of num_key_value_heads {shape['num_key_value_heads']}"
@@ -168,10 +178,11 @@ def parse_config(values: dict[str, Any], where: str) -> ModelConfig:
     # In a SmolVLM2 file, the outer field counts: the LM head is outside the text model.
     shape["tie_word_embeddings"] = outer.flag("tie_word_embeddings", False)
 
-    config = ModelConfig(**shape, **parse_rope(text), **parse_settings(outer))
+    config = ModelConfig(**shape, model_type=model_type, **parse_rope(text), **parse_settings(outer))
     if problems:
         what = f"not a model that can be loaded: {', '.join(problems)}"
-        raise ProspectError(what, where=where, remedy="plain Llama 2/3, SmolLM2 and SmolVLM2 checkpoints can")
+        remedy = "plain Llama 2/3, Qwen2.5, Qwen3, SmolLM2 and SmolVLM2 checkpoints can"
+        raise ProspectError(what, where=where, remedy=remedy)
     return config
 
 
@@ -230,8 +241,7 @@ def hf_config(config: ModelConfig, eos_token_id: int | list[int] | None) -> dict
     shape = transformer_shape(config)
     scaling = shape.pop("rope_scaling")
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[config.model_type]],
         **shape,
         "rope_scaling": {"rope_type": "llama3", **scaling} if scaling else None,
         "hidden_act": "silu",
@@ -360,8 +370,8 @@ def tensors_of(model: Prospect) -> dict[str, Tensor]:
 def open_model(directory: str | Path, given: dict[str, Any], dtype: torch.dtype) -> tuple[Prospect, dict[str, Stored]]:
     """A directory's model on the meta device, frozen, and where its tensors are stored. A backbone has none of ours.
 
-    given: settings asked for, None: not asked for. Raises ProspectError when config.json asks for what this Llama does
-    not support, when a checkpoint has other settings than those given, and what `check` raises.
+    given: settings asked for, None: not asked for. Raises ProspectError when config.json asks for what model.py does
+    not compute, when a checkpoint has other settings than those given, and what `check` raises.
     """
     directory = Path(directory)
     values = read_json(directory / "config.json")
@@ -590,7 +600,7 @@ def main() -> None:
     look = commands.add_parser("check", help="load a backbone or a checkpoint and count its parameters")
     look.add_argument("directory", type=Path)
     look.add_argument(
-        "--template", choices=["plain", "chatml", "llama3", "smolvlm"], default="plain", help="data.template to be used"
+        "--template", choices=get_args(DataConfig.__annotations__["template"]), default="plain", help="data.template"
     )
     ship = commands.add_parser("export", help="merge adapters and write a directory that transformers can load")
     ship.add_argument("checkpoint", type=Path)

@@ -30,6 +30,8 @@ CASES = {  # how it is trained; its backbone, None: from scratch
     "full, untied, sharded files": (TrainConfig(tune="full"), "sharded-bf16"),
     "lora, tied": (TrainConfig(tune="lora", precision="bf16", lora_rank=3), "llama-3.2"),
     "heads, biases": (TrainConfig(tune="heads", precision="fp16"), "biases"),
+    "full, biases of q, k, v": (TrainConfig(tune="full"), "qwen2.5"),
+    "lora, norms of q, k": (TrainConfig(tune="lora", precision="bf16", lora_rank=3), "qwen3"),
 }
 LAYERS = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
 HEADS = ["speaking_decision_head", "dst_update_head", "dst_state_head"]

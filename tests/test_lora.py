@@ -323,7 +323,7 @@ def test_a_lora_checkpoint_as_backbone_goes_on_with_its_adapters(tmp_path):
     assert torch.equal(answer(load_model(tmp_path / "next").eval()), answer(model))
 
 
-@pytest.mark.parametrize("name", ["llama-3.2", "biases"])
+@pytest.mark.parametrize("name", ["llama-3.2", "biases", "qwen2.5", "qwen3"])
 def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     peft = pytest.importorskip("peft", reason="pip install -r requirements-dev.txt")
@@ -333,7 +333,7 @@ def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
     stir(model)
     save_model(model, tmp_path, names=checkpoint_names(model, config))
 
-    theirs = transformers.LlamaForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(BACKBONES / name, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
     saved = set(peft.get_peft_model_state_dict(theirs))
     assert saved == {"base_model.model." + name for name in model.state_dict() if is_adapter(name)}
@@ -348,10 +348,11 @@ def test_adapters_open_in_peft_and_answer_the_same(tmp_path, name):
 # ---- memory --------------------------------------------------------------------------------------
 
 
-def kept_bytes(tune: str, precision: str, dropout: float, layers: int) -> int:
+def kept_bytes(tune: str, precision: str, dropout: float, kind: str, head_dim: int, layers: int) -> int:
     """What autograd keeps of 96 tokens in a model of so many layers, 256 wide with 896 inside; weights apart."""
     config = lora_config(tune=tune, precision=precision, lora_dropout=dropout)
-    model = Prospect(ModelConfig(64, 256, 896, layers, 8, 2, 32, vision_dim=16, image_token_id=64))
+    shape = ModelConfig(64, 256, 896, layers, 8, 2, head_dim, model_type=kind, vision_dim=16, image_token_id=64)
+    model = Prospect(shape)
     init_weights(model, 0)
     model.to(storage_dtype(config))
     set_trainable(model, config)
@@ -383,8 +384,10 @@ def kept_bytes(tune: str, precision: str, dropout: float, layers: int) -> int:
         ("full", "fp32", 0.0),
     ],
 )
-def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, dropout, tmp_path):
-    per_layer = (kept_bytes(tune, precision, dropout, 3) - kept_bytes(tune, precision, dropout, 1)) / 2
+@pytest.mark.parametrize("kind, head_dim", [("llama", 32), ("qwen3", 48)])  # 8 heads: as wide as the layer, and wider
+def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, dropout, kind, head_dim, tmp_path):
+    three, one = (kept_bytes(tune, precision, dropout, kind, head_dim, layers) for layers in (3, 1))
+    per_layer = (three - one) / 2
     shape = {
         "vocab_size": 64,
         "hidden_size": 256,
@@ -392,7 +395,8 @@ def test_the_memory_a_dry_run_announces_is_what_autograd_keeps(tune, precision, 
         "num_hidden_layers": 10,
         "num_attention_heads": 8,
     }
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "llama", "num_key_value_heads": 2}))
+    shape |= {"model_type": kind, "num_key_value_heads": 2, "head_dim": head_dim}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
     config = load_config(CONFIGS.parent / "config.yaml")
     config.model.backbone, config.data.batch_tokens = str(tmp_path), 960_000  # 10 layers, 10,000 times the tokens
     config.train = lora_config(tune=tune, precision=precision, lora_dropout=dropout)
@@ -448,6 +452,11 @@ def test_memory_of_each_gpu_by_hand(overrides, world, expected):
             1152 * 3072 + 3072 * 3072 + 2 * 3072 + 5 * 3073 + 128 * 28 * (2 * 6144 + 2 * 4096 + 3 * 11264),
             40,
         ),
+        (  # 32 heads of 128 are wider than the hidden state, 2560
+            "qwen3-4b",
+            1152 * 2560 + 2560 * 2560 + 2 * 2560 + 5 * 2561 + 64 * 36 * (2 * 6656 + 2 * 3584 + 3 * 12288),
+            40,
+        ),
         (
             "llama-3.1-8b",
             1152 * 4096 + 4096 * 4096 + 2 * 4096 + 5 * 4097 + 16 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432),
@@ -465,9 +474,9 @@ def test_the_configs_fit_the_cards_they_name(name, trained, card):
     parameters, memory = describe_memory(config)  # without weights: by the backbone's name
     assert f"; {trained / 1e6:,.1f} M are trained" in parameters
     total = float(memory.split()[1])
-    logits = (
-        config.data.batch_tokens / 3 * 128256 * 10 / 1e9
-    )  # of a third of the tokens: bf16, fp32, and fp32 for the gradient
+    vocabulary = 151936 if "qwen" in name else 128256
+    # of a third of the tokens: bf16, fp32, and fp32 for the gradient
+    logits = config.data.batch_tokens / 3 * vocabulary * 10 / 1e9
     assert 0.5 * card < total + logits < 0.9 * card
     text = (CONFIGS / f"{name}.yaml").read_text()
     assert f"card of {card} GB" in text or f"each card {card} GB" in text

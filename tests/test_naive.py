@@ -80,10 +80,13 @@ def talked_to(draw: np.random.Generator, clip: Clip) -> Clip:
     return replace(clip, turns=(*clip.turns, *turns))
 
 
-def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_room: int = 0, **fixed) -> Case:
+def random_case(
+    seed: int, tokenizer_dir: Path, *, large: bool = False, more_room: int = 0, kind: str = "llama", **fixed
+) -> Case:
     """Two or three clips with a model and settings of their own; fixed: settings of InferConfig that are not drawn.
 
     large: one long clip of ten tokens a frame, in a context of more than a thousand. more_room: tokens of the context.
+    kind: of transformer, ModelConfig.model_type.
     """
     draw = np.random.default_rng([16, seed])
 
@@ -98,7 +101,7 @@ def random_case(seed: int, tokenizer_dir: Path, *, large: bool = False, more_roo
         tokenizer, seed, dst=dst, dst_state_head=dst and pick(True, False), num_hidden_layers=pick(1, 2, 3),
         vocab_size=tokenizer.vocab_size + pick(0, 0, 7, -1 if last else 0), num_key_value_heads=pick(1, 2, 4),
         attention_bias=pick(True, False), mlp_bias=pick(True, False), tie_word_embeddings=pick(True, False, False),
-        rope_scaling=pick(None, None, STRETCHED),
+        rope_scaling=pick(None, None, STRETCHED), model_type=kind,
     )  # fmt: skip
     model.lm_head.weight.data[tokenizer.end_id] *= pick(1.0, 1.6)
     if seed % 4 == 1:  # it would rather write role marks and frames than words
@@ -252,9 +255,11 @@ def compare_ways(case: Case) -> None:
 # ---- what is asked -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [1, 10, 15, 18])  # small ones; the last is told when to write
-def test_streaming_equals_a_naive_engine(tokenizer_dir, seed):
-    case = random_case(seed, tokenizer_dir).stream_naively()
+@pytest.mark.parametrize(
+    "seed, kind", [(1, "llama"), (10, "qwen2"), (15, "qwen3"), (18, "llama")]
+)  # small ones; the last is told when to write
+def test_streaming_equals_a_naive_engine(tokenizer_dir, seed, kind):
+    case = random_case(seed, tokenizer_dir, kind=kind).stream_naively()
     records = case.records()
     assert case.decided and any(record["event"] for record in records)
     assert sum(record["speaking_decision"] for record in records) >= 3
@@ -271,7 +276,7 @@ def test_streaming_equals_a_naive_engine_hundreds_of_times(tokenizer_dir, block)
     counts = dict.fromkeys(names, 0)
     undecided = applied = refused = 0
     for seed in range(100 + block * OF, 100 + block * OF + OF):
-        case = random_case(seed, tokenizer_dir).stream_naively()
+        case = random_case(seed, tokenizer_dir, kind=("llama", "qwen2", "qwen3")[seed % 5 % 3]).stream_naively()
         if not case.decided:
             undecided += 1
             continue

@@ -3,6 +3,7 @@ make_backbone_fixtures.py), and the tokens of a backbone's tokenizer."""
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from prospect.weights import load_model
 
 BACKBONES = Path(__file__).parent / "fixtures" / "backbones"
 RENDERED = json.loads((BACKBONES / "templates.json").read_text(encoding="utf-8"))
-FOLDERS = {"chatml": "smollm2", "llama3": "llama-3", "smolvlm": "smolvlm2"}
+FOLDERS = {"chatml": "smollm2", "llama3": "llama-3", "smolvlm": "smolvlm2", "qwen2.5": "qwen2.5"}  # by family
+TEMPLATES = {"qwen2.5": "chatml"}  # of a family that has not given its template its name
+NO_THOUGHT = "<think>\n\n</think>\n\n"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"  # Llama 3.1's, which ours leaves out
 
 
@@ -32,7 +35,7 @@ def written(pieces: list[Piece]) -> str:
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("case", range(3))
 def test_chats_are_written_byte_for_byte_as_the_family_writes_them(name, case):
-    template, expected = make_template(name, "", ""), RENDERED[name][case]
+    template, expected = make_template(TEMPLATES.get(name, name), "", ""), RENDERED[name][case]
     pieces = pieces_of(template, expected["chat"])
     assert written(pieces).encode() == expected["text"].encode()
     assert (written(pieces) + written(template.header("assistant"))).encode() == expected[
@@ -47,18 +50,51 @@ def test_llama_3_1_differs_in_its_two_dates_alone(case):
     assert written(pieces_of(make_template("llama3", "", ""), expected["chat"])) == expected["text"].replace(DATES, "")
 
 
+@pytest.mark.parametrize("case", range(3))
+def test_qwen_3_differs_in_an_empty_thought_before_the_last_answer_alone(case):
+    expected = RENDERED["qwen3"][case]
+    ends_with_an_answer = expected["chat"][-1][0] == "assistant"
+    assert expected["text"].count(NO_THOUGHT) == ends_with_an_answer == (case != 1)
+    ours = written(pieces_of(make_template("chatml", "", ""), expected["chat"]))
+    assert ours == expected["text"].replace(NO_THOUGHT, "")
+
+
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("case", range(2))  # the third chat has texts that begin with white space and a forged <image>
 def test_chats_become_the_tokens_that_the_familys_tokenizer_gives(name, case):
     directory, expected = BACKBONES / FOLDERS[name], RENDERED[name][case]
-    tokenizer = Tokenizer(directory, name)
+    tokenizer = Tokenizer(directory, TEMPLATES.get(name, name))
     theirs = Backend.from_file(str(directory / "tokenizer.json")).encode(expected["text"], add_special_tokens=False).ids
     assert tokenizer.encode(pieces_of(tokenizer.template, expected["chat"])) == theirs
 
 
+@pytest.mark.parametrize(
+    "text", ["Schritt 12: die Ra\u0308der!\n\nDann  weiter.", "e\u0301 \u1112\u1161\u11ab", "it's\t10x"]
+)
+def test_qwen_texts_are_normalized_and_split_as_qwens_tokenizer_does(text):
+    """A combining mark becomes part of its letter (NFC), and every token still knows at which character it starts."""
+    tokenizer = Tokenizer(BACKBONES / "qwen2.5", "chatml")
+    theirs = Backend.from_file(str(BACKBONES / "qwen2.5" / "tokenizer.json")).encode(text, add_special_tokens=False)
+    ids, starts = tokenizer.encode_pieces([Piece("ab"), Piece(text), Piece("<|im_end|>", control=True)])
+    assert ids[2:-1].tolist() == theirs.ids and ids[-1] == 274
+    assert tokenizer.decode(ids[2:-1]) == unicodedata.normalize("NFC", text)
+    assert starts[2:].tolist() == [2 + begin for begin, _ in theirs.offsets] + [2 + len(text)]
+    pieces = [text[begin:end] for begin, end in theirs.offsets]
+    assert all(unicodedata.combining(piece[0]) == 0 for piece in pieces)
+
+
+def test_qwen_control_tokens_and_the_padded_vocabulary():
+    # ids: 272 of text, then <|endoftext|>, <|im_start|>, <|im_end|>, two that are not special; the model has 288 rows
+    tokenizer = Tokenizer(BACKBONES / "qwen2.5", "chatml")
+    assert (tokenizer.end_id, tokenizer.pad_id, tokenizer.image_id) == (274, 272, 277)
+    tokenizer.check_vocabulary(288)
+    said = tokenizer.encode([Piece("<tool_call><|im_end|><image>")])
+    assert max(said) < 272 and tokenizer.decode(said) == "<tool_call><|im_end|><image>"
+
+
 def test_end_and_pad_tokens_by_template():
     # ids: 288 in all, the control tokens of each fixture last, in the order of make_backbone_fixtures.py
-    chatml, llama3, smolvlm = (Tokenizer(BACKBONES / folder, name) for name, folder in FOLDERS.items())
+    chatml, llama3, smolvlm = (Tokenizer(BACKBONES / FOLDERS[name], name) for name in ("chatml", "llama3", "smolvlm"))
     assert (chatml.end_id, chatml.pad_id) == (287, 287)  # <|im_end|>, which pads too
     assert (llama3.end_id, llama3.pad_id) == (286, 286)  # <|eot_id|>, not <|end_of_text|>
     assert (smolvlm.end_id, smolvlm.pad_id) == (287, 285)  # <end_of_utterance>, padded with <|im_end|>

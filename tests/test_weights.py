@@ -19,12 +19,14 @@ from prospect import weights
 from prospect.errors import ProspectError, run_entry_point
 from prospect.memory import published_config
 from prospect.model import KVCache, LoraConfig, ModelConfig, Prospect, RopeScaling
+from prospect.prepared import prepare
 from prospect.tune import add_lora, count_parameters, is_ours
 from prospect.weights import fill_model, hf_config, load_model, open_model, read_config, save_model, trained_tensors
 
 ROOT = Path(__file__).parent.parent
 BACKBONES = ROOT / "tests" / "fixtures" / "backbones"
-VARIANTS = ["llama-2", "llama-3", "llama-3.1", "llama-3.2", "smollm2", "smolvlm2", "biases", "sharded-bf16"]
+VARIANTS = ["llama-2", "llama-3", "llama-3.1", "llama-3.2", "qwen2.5", "qwen3", "smollm2", "smolvlm2", "biases",
+            "sharded-bf16"]  # fmt: skip
 NEVER = 0  # the token that the reference continuations leave out
 
 
@@ -35,26 +37,36 @@ def load(name: str, **settings) -> Prospect:
 # ---- parity --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["plain", "prepared"])
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.inference_mode()
-def test_logits_and_greedy_continuation_are_those_of_transformers(name):
+def test_logits_and_greedy_continuation_are_those_of_transformers(name, prepared):
     model, reference = load(name), load_file(BACKBONES / name / "reference.safetensors")
     logits = model.lm_head(model(reference["input_ids"]))  # [B,T,V]
     assert reference["logits"].std() > 1  # the numbers compared are not small to begin with
     assert (logits - reference["logits"]).abs().max() < 1e-4
 
+    if prepared:
+        prepare(model)  # merged products, as streaming runs them
     cache = KVCache(model.config, 1, 64, torch.device("cpu"), torch.float32)
     feed, written = reference["input_ids"][:1], []
     for _ in range(len(reference["continuation"])):
-        last = model.lm_head(model(feed, cache=cache))[0, -1]  # [V]
+        logits = model.lm_head(model(feed, cache=cache))  # [1,T,V]
+        if feed.shape[1] > 1:
+            assert (logits - reference["logits"][:1]).abs().max() < 1e-4
+        last = logits[0, -1]  # [V]
         last[NEVER] = -torch.inf
         written.append(int(last.argmax()))
         feed = torch.tensor([written[-1:]])
     assert written == reference["continuation"].tolist()
 
 
-def test_gradients_are_those_of_transformers():
-    model, reference = load("llama-3.2"), load_file(BACKBONES / "llama-3.2" / "reference.safetensors")
+@pytest.mark.parametrize(
+    "name, tensors",  # beside embeddings and the last norm: nine in each of two blocks, and an LM head where untied
+    [("llama-3.2", 2 * 9), ("qwen2.5", 2 * (9 + 3)), ("qwen3", 2 * (9 + 2) + 1)],
+)
+def test_gradients_are_those_of_transformers(name, tensors):
+    model, reference = load(name), load_file(BACKBONES / name / "reference.safetensors")
     ids = reference["input_ids"]  # [B,T]
     logits = model.lm_head(model(ids))  # [B,T,V]
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -63,7 +75,7 @@ def test_gradients_are_those_of_transformers():
         if not is_ours(name):
             assert (parameter.grad - reference[f"grad.{name}"]).abs().max() < 1e-4, name
             compared += 1
-    assert compared == 2 + 2 * 9  # embeddings (tied: also the head), the last norm, nine tensors in each of two blocks
+    assert compared == 2 + tensors
 
 
 def test_a_bf16_checkpoint_stays_bf16_when_asked_and_close():
@@ -103,6 +115,39 @@ def test_old_and_new_config_styles_say_the_same(tmp_path):
     )
     assert "rope_parameters" not in json.loads((BACKBONES / "llama-3.1" / "config.json").read_text())
     assert "rope_scaling" not in json.loads((BACKBONES / "llama-3.2" / "config.json").read_text())
+
+
+def test_qwens_own_fields():
+    """qwen2.5 is written as it was published: it names a window that it does not use. qwen3 leaves out nothing."""
+    qwen2, qwen3 = (json.loads((BACKBONES / name / "config.json").read_text()) for name in ("qwen2.5", "qwen3"))
+    assert (qwen2["sliding_window"], qwen2["use_sliding_window"], qwen2["max_window_layers"]) == (16, False, 1)
+    small = dict(vocab_size=288, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=32768, rms_norm_eps=1e-6, rope_theta=1e6)  # fmt: skip
+    assert weights.parse_config(qwen2, "here") == ModelConfig(
+        **small, head_dim=8, tie_word_embeddings=True, model_type="qwen2"
+    )
+    assert weights.parse_config(qwen3, "here") == ModelConfig(**small, head_dim=12, model_type="qwen3")
+    del qwen3["head_dim"]  # Qwen3Config's own default is no share of the width
+    assert weights.parse_config(qwen3, "here").head_dim == 128
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window True"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than full_attention"),
+        ({"model_type": "qwen3_moe"}, "model_type 'qwen3_moe'"),
+        ({"model_type": "qwen2_5_vl", "text_config": {}}, "model_type 'qwen2_5_vl'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, "rope_type 'yarn'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+    ],
+)
+def test_what_qwen_models_have_and_model_py_does_not_compute_is_refused_by_name(name, changes, named):
+    values = json.loads((BACKBONES / name / "config.json").read_text())
+    with pytest.raises(ProspectError) as caught:
+        weights.parse_config(values | changes, "config.json")
+    assert named in str(caught.value)
 
 
 def test_a_smolvlm2_text_config_may_leave_out_what_equals_the_defaults():
@@ -174,6 +219,10 @@ def test_all_refusals_are_told_at_once():
         ("Llama-3.2-1B", 1.236e9),
         ("Llama-3.2-3B-Instruct", 3.213e9),
         ("Meta-Llama-3.1-8B", 8.030e9),
+        ("Qwen2.5-3B-Instruct", 3.086e9),
+        ("Qwen2.5-7B-Instruct", 7.616e9),
+        ("Qwen3-4B-Instruct-2507", 4.022e9),
+        ("Qwen3-8B", 8.191e9),
     ],
 )
 def test_parameter_counts_of_published_models(name, parameters):
@@ -207,7 +256,7 @@ def assert_same_tensors(a: Prospect, b: Prospect) -> None:
         assert first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]), name
 
 
-@pytest.mark.parametrize("name", ["llama-3.2", "smolvlm2", "biases"])
+@pytest.mark.parametrize("name", ["llama-3.2", "smolvlm2", "biases", "qwen2.5", "qwen3"])
 def test_a_checkpoint_comes_back_as_it_was(tmp_path, name):
     model = make_checkpoint(tmp_path, name)
     again = load_model(tmp_path)
@@ -606,20 +655,24 @@ def test_export_refuses(case, tmp_path, capsys, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"] + ["out"] * (case == "exists")
 
 
-@pytest.mark.parametrize("name", ["llama-3.2", "llama-3.1", "smolvlm2", "biases"])
+@pytest.mark.parametrize("name", ["llama-3.2", "llama-3.1", "smolvlm2", "biases", "qwen2.5", "qwen3"])
 def test_an_export_opens_in_transformers(tmp_path, name):
     transformers = pytest.importorskip("transformers", reason="pip install -r requirements-dev.txt")
     model = make_lora_checkpoint(tmp_path / "checkpoint", name)
     weights.export(tmp_path / "checkpoint", tmp_path / "out")
-    theirs, report = transformers.LlamaForCausalLM.from_pretrained(
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True
     )
+    kinds = {"qwen2.5": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    assert type(theirs).__name__ == kinds.get(name, "LlamaForCausalLM")
     assert not any(report.values()), report  # nothing missing, unexpected or mis-shaped
     ids = torch.arange(1, 49).reshape(2, 24)
     with torch.inference_mode():
         assert (theirs.eval()(input_ids=ids).logits - model.lm_head(model(ids))).abs().max() < 1e-4
     assert theirs.config.eos_token_id == 287
-    assert (theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()) == (name == "llama-3.2")
+    assert (theirs.lm_head.weight.data_ptr() == theirs.model.embed_tokens.weight.data_ptr()) == (
+        name in ("llama-3.2", "qwen2.5")
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.convert_tokens_to_ids("<|eot_id|>") == 286
 
