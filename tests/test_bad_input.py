@@ -211,7 +211,8 @@ def test_a_clip_file_that_is_none(corpus, monkeypatch, capsys):
     (corpus / "train.json").unlink()
     train_and_check_refuse(corpus, monkeypatch, capsys, f"{corpus}/train.json: no such clip file")
     (corpus / "train.json").mkdir()
-    train_and_check_refuse(corpus, monkeypatch, capsys, f"{corpus}/train.json: cannot be read: Is a directory")
+    what = f"{corpus}/train.json: the folder holds no .json or .jsonl file"
+    train_and_check_refuse(corpus, monkeypatch, capsys, what)
 
 
 def test_a_bad_validation_file_stops_before_anything_is_trained(corpus, monkeypatch, capsys):
