@@ -211,8 +211,9 @@ def test_a_clip_file_that_is_none(corpus, monkeypatch, capsys):
     (corpus / "train.json").unlink()
     train_and_check_refuse(corpus, monkeypatch, capsys, f"{corpus}/train.json: no such clip file")
     (corpus / "train.json").mkdir()
-    what = f"{corpus}/train.json: the folder holds no .json or .jsonl file"
-    train_and_check_refuse(corpus, monkeypatch, capsys, what)
+    what = f"{corpus}/train.json: the folder holds no .json or .jsonl file"  # refused before any clip is checked
+    assert what in refused(train.main, monkeypatch, capsys, write_tiny_config(corpus))
+    assert what in refused(check.main, monkeypatch, capsys, corpus / "train.json")
 
 
 def test_a_bad_validation_file_stops_before_anything_is_trained(corpus, monkeypatch, capsys):
