@@ -5,6 +5,7 @@
     OUT/references.jsonl              the clips, as in their files: what the records are scored against
     OUT/settings.json                 all that decides what the records are
     OUT/metrics.json, metrics.md      what was printed
+    OUT/clips.jsonl                   every clip's numbers and outcomes, the worst first (prospect/mistakes.py)
 
 Interrupted and started again, an evaluation resumes with the clips that have no complete records, if the settings are
 still those.
