@@ -25,19 +25,21 @@ import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
+from prospect.checkpoint import flatten, read_state
 from prospect.clip_files import Source, open_source, parse_clip_name
 from prospect.clips import Clip
-from prospect.config import Config, DataConfig
+from prospect.config import Config, DataConfig, to_dict
 from prospect.context import check_streamable
 from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.features import ROWS, Features, features_of, scale_of, warnings
-from prospect.files import writing
+from prospect.files import write_json, writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
+from prospect.records import settings_beside
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
 
@@ -150,7 +152,7 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     StreamSession(model, tokenizer, jobs[0].clip, config)  # refuses settings that do not fit the model
     warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
-    with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
+    with open_output(arguments, config, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
             print(header(job.clip))
             streamed.append((job.clip, []))
@@ -159,9 +161,12 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
                 for record in records:
                     show(record, out, sys.stdout)
     if arguments.html:
-        from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
+        from prospect.report.page import said_where  # only here: streaming starts without it
+        from prospect.report.timeline import timeline, write_timelines
 
-        write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
+        made = made_with(arguments.checkpoint, config)
+        write_timelines(arguments.html, [timeline(records, clip, made) for clip, records in streamed])
+        print(said_where(arguments.html))
     files = dict.fromkeys(str(source.file.path) for source, _ in chosen)
     checkpoint, out = arguments.checkpoint, Path(arguments.checkpoint).parent / "evaluation"
     words = ["python", "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", *files, "--out", str(out)]
@@ -177,7 +182,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
     warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
-    with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
+    with open_output(arguments, config, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out, arguments.checkpoint)
 
 
@@ -192,7 +197,7 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
     warn(unlike_training(arguments.checkpoint, [clip], config, features))
     pace = Pace(fps)
-    with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
+    with open_output(arguments, config, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
             for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
@@ -200,6 +205,11 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
         finally:
             print(f"{video}: {pace}")
     warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
+
+
+def made_with(checkpoint: str, config: Config) -> dict[str, Any]:
+    """The settings that decide what the records are, by name, as an evaluation's settings.json has them."""
+    return flatten(to_dict(config)) | {"checkpoint": checkpoint, "step": read_state(Path(checkpoint)).step}
 
 
 def warn(lines: list[str]) -> None:
@@ -216,8 +226,11 @@ def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
 
 
 @contextlib.contextmanager
-def open_output(path: str | None, inputs: list[Path], default: TextIO | None) -> Iterator[TextIO | None]:
-    """The file of --out, or without it `default`."""
+def open_output(
+    arguments: argparse.Namespace, config: Config, inputs: list[Path], default: TextIO | None
+) -> Iterator[TextIO | None]:
+    """The file of --out, with the settings that make its records beside it; or without --out `default`."""
+    path = arguments.out
     if path is None:
         yield default
         return
@@ -225,6 +238,8 @@ def open_output(path: str | None, inputs: list[Path], default: TextIO | None) ->
         raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
     with writing(path):
         file = open(path, "w", encoding="utf-8")
+    if Path(path).is_file():  # a pipe or a device has nothing beside it
+        write_json(settings_beside(Path(path)), made_with(arguments.checkpoint, config))
     try:
         yield file
     finally:

@@ -99,7 +99,7 @@ function sequenceNode(sequence, which) {
 
 /* Move to the token that the key leads to. */
 function onKey(event, sequence, node) {
-  if (hasModifier(event)) return;
+  if (keyIsTaken(event)) return;
   const to = target(event.key, sequence, selected.position);
   if (to === undefined) return;
   inspect(sequence, node, clamp(to, 0, sequence.ids.length - 1));
@@ -205,4 +205,5 @@ document.body.append(
     ["Home End", "first, last"],
     ["Tab", "next sequence, buttons"],
   ),
+  writtenNote(),
 );
