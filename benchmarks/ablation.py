@@ -1,16 +1,16 @@
-"""Does tracking the task state help? And what do the other choices bring? Trains, streams, and writes docs/ablation.md.
+"""Does tracking the task state help, against the memory that ProAssist has? Trains, streams, writes docs/ablation.md.
 
-    python benchmarks/ablation.py [--seeds 0 1 2] [--out runs/ablation] [--jobs 2]
+    python benchmarks/ablation.py [--trained state summaries nothing ...] [--pictures noisy clear] [--seeds 0 1 2 3 4]
+                                  [--out runs/ablation] [--jobs 2]
 
-Most tables are of the hard sample corpus (prospect/sample.py): whole tasks, several times as long as the context, in
-which the step to name next depends on what was completed minutes ago. Those on memory are of the long corpus, the same
-stories in clear pictures. Each variant is the default in all but the settings its row names, is trained by train.py
-with every seed (of weights, data order, negatives and text places) for the same number of steps and tokens, and is
-streamed on clips of another corpus seed. The decisions of every row are tuned in the same way, on streamed validation
-clips (prospect/tuning.py), unless the row says otherwise.
+People work through whole tasks (prospect/sample.py: `long` in clear pictures, `hard` in noisy ones), several times as
+long as the context. Which step to name next depends on what was completed minutes ago, so the assistants differ in what
+carries the past: the task state, a summary that the model has learned to write (ProAssist), nothing, or a context
+that holds the whole task. All else is equal: each is trained by train.py for the same number of steps, with every seed
+(of weights, data order, negatives and text places), has its decisions tuned in the same way on streamed validation
+clips (prospect/tuning.py), and is streamed live on the same held-out clips of several corpora.
 
-Columns, over all held-out clips streamed live; an event is in time within 1 s of its range, and every decision to write
-is one predicted event:
+Columns; an event is in time within 1 s of its range, and every decision to write is one predicted event:
 
     speaking F1      events at which the assistant spoke
     update F1        events at which it updated the task state
@@ -19,8 +19,12 @@ is one predicted event:
                      (or that all is done): what was completed before decides it, and timing plays no part
     replies right    F1 of all replies; a reply is right when it comes in time and names the right step
 
-Interrupted and started again, it resumes: finished runs and their measurements are kept under --out, and refused when
-they were made with other settings. --jobs runs are trained side by side, on one thread each.
+Each is a ratio of counts over all clips. A difference of two rows comes with an interval that holds 95 of 100 of the
+differences found when seeds and clips are drawn again with replacement, the same ones for both (paired bootstrap, Efron
+and Tibshirani 1993).
+
+Interrupted and started again, it resumes: finished runs and their counts are kept under --out, and refused when they
+were made with other settings. --jobs runs are trained side by side, on one thread each.
 """
 
 import argparse
@@ -36,101 +40,117 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the repository itself, not installed
 
+from benchmarks import controls
 from prospect.checkpoint import flatten, read_config
+from prospect.clip_files import ClipFile
 from prospect.clips import Clip
-from prospect.config import load_config, to_dict
+from prospect.config import Config, load_config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, write_json
 from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
-from prospect.metrics import ratio
+from prospect.metrics import Counts
+from prospect.model import Prospect
 from prospect.sample import write_sample
-from prospect.score import decision_numbers, named_step, score_clip, timely_replies
-from prospect.stream import streamed_clips
-from prospect.text_metrics import load_similarity
+from prospect.score import named_step, score_clip, timely_replies
+from prospect.stream import Job, streamed_clips
+from prospect.summaries import reference_summary
+from prospect.text_metrics import Similarity, load_similarity
+from prospect.tokenizer import Tokenizer
 from prospect.tuning import best_tried, some_of, teacher_forced_odds, try_evidence, with_decisions
 
 PAGE = ROOT / "docs" / "ablation.md"
 BELOW = "<!-- everything below is written by benchmarks/ablation.py -->"
 
-TRAIN_CLIPS, VAL_CLIPS, HELD_OUT_CLIPS, HELD_OUT_SEED = 480, 32, 40, 1000
-COMMON = (  # what every run of this page shares beyond config.yaml: a context of 320 tokens, and a shorter run
-    "data.max_seq_len=320",
-    "infer.reserved=64", "infer.max_reply_tokens=32", "infer.max_update_tokens=16",  # 64 just holds both
-    "train.max_steps=400", "train.eval_every=400", "train.save_every=400", "train.log_every=10",
+PICTURES = {"noisy": "hard", "clear": "long"}  # the sample corpus's difficulty
+TRAIN_CLIPS, VAL_CLIPS = 480, 32
+HELD_OUT_SEEDS, HELD_OUT_CLIPS = (1000, 1001, 1002), 20  # corpora that are streamed, and the clips of each
+DRAWS = 10_000  # of seeds and clips, for an interval
+
+STEPS = 1600
+COMMON = (  # what every run shares beyond config.yaml
+    "data.max_seq_len=320", "data.batch_tokens=1024", "train.learning_rate=2.0e-3",
+    # Room for what is written at one frame: an update and a reply, or a summary and its request.
+    "infer.reserved=80", "infer.max_reply_tokens=32", "infer.max_update_tokens=16", "infer.max_summary_tokens=48",
+    "infer.evidence=0.5",  # it is tuned here, not at the end of training
+    f"train.max_steps={STEPS}", f"train.eval_every={STEPS}", f"train.save_every={STEPS}", "train.log_every=10",
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What is trained: the default with these settings changed, on the sample corpus of this difficulty."""
+# ---- what is trained -----------------------------------------------------------------------------
 
-    changes: tuple[str, ...] = ()
-    difficulty: str = "hard"
+NO_STATE = ("data.dst=false", "model.dst_state_head=false")
+SUMMARIES, DROP = ("data.summaries=1",), "infer.strategy=summarize_and_drop"
+WHOLE = ("data.max_seq_len=1536", "data.batch_tokens=1536")  # the longest clip of the corpora has 1,167 tokens
+LONGER = tuple(f"train.{name}={3 * STEPS}" for name in ("max_steps", "eval_every", "save_every"))
+BY_LM = ("model.speaking_head=false", "data.silence_lm=true", "infer.decision=lm", "infer.smoothing=1")
 
-
-NO_DST = "data.dst=false"
-NO_HEAD = "model.dst_state_head=false"
-OLD_LABELS = "data.text_at=range"
-TRAINED = {
-    "default": Variant(),
-    "old-labels": Variant((OLD_LABELS, NO_HEAD)),
-    "no-head": Variant((NO_HEAD,)),
-    "no-dst": Variant((NO_DST,)),
-    "default-clear": Variant(difficulty="long"),
+TRAINED: dict[str, tuple[str, ...]] = {  # the settings in which each differs from config.yaml and COMMON
+    "state": (),
+    "summaries": (*NO_STATE, *SUMMARIES, DROP),
+    "nothing": NO_STATE,
+    "whole-state": WHOLE,
+    "whole": (*NO_STATE, *WHOLE),
+    "both": (*SUMMARIES, "infer.strategy=summarize_with_dst"),
+    "proassist": (*NO_STATE, *SUMMARIES, DROP, *BY_LM),
+    "state-longer": LONGER,
+    "summaries-longer": (*NO_STATE, *SUMMARIES, DROP, *LONGER),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table: a trained variant, streamed with these settings."""
+    """A line of a table: a trained variant, streamed as it was trained or with one change (benchmarks/controls.py)."""
 
     title: str
     trained: str
-    streamed: tuple[str, ...] = ()
-    tuned: bool = True  # False: thresholds from a teacher-forced pass alone, evidence one half
+    change: str | None = None
 
     @property
     def key(self) -> str:
-        return " ".join((self.trained, *self.streamed, *(() if self.tuned else ("teacher-forced",))))
+        return self.trained if self.change is None else f"{self.trained}, {self.change}"
 
 
-NO_MEAN, ALONE = "infer.smoothing=1", "infer.coupling=0"
-STRATEGIES = ("drop_all", "drop_middle", "summarize_and_drop")  # those that need no task state
-SECTIONS = {
-    "What is trained is what is streamed, one change after another": (
-        Row("labels over the whole range, text behind it; decisions as teacher-forced",
-            "old-labels", (NO_MEAN, ALONE), False),
-        Row("the same, evidence tuned on streamed clips", "old-labels", (NO_MEAN, ALONE)),
-        Row("+ the heads coupled", "old-labels", (NO_MEAN,)),
-        Row("+ a running mean of the probabilities", "old-labels"),
-        Row("+ labels where the text may stand (`text_at: drawn`)", "no-head"),
-        Row("+ the state head (default)", "default"),
-    ),
-    "The default with one thing changed": (
-        Row("default", "default"),
-        Row("`dst_state_head: false`", "no-head"),
-        Row("`smoothing: 1`", "default", (NO_MEAN,)),
-        Row("`coupling: 0`", "default", (ALONE,)),
-        Row("decisions as teacher-forced", "default", (), False),
-        Row("`constrain_dst: true`", "default", ("infer.constrain_dst=true",)),
-    ),
-    "Task state": (
-        Row("with task state (default)", "default"),
-        Row("`dst: false`", "no-dst"),
-    ),
-    "Context strategies with task state, clear pictures": (
-        Row("`slide` (default)", "default-clear"),
-        Row("`summarize_with_dst`", "default-clear", ("infer.strategy=summarize_with_dst",)),
-        *(Row(f"`{name}`", "default-clear", (f"infer.strategy={name}",)) for name in STRATEGIES),
-    ),
-}  # fmt: skip
+CHANGES: dict[str, tuple[controls.Change, int]] = {  # and how many frames are looked ahead
+    "no state": (controls.report_state(controls.no_state), 32),
+    "20 % wrong": (controls.report_state(controls.corrupted_state(0.2)), 32),
+    "10 % wrong": (controls.report_state(controls.corrupted_state(0.1)), 32),
+    "5 % wrong": (controls.report_state(controls.corrupted_state(0.05)), 32),
+    "true state": (controls.report_state(controls.true_state), 32),
+    "four frames": (controls.forget, 1),
+}
+MEMORY = (
+    Row("task state", "state"),
+    Row("learned summaries (ProAssist's memory)", "summaries"),
+    Row("the same, and the LM decides when to speak (ProAssist)", "proassist"),
+    Row("task state and learned summaries", "both"),
+    Row("neither", "nothing"),
+    Row("the whole task in the context, task state", "whole-state"),
+    Row("the whole task in the context", "whole"),
+    Row("task state, three times as many steps", "state-longer"),
+    Row("learned summaries, three times as many steps", "summaries-longer"),
+)
+LADDER = (
+    *(Row(title, "state", title) for title in ("no state", "20 % wrong", "10 % wrong", "5 % wrong")),
+    Row("predicted state", "state"),
+    Row("true state", "state", "true state"),
+)
+BLIND = {"always silent": controls.silent, "always speaking": controls.always, "a timer": controls.timer}
+RECENT = Row("the last four frames", "nothing", "four frames")
+ROWS = {row.key: row for row in (*MEMORY, *LADDER, RECENT)}
+
+PAIRS = (  # keys of rows: what one adds to the other
+    ("state", "summaries"), ("state", "proassist"), ("state", "nothing"), ("summaries", "nothing"),
+    ("both", "state"), ("both", "summaries"), ("whole-state", "whole"), ("state", "whole"), ("state", "whole-state"),
+    ("state-longer", "summaries-longer"),
+)  # fmt: skip
 
 COLUMNS = {
     "speaking_event_f1": "speaking F1",
@@ -139,75 +159,109 @@ COLUMNS = {
     "next_step": "next step",
     "replies_right_f1": "replies right",
 }
+OF_SUMMARIES = {"summary_precision": "precision", "summary_recall": "recall"}
 
 
-def run_name(trained: str, seed: int) -> str:
-    return f"{trained}-seed{seed}"
+@dataclass(frozen=True)
+class Run:
+    """A training: a variant, the pictures it learns from, a seed."""
+
+    trained: str
+    pictures: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.trained}-{self.pictures}-seed{self.seed}"
+
+    def settings(self, out: Path) -> list[str]:
+        """The overrides of config.yaml that make it."""
+        corpus = out / self.pictures
+        files = (f"data.train=[{corpus / 'train.json'}]", f"data.val=[{corpus / 'val.json'}]", "data.sample=null")
+        run = (f"run.name={self.name}", f"run.out={out}", f"run.seed={self.seed}", "train.device=cpu")
+        return [*run, *files, *COMMON, *TRAINED[self.trained]]
 
 
-def corpora(trained: str, out: Path) -> tuple[Path, Path]:
-    """Folders of the corpus that a variant learns from and of the one it is streamed on."""
-    difficulty = TRAINED[trained].difficulty
-    return out / difficulty, out / f"{difficulty}-held-out"
-
-
-def settings(trained: str, seed: int, out: Path) -> list[str]:
-    """The overrides of config.yaml that make this run."""
-    corpus, _ = corpora(trained, out)
-    files = (f"data.train=[{corpus / 'train.json'}]", f"data.val=[{corpus / 'val.json'}]", "data.sample=null")
-    run = (f"run.name={run_name(trained, seed)}", f"run.out={out}", f"run.seed={seed}", "train.device=cpu")
-    return [*run, *files, *COMMON, *TRAINED[trained].changes]
-
-
-def train(trained: str, seed: int, out: Path) -> None:
-    """One run of train.py, on one thread; its output goes to a log beside the run."""
-    name = run_name(trained, seed)
-    with open(out / f"{name}.log", "w", encoding="utf-8") as log:
+def train(run: Run, out: Path) -> None:
+    """Run train.py on one thread; its output goes to a log beside the run."""
+    with open(out / f"{run.name}.log", "w", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "train.py", "config.yaml", *settings(trained, seed, out)]
+        command = [sys.executable, "train.py", "config.yaml", *run.settings(out)]
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
     if status != 0:
         what = f"train.py ended with status {status}"
-        raise ProspectError(what, where=name, remedy=f"see {log.name}")
+        raise ProspectError(what, where=run.name, remedy=f"see {log.name}")
 
 
-def check_settings(trained: str, seed: int, out: Path) -> None:
+def check_settings(run: Run, out: Path) -> None:
     """Raise ProspectError when the finished run was made with other settings than would be used now."""
-    run = out / run_name(trained, seed)
     wanted, found = (
-        flatten(to_dict(load_config("config.yaml", settings(trained, seed, out)))),
-        flatten(to_dict(read_config(run / "best"))),
+        flatten(to_dict(load_config("config.yaml", run.settings(out)))),
+        flatten(to_dict(read_config(out / run.name / "best"))),
     )
     differ = [name for name in wanted if wanted[name] != found.get(name)]
     if differ:
         what = f"was trained with other settings ({', '.join(differ)})"
-        raise ProspectError(what, where=str(run), remedy="remove this run")
+        raise ProspectError(what, where=str(out / run.name), remedy="remove this run")
 
 
-def measure(row: Row, seed: int, out: Path) -> dict[str, float]:
-    """Thresholds from the validation clips, then the held-out clips streamed and scored."""
-    corpus, held_out = corpora(row.trained, out)
-    config, tokenizer, model = load_for_inference(out / run_name(row.trained, seed) / "best", list(row.streamed))
-    val = Corpus([str(corpus / "val.json")], config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=seed)
-    batches = ordered_batches(val.lengths(), config.data.batch_tokens)
-    thresholds, report = teacher_forced_odds(model, val, config, batches)
-    evidence = 0.5
-    if not row.tuned:
-        thresholds = {head: report[f"{head}_threshold"] for head in thresholds}
-    else:
-        some = some_of(load_jobs([str(corpus / "val.json")], config, tokenizer))
-        tried = list(try_evidence(model, tokenizer, some, config, thresholds))
+# ---- what is measured ----------------------------------------------------------------------------
+
+Ratios = dict[str, tuple[int, int]]  # by column: numerator and denominator, which add up over clips
+
+
+def held_out(pictures: str, seed: int, out: Path) -> Path:
+    return out / f"{pictures}-{seed}" / "val.json"
+
+
+def decided(run: Run, out: Path) -> tuple[Config, Tokenizer, Prospect]:
+    """The trained model, its decisions tuned: even odds of each head from a teacher-forced pass over the validation
+    clips, then the evidence that does best on some of them, streamed. They are stored beside the checkpoint."""
+    config, tokenizer, model = load_for_inference(out / run.name / "best", [])
+    stored, clips = out / run.name / "decisions.json", str(out / run.pictures / "val.json")
+    if not stored.exists():
+        val = Corpus([clips], config.data, tokenizer, config.model.vision_dim, rate=1.0, seed=run.seed)
+        batches = ordered_batches(val.lengths(), config.data.batch_tokens)
+        thresholds, _ = teacher_forced_odds(model, val, config, batches)
+        tried = list(try_evidence(model, tokenizer, some_of(load_jobs([clips], config, tokenizer)), config, thresholds))
         evidence = best_tried(tried, config.infer.tuned_for).evidence
-    config = with_decisions(config, thresholds, evidence)
+        write_json(stored, {"thresholds": thresholds, "evidence": evidence})
+    found = read_json(stored)
+    return with_decisions(config, found["thresholds"], found["evidence"]), tokenizer, model
 
-    similarity, scores, counts = load_similarity("lexical"), [], []
-    jobs = load_jobs([str(held_out / "val.json")], config, tokenizer)
-    for job, records in streamed_clips(model, tokenizer, jobs, config):
-        scores.append(score_clip(job.clip, records, similarity, config.data.dst))
-        counts.append(next_steps(job.clip, records))
-    right, said = (sum(column) for column in zip(*counts))
-    found = {f"{head}_threshold": threshold for head, threshold in thresholds.items()} | {"evidence": evidence}
-    return decision_numbers(scores) | {"next_step": ratio(right, said)} | found
+
+def measure(row: Row, run: Run, out: Path) -> dict[str, Ratios]:
+    """The counts of every held-out clip, by corpus and id."""
+    config, tokenizer, model = decided(run, out)
+    similarity, found = load_similarity("lexical"), {}
+    for seed in HELD_OUT_SEEDS:
+        jobs = load_jobs([str(held_out(run.pictures, seed, out))], config, tokenizer)
+        for job, records in streams(row, model, tokenizer, jobs, config):
+            found[f"{seed}/{job.clip.id}"] = ratios(job.clip, records, similarity, config.data.dst)
+    return found
+
+
+def streams(row: Row, model: Prospect, tokenizer: Tokenizer, jobs, config: Config) -> Iterator[tuple[Job, list[dict]]]:
+    if row.change is None:
+        return streamed_clips(model, tokenizer, jobs, config)
+    change, lookahead = CHANGES[row.change]
+    return controls.streamed(model, tokenizer, jobs, config, change, lookahead)
+
+
+def ratios(clip: Clip, records: list[dict], similarity: Similarity, dst: bool) -> Ratios:
+    score = score_clip(clip, records, similarity, dst)
+    found = {f"{head}_event_f1": f1_of(counts) for head, counts in score.events.items()}
+    found |= {"replies_right_f1": f1_of(score.replies), "next_step": next_steps(clip, records)}
+    if dst:
+        found["joint_goal_accuracy"] = score.task_state.frames_right, score.task_state.frames
+    if (named := steps_in_summaries(clip, records)).predicted:
+        found["summary_precision"] = named.matched, named.predicted
+        found["summary_recall"] = named.matched, named.reference
+    return found
+
+
+def f1_of(counts: Counts) -> tuple[int, int]:
+    return 2 * counts.matched, counts.predicted + counts.reference
 
 
 def next_steps(clip: Clip, records: list[dict]) -> tuple[int, int]:
@@ -218,23 +272,50 @@ def next_steps(clip: Clip, records: list[dict]) -> tuple[int, int]:
     return sum(right), len(right)
 
 
-def run_variant(trained: str, seed: int, out: Path) -> None:
+def steps_in_summaries(clip: Clip, records: list[dict]) -> Counts:
+    """Of the names of completed steps: those in the summaries that were written, those that belong there, and both."""
+    total, names = Counts(), [step.name for step in clip.steps]
+    for record in records:
+        if record["context_event"] is not None and record["context_event"]["summary"] is not None:
+            texts = record["context_event"]["summary"], reference_summary(clip, record["frame_idx"])
+            written, due = ({name for name in names if name in text.partition("Under way")[0]} for text in texts)
+            total += Counts(len(written & due), len(written), len(due))
+    return total
+
+
+def run_and_measure(run: Run, out: Path) -> None:
     """Train a variant, and measure every row that streams it; what is there already is left as it is."""
-    run = out / run_name(trained, seed)
-    if not (run / "best").exists():
-        train(trained, seed, out)
-    check_settings(trained, seed, out)
-    file = run / "measured.json"
-    measured = read_json(file) if file.exists() else {}
-    for row in {row.key: row for rows in SECTIONS.values() for row in rows if row.trained == trained}.values():
-        if row.key not in measured:
-            measured[row.key] = measure(row, seed, out)
-            write_json(file, measured)
+    if not (out / run.name / "best").exists():
+        train(run, out)
+    check_settings(run, out)
+    for row in ROWS.values():
+        if row.trained == run.trained:
+            file = measured_file(row, run, out)
+            if not file.exists():
+                write_json(file, measure(row, run, out))
 
 
-def next_step_floor(trained: str, out: Path) -> float:
+def measured_file(row: Row, run: Run, out: Path) -> Path:
+    return out / run.name / f"{row.key}.json"
+
+
+def measure_blind(pictures: str, name: str, out: Path) -> dict[str, Ratios]:
+    """The counts of an assistant that never looks, by clip."""
+    train, similarity, found = all_clips(out / pictures / "train.json"), load_similarity("lexical"), {}
+    for seed in HELD_OUT_SEEDS:
+        for clip in all_clips(held_out(pictures, seed, out)):
+            records = controls.spoken(clip, BLIND[name](clip, train))
+            found[f"{seed}/{clip.id}"] = ratios(clip, records, similarity, dst=False)
+    return found
+
+
+def all_clips(path: Path) -> list[Clip]:
+    file = ClipFile(path)
+    return [file.clip(number) for number in range(len(file))]
+
+
+def next_step_floor(pictures: str, out: Path) -> float:
     """`next step` of a guess without any memory: what most often follows the completed step in the training clips."""
-    corpus, held_out = corpora(trained, out)
     follows: dict[tuple[str, str], Counter] = {}
 
     def completions(path: Path) -> Iterator[tuple[str, str, int | None]]:
@@ -244,65 +325,146 @@ def next_step_floor(trained: str, out: Path) -> float:
                 if update["role"] == "DST_UPDATE" and update["content"][0]["transition"] == "complete":
                     yield clip["inferred_goal"], update["content"][0]["id"], named_step(reply["content"], names)
 
-    for goal, step, following in completions(corpus / "train.json"):
+    for goal, step, following in completions(out / pictures / "train.json"):
         follows.setdefault((goal, step), Counter())[following] += 1
-    right = [
+    return statistics.mean(
         follows[goal, step].most_common(1)[0][0] == following
-        for goal, step, following in completions(held_out / "val.json")
-    ]
-    return statistics.mean(right)
+        for seed in HELD_OUT_SEEDS
+        for goal, step, following in completions(held_out(pictures, seed, out))
+    )
 
 
-def page(seeds: list[int], out: Path, command: str, floor: float) -> str:
-    """The tables: mean and standard deviation over the seeds."""
-    measured = {
-        (key, seed): numbers
-        for trained in TRAINED
-        for seed in seeds
-        for key, numbers in read_json(out / run_name(trained, seed) / "measured.json").items()
+# ---- the page ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Results:
+    """The counts of rows on the same clips, with pictures of one kind, over seeds."""
+
+    clips: list[str]  # corpus and id
+    by_row: dict[str, list[dict[str, Ratios]]]  # by the row's key: one for each seed
+
+    def counts(self, key: str, column: str) -> np.ndarray | None:
+        """[S, C, 2]: numerator and denominator by seed and clip; None where the row has no such column."""
+        of = self.by_row[key]
+        if not any(column in ratios for clips in of for ratios in clips.values()):
+            return None
+        return np.array([[clips[clip].get(column, (0, 0)) for clip in self.clips] for clips in of])
+
+    def cell(self, key: str, column: str) -> str:
+        """Mean and deviation over the seeds; a dash where there was nothing to count."""
+        if (counts := self.counts(key, column)) is None:
+            return ""
+        by_seed = [numerator / denominator for numerator, denominator in counts.sum(1) if denominator]
+        if not by_seed:
+            return "–"
+        spread = f" ± {statistics.stdev(by_seed):.3f}" if len(by_seed) > 1 else ""
+        return f"{statistics.mean(by_seed):.3f}{spread}"
+
+    def difference(self, one: str, other: str, column: str) -> str:
+        """Of two rows, with its interval; in bold where that leaves zero out."""
+        corpora = [clip.partition("/")[0] for clip in self.clips]
+        difference, low, high = paired_bootstrap(self.counts(one, column), self.counts(other, column), corpora)
+        text = f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+        return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def paired_bootstrap(
+    one: np.ndarray, other: np.ndarray, corpora: list[str], draws: int = DRAWS
+) -> tuple[float, float, float]:
+    """The difference of two ratios of sums, one minus other, and the interval that holds 95 % of it when seeds and the
+    clips of each corpus are drawn again. one, other: [S, C, 2], numerator and denominator by seed and clip."""
+    rng, S = np.random.default_rng(0), len(one)
+    of_seeds = rng.multinomial(S, np.full(S, 1 / S), draws)  # [R, S] how often each is drawn
+    sizes = Counter(corpora)
+    of_clips = np.concatenate([rng.multinomial(n, np.full(n, 1 / n), draws) for n in sizes.values()], axis=1)  # [R, C]
+
+    def value(counts: np.ndarray, of_seeds: np.ndarray, of_clips: np.ndarray) -> np.ndarray:
+        numerator, denominator = np.einsum("rs,scn,rc->nr", of_seeds, counts, of_clips, optimize=True)
+        return numerator / denominator
+
+    drawn = value(one, of_seeds, of_clips) - value(other, of_seeds, of_clips)
+    once = np.ones((1, S)), np.ones((1, len(corpora)))
+    [difference] = value(one, *once) - value(other, *once)
+    return float(difference), *map(float, np.percentile(drawn, (2.5, 97.5)))
+
+
+def results(pictures: str, trained: list[str], seeds: list[int], out: Path) -> Results:
+    by_row = {
+        row.key: [read_json(measured_file(row, Run(row.trained, pictures, seed), out)) for seed in seeds]
+        for row in ROWS.values()
+        if row.trained in trained
     }
+    by_row |= {name: [measure_blind(pictures, name, out)] for name in BLIND}
+    return Results(sorted(by_row[next(iter(BLIND))][0]), by_row)
+
+
+def page(found: dict[str, Results], floors: dict[str, float], seeds: list[int], command: str) -> str:
+    """The tables. found, floors: by pictures."""
     lines = [
         f"`{command}`; mean and standard deviation over seeds {', '.join(map(str, seeds))} of weights, data order and "
-        "negatives.",
-        "The most frequent step after the one just completed, guessed without any memory, is the right next step in "
-        f"{floor:.3f} of cases.",
+        f"negatives, on {len(HELD_OUT_SEEDS)} corpora of {HELD_OUT_CLIPS} held-out clips.",
         "",
     ]
-    for title, rows in SECTIONS.items():
-        lines += [f"### {title}", "", "| | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * len(COLUMNS)]
-        for row in rows:
-            cells = [cell([measured[row.key, seed].get(column) for seed in seeds]) for column in COLUMNS]
-            lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
-        lines.append("")
+    for pictures, of in found.items():
+        blind = [(name, name) for name in BLIND]
+        tables = (
+            ("memory", [(row.title, row.key) for row in MEMORY]),
+            ("the state that a refreshed context reports", [(row.title, row.key) for row in LADDER]),
+            ("assistants that do not look, or not back", [*blind, (RECENT.title, RECENT.key)]),
+        )
+        for title, rows in tables:
+            lines += [f"### In {pictures} pictures: {title}", ""]
+            measured = [(name, [of.cell(key, column) for column in COLUMNS]) for name, key in rows if key in of.by_row]
+            lines += table(COLUMNS, measured)
+        lines += [f"### In {pictures} pictures: differences, with intervals of 95 %", ""]
+        titles = {row.key: row.title for row in MEMORY}
+        columns = {column: COLUMNS[column] for column in ("next_step", "replies_right_f1")}
+        lines += table(columns, [
+            (f"{titles[one]} − {titles[other]}", [of.difference(one, other, column) for column in columns])
+            for one, other in PAIRS
+            if one in of.by_row and other in of.by_row
+        ])  # fmt: skip
+        lines += [f"### In {pictures} pictures: completed steps named in summaries", ""]
+        measured = [row for row in MEMORY if row.key in of.by_row]
+        wrote = [row for row in measured if of.counts(row.key, "summary_recall") is not None]
+        lines += table(OF_SUMMARIES, [(row.title, [of.cell(row.key, name) for name in OF_SUMMARIES]) for row in wrote])
+        what = "The most frequent step after the one just completed, guessed without any memory, is the right next step"
+        lines += [f"{what} in {floors[pictures]:.3f} of cases in {pictures} pictures.", ""]
     return "\n".join(lines)
 
 
-def cell(values: list[float | None]) -> str:
-    if None in values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{spread}"
+def table(columns: dict[str, str], rows: list[tuple[str, list[str]]]) -> list[str]:
+    """Lines of Markdown, and an empty one. columns: titles by name."""
+    head = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * len(columns)]
+    return [*head, *(f"| {title} | " + " | ".join(cells) + " |" for title, cells in rows), ""]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    what = "rows of the tables: all, or those of which these are trained"
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=list(TRAINED), help=what)
+    parser.add_argument("--pictures", nargs="+", default=list(PICTURES), choices=list(PICTURES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "ablation")
     parser.add_argument("--jobs", type=int, default=2, help="runs trained side by side, on one thread each")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    for difficulty in sorted({variant.difficulty for variant in TRAINED.values()}):
-        for path, seed, clips, val_clips in (
-            (out / difficulty, 0, TRAIN_CLIPS, VAL_CLIPS),
-            (out / f"{difficulty}-held-out", HELD_OUT_SEED, 1, HELD_OUT_CLIPS),
-        ):  # fmt: skip
+    for pictures in arguments.pictures:
+        corpora = [(out / pictures, 0, TRAIN_CLIPS, VAL_CLIPS)]
+        corpora += [(held_out(pictures, seed, out).parent, seed, 1, HELD_OUT_CLIPS) for seed in HELD_OUT_SEEDS]
+        for path, seed, clips, val_clips in corpora:
             if not path.exists():
-                write_sample(path, seed=seed, difficulty=difficulty, clips=clips, val_clips=val_clips)
+                write_sample(path, seed=seed, difficulty=PICTURES[pictures], clips=clips, val_clips=val_clips)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
         arguments.jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        work = [pool.submit(run_variant, trained, seed, out) for trained in TRAINED for seed in arguments.seeds]
+        runs = [
+            Run(trained, pictures, seed)
+            for pictures in arguments.pictures for seed in arguments.seeds for trained in arguments.trained
+        ]  # fmt: skip
+        work = [pool.submit(run_and_measure, run, out) for run in runs]
         try:
             for number, done in enumerate(as_completed(work), 1):
                 done.result()
@@ -310,8 +472,10 @@ def main() -> None:
         except BaseException:  # a run that failed, or Ctrl-C: what has not begun does not begin
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    found = {pictures: results(pictures, arguments.trained, arguments.seeds, out) for pictures in arguments.pictures}
+    floors = {pictures: next_step_floor(pictures, out) for pictures in arguments.pictures}
     command = " ".join(["python benchmarks/ablation.py", *sys.argv[1:]])
-    write_tables(page(arguments.seeds, out, command, next_step_floor("default", out)))
+    write_tables(page(found, floors, arguments.seeds, command))
     print(f"written: {PAGE}")
 
 

@@ -263,6 +263,9 @@ def frame_labels(
 # ---- the windows ---------------------------------------------------------------------------------
 
 
+SUMMARIZED_FROM = 0.6  # of max_seq_len: the shortest window that ends with a summary
+
+
 @dataclass(frozen=True)
 class Window:
     """A stretch of a clip that is one training sequence: the prompt and some units, learned from unit `learn` on.
@@ -320,6 +323,8 @@ def plan_windows(
         window 2   <prompt: state at m>                          m n o p ...  learned from o on
 
     Windows of a summarized clip, drawn from `seed`, hand a summary on in place of the overlap (prospect/summaries.py).
+    Their lengths are drawn, too: when a summary is asked for, a stream's context is max_seq_len - infer.reserved long,
+    and a model that had only met the request at the end of max_seq_len wrote worse ones there.
     No window for a clip without frames to show (the turns layout of a clip in which nobody speaks).
     Raises ProspectError where a prompt and a single unit are more than max_seq_len.
     """
@@ -344,11 +349,11 @@ def plan_windows(
     def length(first: int, end: int) -> int:
         return prompt_length(first) + int(until[end] - until[first]) + ending_length(end)
 
-    def fit(first: int) -> int:
-        """The units first..end-1 fit into one sequence; returns end."""
-        room = config.max_seq_len - prompt_length(first)
+    def fit(first: int, limit: int = config.max_seq_len) -> int:
+        """The units first..end-1 fit into one sequence of so many tokens; returns end."""
+        room = limit - prompt_length(first)
         end = int(np.searchsorted(until, until[first] + room, side="right")) - 1
-        while end > first and length(first, end) > config.max_seq_len:  # the summary needs room
+        while end > first and length(first, end) > limit:  # the summary needs room
             end -= 1
         return end
 
@@ -359,7 +364,7 @@ def plan_windows(
     if config.long_clips == "truncate":
         return [_truncate(clip, layout, tokens, prompt_length, config)]
 
-    windows, first, learn = [], 0, 0
+    windows, first, learn, draw = [], 0, 0, generator(seed, "ends", clip.id)
     while learn < U:
         while fit(first) <= learn and first < learn:  # a long text follows: it needs the overlap's room
             first += 1
@@ -369,6 +374,9 @@ def plan_windows(
             what = f"the prompt and what is said at frame {frame} need {needed} tokens"
             remedy = f"data.max_seq_len is {config.max_seq_len}: raise it, or shorten the text"
             raise ProspectError(what, where=clip.where, remedy=remedy)
+        if summarized:
+            drawn = fit(first, int(draw.uniform(SUMMARIZED_FROM, 1.0) * config.max_seq_len))
+            end = min(end, max(drawn, learn + 1))
         windows.append(Window(first, learn, end, length(first, end), summarized=summarized))
         first, learn = overlap_start(until, first, end, 0.0 if summarized else config.overlap), end
     return windows

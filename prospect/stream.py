@@ -464,9 +464,8 @@ def look(sessions: list[StreamSession], chunks: Sequence[list[Unit]], ends: list
             ids = [id for unit in chunk for id in unit.ids(session.tokenizer.image_id)]
             input_ids[b, : len(ids)] = torch.tensor(ids)
             read_at[b, : len(end)] = torch.from_numpy(end - 1)
-        hidden = session.model(
-            sent(input_ids, device), sent(rows, device), cache=session.cache, streams=streams
-        )  # [B,T,H]
+        image_embeds = sent(rows, device)
+        hidden = session.model(sent(input_ids, device), image_embeds, cache=session.cache, streams=streams)  # [B,T,H]
         hidden = hidden.gather(1, sent(read_at, device)[..., None].expand(-1, -1, hidden.shape[-1]))  # [B,K,H]
     return read_heads(session.model, hidden, session.config.infer.decision, session.tokenizer.end_id)
 

@@ -23,16 +23,15 @@ def reference_summary(clip: Clip, frame: int) -> str:
     """What has been done when `frame` is about to be seen, in words.
 
     The `progress` of the newest turn before it, where the clip's turns carry one, as ProAssist's dialogues do. Else it
-    is written from the reference updates: completed steps in the order in which they were completed, then those under
-    way. The goal is not among it, since the prompt has it.
+    is written from the reference state: the completed steps, then those under way, in the order of the clip's list.
+    The goal is not among it, since the prompt has it.
     """
     told = [turn for turn in clip.turns if turn.progress and turn.end_frame < frame]
     if told:
         return max(told, key=lambda turn: turn.end_frame).progress
-    names, state = {step.id: step.name for step in clip.steps}, clip.state_before(frame)
-    done = [id for id, at_start in clip.initial_state.items() if at_start == "completed"]
-    done += [t.id for turn in clip.updates() for t in turn.transitions if t.transition == "complete"]
-    done = [id for id in done if state[id] == "completed"]  # updates at `frame` or later are yet to come
-    under_way = [id for id, now in state.items() if now == "in_progress"]
-    text = f"Done: {'; '.join(names[id] for id in done) or 'nothing yet'}."
-    return text + (f" Under way: {'; '.join(names[id] for id in under_way)}." if under_way else "")
+    state = clip.state_before(frame)
+    done, under_way = (
+        "; ".join(step.name for step in clip.steps if state[step.id] == reached)
+        for reached in ("completed", "in_progress")
+    )
+    return f"Done: {done or 'nothing yet'}." + (f" Under way: {under_way}." if under_way else "")

@@ -4,13 +4,17 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import ablation, gpu, gpu_page, train_step
+from benchmarks import ablation, controls, gpu, gpu_page, train_step
 from prospect.clip_files import parse_clip
+from prospect.clips import Clip
 from prospect.errors import ProspectError
+from prospect.metrics import Counts
 from prospect.score import timely_replies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,22 +52,58 @@ def test_replies_are_counted_as_by_hand():
     assert ablation.next_steps(clip, records) == (1, 2)
 
 
-def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monkeypatch):
-    for n, trained in enumerate(ablation.TRAINED):
+def test_a_paired_bootstrap_by_hand():
+    """Where every clip and seed differs by the same, so does every draw; noise that both share cancels out."""
+    rng, corpora = np.random.default_rng(1), ["a"] * 30 + ["b"] * 30
+    asked = np.full((5, 60), 10)
+    right = rng.integers(2, 8, (5, 60))
+    one, other = np.stack([right + 1, asked], -1), np.stack([right, asked], -1)  # always one of ten more
+    assert ablation.paired_bootstrap(one, other, corpora, 500) == pytest.approx((0.1, 0.1, 0.1))
+
+    # Two seeds, one clip in each corpus; one is right everywhere, other with the first seed alone. Drawn seeds: both
+    # the first (no difference), both the second (1), or one of each (1/2): 0, 1 and 1/2 with 1/4, 1/4 and 1/2.
+    one, other = np.ones((2, 2, 2), int), np.array([[[1, 1], [1, 1]], [[0, 1], [0, 1]]])
+    assert ablation.paired_bootstrap(one, other, ["a", "b"]) == (0.5, 0.0, 1.0)
+
+
+def test_an_interval_holds_the_true_difference_as_often_as_it_says():
+    """400 experiments: clips are harder and seeds better than others, and one row is right 0.1 more often. With 5
+    seeds an interval from drawing them again is too narrow: it holds the truth somewhat less often than 95 in 100."""
+    rng, held, corpora = np.random.default_rng(2), 0, ["a"] * 20 + ["b"] * 20
+    for _ in range(400):
+        clip, (one, other) = rng.normal(0, 0.1, 40), rng.normal(0, 0.02, (2, 5, 1))
+        counts = [
+            np.stack([rng.binomial(12, np.clip(p + clip + seed, 0, 1)), np.full((5, 40), 12)], -1)
+            for p, seed in ((0.6, one), (0.5, other))
+        ]
+        _, low, high = ablation.paired_bootstrap(*counts, corpora, 200)
+        held += low <= 0.1 <= high
+    assert 0.85 < held / 400 < 0.99, held
+
+
+def test_the_page_holds_mean_deviation_and_interval_and_leaves_the_prose_alone(tmp_path, monkeypatch):
+    for row in ablation.ROWS.values():
         for seed in (0, 1):
-            run = tmp_path / ablation.run_name(trained, seed)
-            run.mkdir()
-            rows = {row.key for rows in ablation.SECTIONS.values() for row in rows if row.trained == trained}
-            numbers = {"speaking_event_f1": 0.5 + 0.2 * seed, "next_step": n / 100, "replies_right_f1": 0.25}
-            (run / "measured.json").write_text(json.dumps(dict.fromkeys(rows, numbers)))
-    page = ablation.page([0, 1], tmp_path, "the command", 0.25)
-    # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2). no-dst is number 3 (from 0) of those trained.
-    assert "| `dst: false` | 0.600 ± 0.141 |  |  | 0.030 ± 0.000 | 0.250 ± 0.000 |" in page
-    assert (
-        page.startswith("`the command`")
-        and "in 0.250 of cases" in page
-        and page.count("\n### ") == len(ablation.SECTIONS)
+            file = ablation.measured_file(row, ablation.Run(row.trained, "noisy", seed), tmp_path)
+            file.parent.mkdir(exist_ok=True)
+            right = 5 + 2 * seed if row.key == "state" else 4
+            clips = {"1000/a": {"next_step": [right, 10], "replies_right_f1": [2, 8]}, "1001/a": {"next_step": [0, 0]}}
+            if row.key == "summaries":
+                clips["1001/a"] |= {"summary_precision": [3, 4], "summary_recall": [3, 6]}
+            file.write_text(json.dumps(clips))
+    monkeypatch.setattr(
+        ablation,
+        "measure_blind",
+        lambda *_: {"1000/a": {"next_step": [1, 4], "replies_right_f1": [0, 0]}, "1001/a": {}},
     )
+    found = ablation.results("noisy", list(ablation.TRAINED), [0, 1], tmp_path)
+    page = ablation.page({"noisy": found}, {"noisy": 0.25}, [0, 1], "the command")
+    # 0.5 and 0.7: mean 0.6, deviation 0.1 * sqrt(2).
+    assert "| task state |  |  |  | 0.600 ± 0.141 | 0.250 ± 0.000 |" in page
+    assert "| always silent |  |  |  | 0.250 | – |" in page
+    assert "| task state − neither | **+0.200 [+0.100, +0.300]** | +0.000 [+0.000, +0.000] |" in page
+    assert "| learned summaries (ProAssist's memory) | 0.750 ± 0.000 | 0.500 ± 0.000 |" in page
+    assert page.startswith("`the command`") and "in 0.250 of cases" in page
 
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "page.md")
     ablation.PAGE.write_text(f"# By hand\n\nWords.\n\n{ablation.BELOW}\n\nan old table\n")
@@ -72,8 +112,63 @@ def test_tables_hold_mean_and_deviation_and_leave_the_prose_alone(tmp_path, monk
 
 
 def test_every_trained_variant_is_in_a_table_and_every_row_was_trained():
-    in_rows = {row.trained for rows in ablation.SECTIONS.values() for row in rows}
-    assert in_rows == set(ablation.TRAINED)
+    assert {row.trained for row in ablation.MEMORY} == set(ablation.TRAINED)
+    assert {row.trained for row in ablation.ROWS.values()} <= set(ablation.TRAINED)
+    assert {key for pair in ablation.PAIRS for key in pair} <= {row.key for row in ablation.MEMORY}
+
+
+def test_step_names_in_summaries_are_counted_as_by_hand():
+    raw = {
+        "video_uid": "c", "clip_idx": 0, "fps": 2, "start_frame_idx": 100, "end_frame_idx": 159,
+        "dst": [{"id": f"S{n}", "name": name, "start_ts": 60 + n, "end_ts": 61 + n, "type": "step"}
+                for n, name in enumerate(("boil the water", "grind the beans", "warm the pot"), 1)],
+        "conversation": [update(110, "S1", "start"), update(120, "S1", "complete"), update(130, "S3", "start")],
+    }  # fmt: skip
+    clip, _ = parse_clip(raw, "by hand", 0)
+    summary = "Done: boil the water; grind the beans; boil the water. Under way: warm the pot."  # two, one of them due
+    written = {frame: {"context_event": {"summary": text}, "frame_idx": frame} for frame, text in
+               ((115, "Done: nothing yet."), (140, summary), (141, None))}  # fmt: skip
+    records = [written.get(frame, {"context_event": None, "frame_idx": frame}) for frame in range(100, 160)]
+    assert ablation.steps_in_summaries(clip, records) == Counts(matched=1, predicted=2, reference=1)
+
+
+# ---- streams that nobody would use ---------------------------------------------------------------
+
+
+def test_a_corrupted_state_has_so_many_steps_wrong_and_leaves_the_clip_alone():
+    steps = [{"id": f"S{n}", "name": f"step {n}", "start_ts": 60, "end_ts": 61, "type": "step"} for n in range(10)]
+    raw = {
+        "video_uid": "c", "clip_idx": 0, "fps": 2, "start_frame_idx": 0, "end_frame_idx": 999, "dst": steps,
+        "conversation": [update(10, "S1", "start"), update(500, "S1", "complete")],
+    }  # fmt: skip
+    clip, _ = parse_clip(raw, "by hand", 0)
+    before, corrupted, wrong = dict(clip.initial_state), controls.corrupted_state(0.2), Counter()
+    for frame in range(1000):
+        true, found = controls.true_state(clip, frame), corrupted(clip, frame)
+        assert found == corrupted(clip, frame)
+        wrong.update((true[step], found[step]) for step in true if found[step] != true[step])
+    assert sum(wrong.values()) == pytest.approx(2000, abs=160)  # of 10,000: four standard deviations
+    assert wrong["not_started", "completed"] == pytest.approx(wrong["not_started", "in_progress"], rel=0.2)
+    assert clip.initial_state == before == controls.no_state(clip, 500)
+
+
+def test_the_timer_says_what_usually_comes_when_it_usually_comes():
+    def clip(first: int, *replies: tuple[int, str]) -> Clip:
+        raw = {
+            "video_uid": f"c{first}", "clip_idx": 0, "fps": 2, "start_frame_idx": first, "end_frame_idx": first + 40,
+            "inferred_goal": "Coffee", "dst": [], "conversation": [reply(first + at, text) for at, text in replies],
+        }  # fmt: skip
+        return parse_clip(raw, "by hand", 0)[0]
+
+    train = [clip(0, (5, "a"), (20, "b")), clip(100, (9, "a"), (30, "c"), (35, "d")), clip(50, (7, "x"), (22, "c"))]
+    # First replies after 5, 9 and 7 frames: a, a and x. Second ones after 20, 30 and 22: b, c and c. One has a third.
+    assert controls.timer(clip(1000), train) == {1007: "a", 1022: "c"}
+    assert controls.silent(clip(0), train) == {}
+    said = controls.always(clip(1000), train)  # a and c come twice each, a first
+    assert said == dict.fromkeys(range(1000, 1041), "a")
+    records = controls.spoken(clip(1000), {1007: "a"})
+    assert [record["frame_idx"] for record in records if record["speaking_decision"]] == [1007]
+    assert len(records) == 41 and records[7]["text"] == "a" and records[8]["text"] is None
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ LABELS = [
         'side="left")', 'side="left").clip(max=end - 1) + 1'),
     Bug("a window begins one frame early", sequence.overlap_start, 'side="left"))', 'side="left")) - (end > 1)'),
     Bug("a window ends one token early", sequence.plan_windows,
-        "config.max_seq_len - prompt_length(first)", "config.max_seq_len - prompt_length(first) - 1"),
+        "limit - prompt_length(first)", "limit - prompt_length(first) - 1"),
     Bug("the prompt's state is that behind the first frame", sequence.window_prompt,
         "clip.state_before(frame)", "clip.state_before(frame + 1)"),
     Bug("the prompt's state is the clip's first", sequence.window_prompt,

@@ -8,11 +8,11 @@ from conftest import raw_clip, read, samples_of
 from test_data import learned
 from test_stream import Tape, feed_forced, random_clip, random_model, rows_of, stream_config
 
-from prospect import stream
+from prospect import sequence, stream
 from prospect.config import Config, DataConfig
 from prospect.load import untaught_strategy
 from prospect.model import IGNORE, Generated
-from prospect.sequence import Window, is_summarized, lay_out, make_sample
+from prospect.sequence import Window, is_summarized, lay_out, make_sample, plan_windows
 from prospect.stream import StreamSession
 from prospect.summaries import can_be_summarized, reference_summary
 from prospect.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ THREE = [
     (2, "Done: nothing yet. Under way: two."),
     (4, "Done: two. Under way: one."),
     (5, "Done: two. Under way: one; three."),
-    (7, "Done: two; one. Under way: three."),  # in the order of completion
+    (7, "Done: one; two. Under way: three."),  # in the order of the list
 ])  # fmt: skip
 def test_a_summary_is_written_from_the_updates_so_far(frame, expected):
     assert reference_summary(read(raw_clip(THREE, 0, 9, steps=3)), frame) == expected
@@ -75,8 +75,9 @@ def test_the_progress_that_a_file_tells_is_the_summary():
 # ---- the windows that teach them -----------------------------------------------------------------
 
 
-def test_windows_hand_a_summary_on(plain):
+def test_windows_hand_a_summary_on(plain, monkeypatch):
     """The text of both windows, and what is learned of it, by hand. A byte is a token, and so is a control token."""
+    monkeypatch.setattr(sequence, "SUMMARIZED_FROM", 1.0)  # the first one is as long as may be
     clip = read(raw_clip([("assistant", "Go.", 1, 1), update("S2", "start", 1)], 0, 160, inferred_knowledge="Recipe."))
     system = "System: You are a helpful and proactive assistant.\n"
     told = "[DST_UPDATE] S2->start<eos>Assistant: Go.<eos>"
@@ -105,6 +106,27 @@ def test_windows_hand_a_summary_on(plain):
     )
     [single] = samples_of(clip, plain, summaries=1.0)
     assert "Summarize" not in single.formatted.text and "So far" not in single.formatted.text  # a clip that fits
+
+
+def test_the_request_for_a_summary_comes_at_drawn_lengths(plain):
+    """From 0.6 of max_seq_len on, evenly, and again the same: the full context of a stream is somewhere among them.
+
+    A frame is a token. No window is so short but the last of a clip, and one whose next text is long.
+    """
+    config, lengths = DataConfig(max_seq_len=400, summaries=1.0, dst=False), []
+    for number in range(60):
+        clip = read(raw_clip([], 0, 2000, id=f"clip{number}", inferred_goal="Build"))
+        layout = lay_out(clip, config, 0.0, 0, 0)
+        windows = plan_windows(clip, layout, plain, config, 1, seed=3)
+        assert windows == plan_windows(clip, layout, plain, config, 1, seed=3)
+        assert [window.first for window in windows[1:]] == [window.end for window in windows[:-1]]
+        lengths += [window.num_tokens for window in windows[:-1]]
+    assert 239 <= min(lengths) < 245 and 395 < max(lengths) <= 400
+    assert np.mean(lengths) == pytest.approx(320, abs=4 * 46 / len(lengths) ** 0.5)  # 46: deviation of 240..400
+    long = read(raw_clip([("assistant", "x" * 200, 300, 300)], 0, 900))  # a text that needs a window of its own
+    for seed in range(10):
+        windows = plan_windows(long, lay_out(long, config, 0.0, 0, 0), plain, config, 1, seed)
+        assert windows[-1].end == 901 and all(window.num_tokens <= 400 for window in windows)
 
 
 def test_a_share_of_the_clips_is_summarized(plain):
