@@ -6,7 +6,7 @@
 
 A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record per frame, each written in
 one piece as soon as it is known: whenever the program is stopped, the file holds complete lines, one for every frame so
-far. Ctrl-C ends with status 130.
+far; X.settings.json beside X.jsonl tells the checkpoint, the thresholds and all settings. Ctrl-C ends with status 130.
 
 With --stdin the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
@@ -196,14 +196,23 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
     features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
     warn(unlike_training(arguments.checkpoint, [clip], config, features))
-    pace = Pace(fps)
+    pace, records = Pace(fps), []
     with open_output(arguments, config, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
             for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
                 show(record, out, sys.stdout)
+                if arguments.html:
+                    records.append(record.to_dict())
         finally:
             print(f"{video}: {pace}")
+    if records:
+        from prospect.report.page import said_where
+        from prospect.report.timeline import timeline, write_timelines
+
+        made = made_with(arguments.checkpoint, config)
+        write_timelines(arguments.html, [timeline(records, clip, made, pictures=str(video), header_only=True)])
+        print(said_where(arguments.html))
     warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
 
 
@@ -258,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     add("--out", metavar="FILE.jsonl", help="one record per frame")
-    add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
+    add("--html", metavar="PAGE.html", help="a time line of what was said and, with --clip, should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
     add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
@@ -290,8 +299,9 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
     if arguments.max_lag < math.inf and arguments.pace != "live":
         raise ProspectError("--max-lag is for --pace live", remedy="without a clock nothing comes late")
-    if arguments.html and (arguments.video or arguments.stdin):
-        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
+    if arguments.html and (arguments.stdin or arguments.max_lag < math.inf):
+        what = "--html shows a clip or a video with all its frames"
+        raise ProspectError(what, remedy="leave --stdin and --max-lag away")
     if arguments.clip and (arguments.vision or arguments.task):
         raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
 

@@ -24,8 +24,16 @@ from prospect.report.__main__ import main as report_main
 from prospect.report.__main__ import reference_clips
 from prospect.report.curves import COUNTS_OF, evaluation_names, evaluation_title, read_run
 from prospect.report.page import LOSS_NAMES, differing
-from prospect.report.svg import Line, clock, plot, scale_of, thinned, timeline_svg
-from prospect.report.timeline import evidence_bounds, read_records, reliability, thumbnails, timeline, write_timelines
+from prospect.report.svg import Line, clock, plot, scale_of, thinned
+from prospect.report.timeline import (
+    evidence_bounds,
+    read_records,
+    reliability,
+    thumbnails,
+    timeline,
+    timeline_svg,
+    write_timelines,
+)
 from prospect.report.tokens import token_table
 from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
@@ -312,6 +320,8 @@ def test_pictures_are_few_and_at_their_frames(tmp_path):
         Image.new("L", (8, 4), frame).save(tmp_path / f"{frame}.png")
     found = thumbnails(str(tmp_path), fps=2.0, first=10, F=200)
     assert [row for row, _ in found] == list(range(0, 200, 3))
+    found_too = thumbnails(str(tmp_path), fps=2.0, first=10, F=200, events=[7, 7, 9, 151])
+    assert [row for row, _ in found_too] == sorted({*range(0, 200, 3), 7, 151})
     import base64
     import io
 
@@ -870,7 +880,11 @@ def test_the_page_of_show_has_every_token(browser, tmp_path, monkeypatch):
     columns = browser.find_elements("css selector", ".setting")
     assert [len(column.find_elements("css selector", ".tok")) for column in columns] == tokens
     press(browser, Keys.TAB, Keys.TAB, Keys.END)  # past the theme, into the first sequence, to its last token
-    assert f"position\n{len(settings[0]['sequences'][0]['ids']) - 1}\n" in text_of(browser, "#inspect") + "\n"
+    last = f"position\n{len(settings[0]['sequences'][0]['ids']) - 1}\n"
+    assert last in text_of(browser, "#inspect") + "\n"
+    open_page(browser, page)
+    press(browser, Keys.END)  # without a click
+    assert last in text_of(browser, "#inspect") + "\n"
 
 
 def test_the_page_of_runs(browser, tmp_path, monkeypatch):

@@ -1,28 +1,19 @@
-"""Figures for a paper: a time line and every plot as SVG of a column's width, in light colours, text as text.
+"""Figures for a paper as SVG: a column's width, light colours, text as text; plots, and the pieces of a time line.
 
-Each is drawn once, here: the page offers it for download, and `--svg` writes it into a folder. Units are points; marks
-and line patterns tell apart what colours do, so that a figure can be printed grey.
+Each figure is drawn once, in Python: the page offers it for download, and `--svg` writes it into a folder. Units are
+points; marks and line patterns tell apart what colours do, so that a figure can be printed grey.
 """
 
 import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from prospect.mistakes import MARKS
-
-if TYPE_CHECKING:
-    from prospect.report.timeline import HeadLane, StepLane, Timeline
 
 WIDTH = 241  # points: 3.35 inches, a column of two
-LEFT = 66  # of a time line's tracks
 MOST_POINTS = 500  # of a curve: about two a point of width
 INK, SOFT, FAINT = "#22252b", "#666c78", "#d9d6cf"
 COLOURS = ("#1f6fb2", "#a86a00", "#8a4fb0", "#21845a", "#bd3b33", "#666c78")
 DASHES = ("none", "5 2", "1.5 1.5", "6 2 1.5 2", "3 3", "8 3")
-STATE_FILLS = ("none", "#e0a83a", "#1d6b4d")
-NICE_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
 
 
 @dataclass
@@ -151,81 +142,3 @@ def plot(title: str, lines: Sequence[Line], below: str, last: float, scale: tupl
             y = bottom + 28 + 9 * number
             parts += [path([(left, y - 2), (left + 16, y - 2)], colour, dash), text(left + 20, y, one.name)]
     return figure(bottom + 22 + (9 * len(lines) if len(lines) > 1 else 0), *parts)
-
-
-# ---- time lines ----------------------------------------------------------------------------------
-
-
-def timeline_svg(shown: "Timeline") -> str:
-    """The lanes of a streamed clip, and below them those of the checkpoints beside it."""
-    rows, right = len(shown.tokens), WIDTH - 4.0
-
-    def x(row: float) -> float:
-        return LEFT + (row + 0.5) / rows * (right - LEFT)
-
-    parts, y = [text(2, 9, shown.goal or shown.id)], 14.0
-    for take in (shown, *shown.beside):
-        if shown.beside:
-            parts.append(text(2, y + 7, take.made_by, colour=SOFT))
-            y += 10
-        replies = [event.row for event in take.events if event.lane == "wanted"]
-        parts += head(take.speaking, "Speak now?", replies, take.evidence, COLOURS[0], x, y)
-        parts += marks(take, "wanted", "due", x, y + 34) + marks(take, "said", "said", x, y + 42)
-        y += 52
-        if take.update is not None:
-            updates = [event.row for event in take.events if event.lane == "update_wanted"]
-            parts += head(take.update, "Update now?", updates, take.evidence, COLOURS[2], x, y)
-            parts += marks(take, "update_wanted", "due", x, y + 34) + marks(take, "update", "written", x, y + 42)
-            y += 52
-        for step in take.steps:
-            parts += states(step, x, y)
-            y += 9
-        y += 4
-    seconds = rows / shown.fps
-    step = next((s for s in NICE_SECONDS if seconds / s <= 5), NICE_SECONDS[-1])
-    first = math.ceil(shown.seconds / step)
-    for k in range(first, math.floor((shown.seconds + seconds) / step) + 1):
-        at = x((k * step - shown.seconds) * shown.fps)
-        if at <= right:
-            parts += [
-                line(at, y - 2, at, y + 1, SOFT),
-                text(min(at, right - 8), y + 8, clock(k * step), "middle", SOFT),
-            ]
-    used = {event.status for take in (shown, *shown.beside) for event in take.events if event.status}
-    meaning = [f"{mark} {name.replace('_', ' ')}" for name, mark in MARKS.items() if name in used]
-    parts.append(text(2, y + 19, ", ".join(meaning), colour=SOFT, size=6))
-    return figure(y + 24, *parts)
-
-
-def head(
-    lane: "HeadLane", name: str, due: list[int], evidence: tuple[float, float], colour: str, x, y: float
-) -> list[str]:
-    """A head's score, the evidence it has to reach, where it fired (dots) and where the reference acts (ticks)."""
-
-    def at(value: float) -> float:
-        return y + 28 - 24 * value
-
-    points = [None if value is None else (x(row), at(value)) for row, value in enumerate(lane.score)]
-    parts = [text(2, y + 18, name), line(x(-0.5), at(0), x(len(points) - 0.5), at(0))]
-    parts += [line(x(-0.5), at(value), x(len(points) - 0.5), at(value), SOFT, "2 1.5") for value in sorted({*evidence})]
-    parts += [line(x(row), at(0), x(row), at(0) + 3, INK) for row in due]
-    fired = [dot(x(row), at(lane.score[row]), colour) for row in lane.fired if lane.score[row] is not None]
-    return [*parts, path(thinned(points), colour), *fired]
-
-
-def marks(take: "Timeline", lane: str, name: str, x, y: float) -> list[str]:
-    """What became of each text of a lane, as a mark; a bar where nothing is judged."""
-    events = [event for event in take.events if event.lane == lane]
-    return [text(8, y + 6, name, colour=SOFT)] * bool(events) + [
-        text(x(event.row), y + 6, MARKS.get(event.status, "|"), "middle") for event in events
-    ]
-
-
-def states(step: "StepLane", x, y: float) -> list[str]:
-    """A step's state: predicted above, as it should be below. Darker is further."""
-    parts = [text(2, y + 5.5, f"{step.id} {step.name}"[:19], size=6)]
-    for runs, top in ((step.predicted, y), (step.reference or [], y + 3.5)):
-        for first, last, state in runs:
-            place = f'x="{x(first - 0.5):.1f}" y="{top:.1f}" width="{x(last + 0.5) - x(first - 0.5):.1f}" height="3"'
-            parts.append(f'<rect {place} fill="{STATE_FILLS[state]}"/>' if state else "")
-    return [*filter(None, parts), line(x(-0.5), y + 8, x(step.predicted[-1][1] + 0.5), y + 8)]

@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -20,13 +20,17 @@ from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError
 from prospect.files import read_lines
 from prospect.mistakes import MARKS, Outcome, review_clip
+from prospect.report import svg
 from prospect.report.page import LOSS_NAMES, differing, number, write_figures, write_page
-from prospect.report.svg import Line, plot, timeline_svg
 from prospect.score import TABLE, ClipScore, cell_text, of_nothing, summarise
 from prospect.text_metrics import load_similarity
 
 MAX_PICTURES = 96  # in one time line, evenly spaced
 PICTURE_HEIGHT = 72  # pixels
+LEFT = 66  # of a time line's tracks
+STATE_FILLS = ("none", "#e0a83a", "#1d6b4d")
+NICE_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
+Across = Callable[[float], float]  # where a row is along the width
 
 
 @dataclass
@@ -146,6 +150,8 @@ def timeline(
         reference = as_far_as_streamed(clip, records)
         review = review_clip(reference, records, load_similarity("lexical"), dst=tracks_state)
     evidence, score = made.get("infer.evidence"), review and review.score
+    events = timeline_events(records, reference, review.outcomes if review else {})
+    rows = [event.row for event in events]
     return Timeline(
         id=records[0]["clip_id"],
         goal=clip.goal if clip else "",
@@ -157,7 +163,7 @@ def timeline(
         speaking=head_lane(records, "speaking", made.get("infer.speaking_threshold")),
         update=head_lane(records, "dst_update", made.get("infer.dst_threshold")) if tracks_state else None,
         tokens=[record["context_tokens"] for record in records],
-        events=timeline_events(records, reference, review.outcomes if review else {}),
+        events=events,
         step_state=step_state_lane(records, reference) if records[0]["step_state"] is not None else None,
         steps=step_lanes(records, clip, reference) if tracks_state else [],
         metrics=shown_metrics(score) if score else [],
@@ -165,7 +171,7 @@ def timeline(
         share_right=number(review.share_right()) if review else None,
         made=made,
         made_by=f"{made['checkpoint']}, step {made.get('step')}" if "checkpoint" in made else "",
-        pictures=thumbnails(pictures, fps, first, F) if pictures else [],
+        pictures=thumbnails(pictures, fps, first, F, rows) if pictures else [],
     )
 
 
@@ -312,8 +318,8 @@ def shown_metrics(score: ClipScore) -> list[tuple[str, str]]:
     return [(title, "–" if key in nothing else cell_text(numbers[key])) for title, key in shown]
 
 
-def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, str]]:
-    """Small JPEGs of at most MAX_PICTURES frames, evenly spaced: (row, data URI)."""
+def thumbnails(source: str, fps: float, first: int, F: int, events: Sequence[int] = ()) -> list[tuple[int, str]]:
+    """Small JPEGs of at most MAX_PICTURES frames, evenly spaced, and of as many of these events: (row, data URI)."""
     from prospect.vision.frames import frames_at
 
     try:
@@ -322,12 +328,14 @@ def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, s
         remedy = "pip install -r requirements-vision.txt"
         raise ProspectError("pictures need the package Pillow, which is not installed", remedy=remedy) from error
     every, rate = math.ceil(F / MAX_PICTURES), Fraction(fps).limit_denominator(1001)
+    rows = sorted(set(events))
+    wanted = {*range(0, F, every), *rows[:: math.ceil(len(rows) / MAX_PICTURES) or 1]}
     found = []
     for frame, picture in frames_at(Path(source), rate, first=first):  # uint8 [3, H, W]
         row = frame - first
         if row >= F:
             break
-        if row % every == 0:
+        if row in wanted:
             image, content = Image.fromarray(picture.permute(1, 2, 0).numpy()), io.BytesIO()
             width = max(1, image.width * PICTURE_HEIGHT // image.height)
             image.resize((width, PICTURE_HEIGHT)).save(content, "JPEG", quality=70)
@@ -336,6 +344,92 @@ def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, s
         what = f"has no picture of frames {first}..{first + F - 1}"
         raise ProspectError(what, where=source, remedy="give this clip's own video")
     return found
+
+
+# ---- as a figure ---------------------------------------------------------------------------------
+
+
+def timeline_svg(shown: Timeline) -> str:
+    """The lanes of a streamed clip, and below them those of the checkpoints beside it."""
+    rows, right = len(shown.tokens), svg.WIDTH - 4.0
+
+    def x(row: float) -> float:
+        return LEFT + (row + 0.5) / rows * (right - LEFT)
+
+    parts, y = [svg.text(2, 9, shown.goal or shown.id)], 14.0
+    for take in (shown, *shown.beside):
+        if shown.beside:
+            parts.append(svg.text(2, y + 7, take.made_by, colour=svg.SOFT))
+            y += 10
+        replies = [event.row for event in take.events if event.lane == "wanted"]
+        parts += draw_head(take.speaking, "Speak now?", replies, take.evidence, svg.COLOURS[0], x, y)
+        parts += draw_marks(take, "wanted", "due", x, y + 34) + draw_marks(take, "said", "said", x, y + 42)
+        y += 52
+        if take.update is not None:
+            updates = [event.row for event in take.events if event.lane == "update_wanted"]
+            parts += draw_head(take.update, "Update now?", updates, take.evidence, svg.COLOURS[2], x, y)
+            parts += draw_marks(take, "update_wanted", "due", x, y + 34) + draw_marks(
+                take, "update", "written", x, y + 42
+            )
+            y += 52
+        for step in take.steps:
+            parts += draw_states(step, x, y)
+            y += 9
+        y += 4
+    seconds = rows / shown.fps
+    step = next((s for s in NICE_SECONDS if seconds / s <= 5), NICE_SECONDS[-1])
+    first = math.ceil(shown.seconds / step)
+    for k in range(first, math.floor((shown.seconds + seconds) / step) + 1):
+        at = x((k * step - shown.seconds) * shown.fps)
+        if at <= right:
+            parts += [
+                svg.line(at, y - 2, at, y + 1, svg.SOFT),
+                svg.text(min(at, right - 8), y + 8, svg.clock(k * step), "middle", svg.SOFT),
+            ]
+    used = {event.status for take in (shown, *shown.beside) for event in take.events if event.status}
+    meaning = [f"{mark} {name.replace('_', ' ')}" for name, mark in MARKS.items() if name in used]
+    parts.append(svg.text(2, y + 19, ", ".join(meaning), colour=svg.SOFT, size=6))
+    return svg.figure(y + 24, *parts)
+
+
+def draw_head(
+    lane: HeadLane, name: str, due: list[int], evidence: tuple[float, float], colour: str, x: Across, y: float
+) -> list[str]:
+    """A head's score, the evidence it has to reach, where it fired (dots) and where the reference acts (ticks)."""
+
+    def at(value: float) -> float:
+        return y + 28 - 24 * value
+
+    points = [None if value is None else (x(row), at(value)) for row, value in enumerate(lane.score)]
+    parts = [svg.text(2, y + 18, name), svg.line(x(-0.5), at(0), x(len(points) - 0.5), at(0))]
+    parts += [
+        svg.line(x(-0.5), at(value), x(len(points) - 0.5), at(value), svg.SOFT, "2 1.5")
+        for value in sorted({*evidence})
+    ]
+    parts += [svg.line(x(row), at(0), x(row), at(0) + 3, svg.INK) for row in due]
+    fired = [svg.dot(x(row), at(lane.score[row]), colour) for row in lane.fired if lane.score[row] is not None]
+    return [*parts, svg.path(svg.thinned(points), colour), *fired]
+
+
+def draw_marks(take: Timeline, lane: str, name: str, x: Across, y: float) -> list[str]:
+    """What became of each text of a lane, as a mark; a bar where nothing is judged."""
+    events = [event for event in take.events if event.lane == lane]
+    return [svg.text(8, y + 6, name, colour=svg.SOFT)] * bool(events) + [
+        svg.text(x(event.row), y + 6, MARKS.get(event.status, "|"), "middle") for event in events
+    ]
+
+
+def draw_states(step: StepLane, x: Across, y: float) -> list[str]:
+    """A step's state: predicted above, as it should be below. Darker is further."""
+    parts = [svg.text(2, y + 5.5, f"{step.id} {step.name}"[:19], size=6)]
+    for runs, top in ((step.predicted, y), (step.reference or [], y + 3.5)):
+        for first, last, state in runs:
+            place = f'x="{x(first - 0.5):.1f}" y="{top:.1f}" width="{x(last + 0.5) - x(first - 0.5):.1f}" height="3"'
+            parts.append(f'<rect {place} fill="{STATE_FILLS[state]}"/>' if state else "")
+    return [*filter(None, parts), svg.line(x(-0.5), y + 8, x(step.predicted[-1][1] + 0.5), y + 8)]
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def reliability(clips: list[dict[str, Calibration]]) -> list[dict[str, Any]]:
@@ -351,16 +445,16 @@ def reliability_figures(curves: list[dict[str, Any]]) -> dict[str, str]:
     found = {}
     for one in curves:
         name = LOSS_NAMES["speaking_binary" if one["head"] == "speaking" else "dst_binary"]
-        points = Line("", [(p, share) for p, share, _ in one["curve"]], dots=True)
+        points = svg.Line("", [(p, share) for p, share, _ in one["curve"]], dots=True)
         title = f"{name} calibration error {one['error']:.4f}"
-        found[f"reliability-{one['head']}"] = plot(title, [points], "probability", 1.0, (0.0, 1.0))
+        found[f"reliability-{one['head']}"] = svg.plot(title, [points], "probability", 1.0, (0.0, 1.0))
     return found
 
 
-def write_timelines(path: str | Path, timelines: list[Timeline], svg: Path | None = None) -> None:
+def write_timelines(path: str | Path, timelines: list[Timeline], figures: Path | None = None) -> None:
     """One page; of several clips it shows one at a time, those with the smallest share of right texts first.
 
-    svg: a folder for its figures.
+    figures: a folder for its figures.
     """
     timelines = sorted(timelines, key=lambda one: (one.share_right is None, one.share_right))
     title = timelines[0].goal or timelines[0].id if len(timelines) == 1 else f"{len(timelines)} streamed clips"
@@ -373,5 +467,5 @@ def write_timelines(path: str | Path, timelines: list[Timeline], svg: Path | Non
     data["reliability"] = reliability([shown.calibration for shown in timelines])
     data |= {"marks": MARKS, "figures": reliability_figures(data["reliability"])}
     write_page(path, "timeline", title, data)
-    if svg is not None:
-        write_figures(svg, {clip["id"]: clip["svg"] for clip in data["clips"]} | data["figures"])
+    if figures is not None:
+        write_figures(figures, {clip["id"]: clip["svg"] for clip in data["clips"]} | data["figures"])

@@ -207,3 +207,12 @@ document.body.append(
   ),
   writtenNote(),
 );
+
+/* Keys pressed while nothing has the focus are those of the first sequence. */
+document.addEventListener("keydown", (event) => {
+  const sequence = data.settings[0].sequences[0];
+  if (event.target !== document.body || keyIsTaken(event) || target(event.key, sequence, 0) === undefined) return;
+  const node = document.querySelector(".sequence");
+  node.focus();
+  onKey(event, sequence, node);
+});
