@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, TextIO
 import numpy as np
 
 from prospect.checkpoint import flatten, read_state
-from prospect.clip_files import Source, open_source, parse_clip_name
+from prospect.clip_files import Source, open_source
 from prospect.clips import Clip
 from prospect.config import Config, DataConfig, to_dict
 from prospect.context import check_streamable
@@ -39,6 +39,7 @@ from prospect.features import ROWS, Features, features_of, scale_of, warnings
 from prospect.files import write_json, writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
+from prospect.names import clip_file_names, parse_clip_name
 from prospect.records import settings_beside
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
@@ -227,11 +228,12 @@ def warn(lines: list[str]) -> None:
 
 
 def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
-    """FILE: all its clips; FILE:ID or FILE:INDEX: one of them."""
+    """FILE, a folder or a pattern: all clips; FILE:ID or FILE:INDEX: one of them."""
     path, which = parse_clip_name(name)
-    source = open_source(path, data.embeddings, data.embeddings_outside)
-    indices = range(len(source.file)) if which is None else [source.find(which)]
-    return [(source, index) for index in indices]
+    sources = [open_source(file, data.embeddings, data.embeddings_outside) for file in clip_file_names([path])]
+    if which is not None:
+        return [(sources[0], sources[0].find(which))]
+    return [(source, index) for source in sources for index in range(len(source.file))]
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ from prospect.memory import describe_memory
 from prospect.model import LOSS_CLASSES, Prospect, added, count_labels, loss_terms, total_loss
 from prospect.runlog import MetricsLog, report_end, validation_line
 from prospect.tune import parameter_groups, set_trainable
-from prospect.validation import autocast, clips_to_stream, note_validation, validate
+from prospect.validation import autocast, clips_to_stream, note_validation, out_of_patience, validate
 from prospect.weights import fill_model, trained_tensors
 
 STOPPED_BY_SIGNAL = 75  # exit status after SIGTERM or SIGINT, with everything saved: start again to resume
@@ -130,9 +130,10 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
     source, state = ckpt.resume_point(run, train_corpus, val_corpus, config, ranks, per_step)
     left = order.left(state.epoch, state.position, config.train.num_epochs)
     max_steps = config.train.max_steps or state.step + math.ceil(left / per_step)
-    if source and (state.step, state.evaluated_step) >= (max_steps, max_steps):  # then nothing is written either
+    ended = (state.step, state.evaluated_step) >= (max_steps, max_steps)
+    if source and (ended or out_of_patience(state, config.train.patience)):  # then nothing is written either
         if ranks.main:
-            advice = "raise train.max_steps, or choose another run.name"
+            advice = f"raise {'train.max_steps' if ended else 'train.patience'}, or choose another run.name"
             print(f"nothing to do: step {state.step} of {max_steps} is done; {advice}")
         return 0
 
@@ -183,7 +184,8 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
                     with together(ranks):
                         if ranks.main:
                             log.write(line)
-                            bar.write(validation_line(state.step, state.evaluation))
+                            bar.write(validation_line(state, config.train.patience))
+            finished = finished or out_of_patience(state, config.train.patience)
             stopping = any_rank(stop.requested, ranks)
             save_due = (
                 finished or stopping or state.step == state.best_step or state.step % config.train.save_every == 0
@@ -218,7 +220,7 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
                         bar.write(f"skipped: {what}")
 
     if ranks.main:
-        report_end(run, state, max_steps, config.data.val[0])
+        report_end(run, state, max_steps, finished, config.data.val[0])
     return 0 if finished else STOPPED_BY_SIGNAL
 
 
@@ -352,6 +354,8 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     shared = f", {config.train.parallel}" if ranks.world > 1 else ""
+    without = f"; ends after {config.train.patience} validations in a row without a better best"
+    patience = without if config.train.patience else ""
     parts = [f"{f.path} x {f.repeat} {share:.1%}" for f, share in zip(config.data.train_files(), train.shares())]
     lines = [
         f"model      {parameters:,} parameters, {trained:,} trained, {config.train.precision} on {ranks.device}",
@@ -361,7 +365,7 @@ def describe(config: Config, model: Prospect, train: Corpus, val: Corpus, order:
         f"batches    {len(batches)} micro-batches an epoch of up to {budget:,} tokens,"
         f" {padding_share(lengths, batches):.1%} padding",
         f"step       {ranks.world} rank(s) x {accumulate} micro-batch(es) = {per_step} micro-batch(es){shared}",
-        f"training   {steps:,} steps, {steps * per_step / len(batches):.1f} epochs",
+        f"training   {steps:,} steps, {steps * per_step / len(batches):.1f} epochs{patience}",
     ]
     if len(parts) > 1:
         lines.insert(3, f"mixture    {', '.join(parts)} of the tokens")

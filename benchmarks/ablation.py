@@ -81,6 +81,7 @@ COMMON = (  # what every run shares beyond config.yaml
     "infer.reserved=80", "infer.max_reply_tokens=32", "infer.max_update_tokens=16", "infer.max_summary_tokens=48",
     "infer.evidence=0.5",  # it is tuned here, not at the end of training
     f"train.max_steps={STEPS}", f"train.eval_every={STEPS}", f"train.save_every={STEPS}", "train.log_every=10",
+    "train.best_by=loss",  # of one validation
 )  # fmt: skip
 
 

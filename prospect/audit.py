@@ -219,7 +219,8 @@ def rerun(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--data", required=True, action="append", metavar="FILE", help="clip file; repeatable")
+    what = "clip file, folder or pattern; repeatable"
+    parser.add_argument("--data", required=True, action="append", metavar="FILE", help=what)
     parser.add_argument("--perturbations", type=int, default=100_000, metavar="N", help="values changed, at least")
     parser.add_argument("--seed", type=int, default=0, help="of frames, clips and the values put in")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -17,23 +17,24 @@ This command checks everything anew; before training, what was found and has not
 import argparse
 import contextlib
 import importlib
+import math
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from prospect.clip_files import Problem, Source, clip_id, fit_rows, open_source, parse_clip
+from prospect.clip_files import Problem, Source, clip_id, clip_rows, fit_rows, open_source, parse_clip
 from prospect.clips import Clip
 from prospect.config import DataConfig
-from prospect.embeddings import check_finite, find_embeddings, read_embeddings
+from prospect.embeddings import check_finite, read_embeddings
 from prospect.errors import ProspectError, print_next, run_entry_point
-from prospect.features import by_dataset, difference
+from prospect.features import by_dataset, difference, rate_of
 from prospect.kept import Found, Task, find_all
+from prospect.names import clip_file_names
 from prospect.packs import stamp
 from prospect.processes import cores
 
@@ -71,14 +72,16 @@ def check_clip(source: Source, index: int, vision_dim: int | None) -> Found:
         if clip is not None:
             checked.frames, checked.updates = clip.num_frames, len(clip.updates())
             checked.problems += step_time_problems(clip, source.file.path)
-        check_embeddings(found, source, clip, raw.get("embeddings"), vision_dim)
+        names = (raw.get(name) for name in ("embeddings", "video_uid"))
+        found.named, found.video = (name if isinstance(name, str) else None for name in names)
+        check_embeddings(found, source, clip, vision_dim)
     if checked.errors:
         found.stamp = None
     found.value = astuple(checked)
     return found
 
 
-def check_embeddings(found: Found, source: Source, clip: Clip | None, named: Any, vision_dim: int | None) -> None:
+def check_embeddings(found: Found, source: Source, clip: Clip | None, vision_dim: int | None) -> None:
     """Add what is wrong with a clip's embedding file to what was found; rows do not count for a broken clip (None)."""
     checked: Checked = found.value
     where = f"{source.file.path}, clip {checked.id}"
@@ -87,8 +90,7 @@ def check_embeddings(found: Found, source: Source, clip: Clip | None, named: Any
         checked.problems.append(Problem(kind, where, "embeddings", what, remedy))
 
     try:
-        found.named = named if isinstance(named, str) else None
-        path = find_embeddings(checked.id, source.folder, found.named, allow_outside=source.allow_outside)
+        path = found.find(source)
     except ProspectError as error:
         return note("no embeddings", error.what, error.remedy)
     with contextlib.suppress(OSError):  # what that is, reading reports
@@ -101,6 +103,14 @@ def check_embeddings(found: Found, source: Source, clip: Clip | None, named: Any
     if vision_dim not in (None, checked.width):
         what = f"{path}: embeddings are {checked.width} wide, model.vision_dim is {vision_dim}"
         note("wrong width", what, f"set model.vision_dim={checked.width} or encode again")
+    try:
+        file, rows = rows, rows if clip is None else clip_rows(clip, rows, path)
+    except ProspectError as error:
+        return note("wrong row count", error.what, error.remedy)
+    rate = None if rows is file else rate_of(path)  # of a whole video's file, which has rows for any clip at any rate
+    if rate is not None and not math.isclose(rate, clip.fps, rel_tol=0.01):
+        what = f"{path}: encoded at {rate:g} rows per second, the clip's fps is {clip.fps:g}"
+        note("wrong rate", what, "encode at the clip's fps, or correct it and the clip's frames")
     try:
         check_finite(rows, str(path))
     except ProspectError as error:
@@ -262,7 +272,7 @@ def table(errors: Counter[str], warnings: Counter[str]) -> str:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m prospect.check", description="Check clips and their embeddings.")
     add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="clip files: JSON or JSONL")
+    add("files", nargs="+", metavar="FILE", help="clip files (JSON or JSONL), folders of them, or patterns")
     add("--embeddings", metavar="DIR", help="folder of embedding files; default: embeddings/ beside each file")
     add("--embeddings-outside", action="store_true", help="allow clips to name files outside that folder")
     add("--vision-dim", type=int, metavar="N", help="width that embeddings must have; default: any, the same for all")
@@ -287,7 +297,7 @@ def main() -> int:
         tqdm.write(f"{'error' if problem.fatal else 'warning'}: {problem.error()}", file=sys.stdout)
 
     sources = []
-    for path in arguments.files:
+    for path in clip_file_names(arguments.files):
         try:
             sources.append(open_source(path, arguments.embeddings, arguments.embeddings_outside))
         except ProspectError as error:
@@ -322,7 +332,8 @@ def main() -> int:
 def train_command(arguments: argparse.Namespace, width: int, updates: int) -> str:
     """How to train on the checked files; of several, the last is for validation."""
     *train, val = arguments.files if len(arguments.files) > 1 else [*arguments.files, "VAL.json"]
-    words = ["python", "train.py", "config.yaml", f"run.name={Path(train[0]).stem}", "data.sample=null"]
+    name = Path(clip_file_names(train)[0]).stem
+    words = ["python", "train.py", "config.yaml", f"run.name={name}", "data.sample=null"]
     words += [f"data.train={train[0] if len(train) == 1 else '[' + ', '.join(train) + ']'}", f"data.val={val}"]
     words += [f"data.embeddings={arguments.embeddings}"] if arguments.embeddings else []
     words += ["data.embeddings_outside=true"] if arguments.embeddings_outside else []

@@ -55,7 +55,8 @@ from prospect.tokenizer import Tokenizer
 from prospect.tune import checkpoint_names
 from prospect.weights import hf_config, parse_config, save_state, tensors_of
 
-NEWER = ("best_by", "best_value", "features", "scale", "prompts")  # fields that an older checkpoint lacks
+# Fields that an older checkpoint lacks.
+NEWER = ("best_by", "best_value", "loss_of_best", "highest", "since_best", "features", "scale", "prompts")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SHARDS, WEIGHTS, MOMENTS = "shards", "weights.", "optimizer."  # a folder, and what names in it begin with
 
@@ -75,6 +76,9 @@ class TrainState:
     best_step: int | None = None
     best_by: str = "loss"  # what the best was chosen by
     best_value: float | None = None  # and its value, larger being better: of a loss, its negative
+    loss_of_best: float | None = None  # its validation loss, which decides between values that are alike
+    highest: float | None = None  # the largest value there was
+    since_best: int = 0  # validations since the best
     world: int = 1  # ranks
     micro_batches: int = 1  # of a step, over all ranks
     data: dict[str, str] = field(default_factory=dict)  # the data files' fingerprint
@@ -295,6 +299,8 @@ def read_state(directory: Path) -> TrainState:
             raise TypeError("it must be an object")
         if (best_loss := values.pop("best_loss", None)) is not None:  # of older checkpoints
             values["best_value"] = -best_loss
+        if values.get("best_by", "loss") == "loss" and (value := values.get("best_value")) is not None:
+            values = {"loss_of_best": -value, "highest": value} | values  # likewise
         state = TrainState(**values)
         for name, hint in typing.get_type_hints(TrainState).items():
             if name not in values and name not in NEWER:

@@ -26,13 +26,13 @@ import numpy as np
 
 from prospect.clips import MAX_TEXT, ROLES, Clip, Turn, unpaired_surrogate
 from prospect.dst import STATES, TRANSITIONS, State, Step, Transition, UpdateError, apply_update, parse_update
-from prospect.embeddings import find_embeddings, read_embeddings
+from prospect.embeddings import embedding_names, find_embeddings, read_embeddings
 from prospect.errors import ProspectError
 from prospect.packs import stamp
 
 FIELDS = {  # of a clip object; any other field is kept in Clip.extra
     "id", "video_uid", "dataset", "fps", "start_frame_idx", "end_frame_idx", "conversation", "dst", "inferred_goal",
-    "inferred_knowledge", "embeddings",
+    "inferred_knowledge", "embeddings", "embeddings_start_frame_idx",
 }  # fmt: skip
 
 TURN_FIELDS = {"from": "role", "value": "content", "timestamp": "time"}  # other names of a turn's fields, and ours
@@ -113,14 +113,6 @@ class ClipFile:
             return int(name) % len(self)
         remedy = f"an id, or a number from 0 to {len(self) - 1}"
         raise ProspectError(f"no clip {name!r}", where=str(self.path), remedy=remedy)
-
-
-def parse_clip_name(name: str) -> tuple[str, str | None]:
-    """FILE, FILE:ID or FILE:INDEX as (FILE, None or the id or index). File names and ids may both contain colons."""
-    cuts = [i for i, character in enumerate(name) if character == ":" and Path(name[:i]).is_file()]
-    if not cuts or Path(name).is_file():
-        return name, None
-    return name[: cuts[0]], name[cuts[0] + 1 :]
 
 
 def _index(path: Path) -> np.ndarray:
@@ -348,6 +340,7 @@ class _Reader:
             knowledge=knowledge,
             initial_state=self.initial_state(steps, turns, start / fps),
             embeddings=embeddings,
+            embeddings_start=self.embeddings_start(start),
             where=self.where,
             extra={key: value for key, value in raw.items() if key not in FIELDS},
         )
@@ -394,6 +387,15 @@ class _Reader:
             self.problem("not text", field, f"must be a path, not {type(value).__name__}", "a path or nothing")
             return None
         return value
+
+    def embeddings_start(self, start: int) -> int | None:
+        """The frame of row 0 of the embedding file, where the clip says it; it has to have the frame `start`."""
+        name = "embeddings_start_frame_idx"
+        first = None if self.raw.get(name) is None else self.frame(self.raw[name], name)
+        if first is not None and not 0 <= first <= start:
+            what = f"is {first}, must be from 0 to {start}, where the clip begins"
+            self.problem("bad frame range", name, what, "the frame of row 0 of the embedding file")
+        return first
 
     # ---- steps and turns -------------------------------------------------------------------------
 
@@ -639,7 +641,8 @@ class Source:
         return self.file.find(name)
 
     def embeddings_path(self, clip: Clip) -> Path:
-        return find_embeddings(clip.id, self.folder, clip.embeddings, allow_outside=self.allow_outside)
+        names = (clip.embeddings, clip.video_uid)
+        return find_embeddings(clip.id, self.folder, *names, allow_outside=self.allow_outside)
 
     def load(self, index: int, vision_dim: int) -> tuple[Clip, np.ndarray, str | None]:
         """A clip, its embeddings [rows, I, D], and a warning where the two differ by the last frame."""
@@ -657,6 +660,26 @@ def open_source(
     return Source(ClipFile(path, spans), folder, allow_outside)
 
 
+def clip_rows(clip: Clip, rows: np.ndarray, path: Path) -> np.ndarray:
+    """The clip's rows of its embedding file, a view: all of a file of its own, and of the video's those of its frames.
+
+    Row 0 of the file at `path` is frame `embeddings_start_frame_idx`, by default the clip's first, or frame 0 where
+    the file has the name of the video. A row that is missing at the end is left to `fit_rows`. Raises ProspectError
+    where the file does not reach as far.
+    """
+    first = clip.embeddings_start
+    if first is None and (clip.embeddings is not None or path.name in embedding_names(clip.id, None)):
+        return rows
+    first = first or 0
+    found = rows[clip.start_frame - first : clip.end_frame + 1 - first]
+    if len(found) < max(1, clip.num_frames - 1):
+        has = f"{path} has {len(rows)} rows, frames {first}..{first + len(rows) - 1}"
+        what = f"{has}; the clip's frames are {clip.start_frame}..{clip.end_frame}"
+        remedy = f"row r is frame {first} + r of the video: encode all of it, or set embeddings_start_frame_idx"
+        raise ProspectError(what, where=clip.where, remedy=remedy)
+    return found
+
+
 def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
     """The clip as its embedding file has it, and a warning where the two differ by the last frame.
 
@@ -670,7 +693,7 @@ def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
         remedy = "row r is frame start_frame_idx + r: encode the clip again"
         if clip.num_frames >= 20 and not 0.9 < rows / clip.num_frames < 1.1:  # not a frame or two: another rate
             rate = f"about {rows / clip.num_frames * clip.fps:.3g} rows for a second of the clip, not {clip.fps:g}"
-            remedy = f"{rate}: encode at the clip's fps, and with --clips, so that the file has the clip's frames alone"
+            remedy = f"{rate}: encode at the clip's fps with --clips; of a whole video, set embeddings_start_frame_idx"
         raise ProspectError(what, where=clip.where, remedy=remedy)
     last = clip.end_frame - 1
     in_time = sorted(clip.turns, key=lambda turn: turn.end_frame)  # so that updates moved to one frame keep their order
@@ -681,8 +704,8 @@ def fit_rows(clip: Clip, rows: int) -> tuple[Clip, str | None]:
 
 def load_embeddings(clip: Clip, folder: Path, vision_dim: int, *, allow_outside: bool = False) -> np.ndarray:
     """The clip's frame embeddings, [rows, I, D] (I vectors per frame, 1 for a plain [rows, D] file), as stored."""
-    path = find_embeddings(clip.id, folder, clip.embeddings, allow_outside=allow_outside)
-    rows = read_embeddings(path)
+    path = find_embeddings(clip.id, folder, clip.embeddings, clip.video_uid, allow_outside=allow_outside)
+    rows = clip_rows(clip, read_embeddings(path), path)
     rows = rows[:, None] if rows.ndim == 2 else rows
     if rows.shape[-1] != vision_dim:
         what = f"embeddings are {rows.shape[-1]} wide, model.vision_dim is {vision_dim}"

@@ -47,6 +47,7 @@ class Clip:
     knowledge: str
     initial_state: State  # before the first frame
     embeddings: str | None  # path of its embedding file, where the clip file names one
+    embeddings_start: int | None  # absolute number of that file's row 0, where the clip file says it
     where: str  # "file, clip ID", for messages
     extra: dict[str, Any] = field(default_factory=dict, repr=False)  # fields of the file that are not ours
 

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from prospect.errors import ProspectError
+from prospect.names import clip_file_names
 
 IGNORE = -100  # the label of a position where nothing is learned
 
@@ -68,7 +70,8 @@ class HybridConfig:
 
 @dataclass
 class DataConfig:
-    # clip files (JSON list, clip or JSONL); {path: FILE, repeat: 6} shows an epoch each of its clips six times
+    # clip files (JSON list, clip or JSONL), folders of them, or patterns (data/*.json), as docs/data.md says;
+    # {path: FILE, repeat: 6} shows an epoch each of its clips six times
     train: list[str | Repeated] = field(default_factory=lambda: ["data/sample/train.json"])
     val: list[str] = field(default_factory=lambda: ["data/sample/val.json"])
     embeddings: str | None = None  # folder of embedding files; null: embeddings/ beside each clip file
@@ -160,9 +163,10 @@ class TrainConfig:
     eval_every: int = 200  # steps; and after the last
     save_every: int = 200  # steps; and after the last
     keep: int = 2  # newest checkpoints kept, besides the best
-    # what the best is chosen by: loss, the total on validation; or combined, the combined score of streamed validation
-    # clips (where none are streamed, the mean of the heads' teacher-forced event F1)
-    best_by: Literal["loss", "combined"] = "loss"
+    # what the best is chosen by: combined, the combined score of streamed validation clips (where none are streamed,
+    # the mean of the heads' teacher-forced event F1), and within 0.03 the lower loss; or loss, the total on validation
+    best_by: Literal["combined", "loss"] = "combined"
+    patience: int | None = None  # validations in a row without a better best after which the run ends; null: none do
     # every rank writes its share; `python -m prospect.checkpoint DIR OUT` makes a full checkpoint of it
     sharded_checkpoints: bool = False
     resume: str = "auto"  # auto: resume from the run's newest checkpoint; never; or a checkpoint directory
@@ -233,6 +237,7 @@ _BOUNDS = {
     "train.min_lr_ratio": (0, 1), "train.warmup_steps": (0, 10**9),
     "train.gradient_accumulation_steps": (1, 10**6), "train.log_every": (1, 10**9), "train.eval_every": (1, 10**9),
     "train.save_every": (1, 10**9), "train.keep": (1, 10**6), "train.grad_clip": (0, 10**9),
+    "train.patience": (1, 10**6),
     "train.lora_rank": (1, 10**5), "train.lora_alpha": (0, 10**6), "train.lora_dropout": (0, 0.99),
     "train.projector_learning_rate": (0, 10), "train.heads_learning_rate": (0, 10),
     "infer.speaking_threshold": (0, 1), "infer.dst_threshold": (0, 1), "infer.evidence": (0, 1),
@@ -246,6 +251,7 @@ _BOUNDS = {
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """The configuration in a YAML file, with overrides like `train.learning_rate=3e-4` on top.
 
+    Folders and patterns in data.train and data.val become the files that they stand for (prospect/names.py).
     Raises ProspectError naming every unknown key and every value of a wrong type or out of bounds.
     """
     try:
@@ -259,7 +265,21 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ProspectError("must hold sections (run, model, data, ...)", where=str(path))
-    return make_config(apply_overrides(values, overrides), str(path))
+    config = make_config(apply_overrides(values, overrides), str(path))
+    config.data.train = [of for entry in config.data.train for of in _with_names(entry)]
+    config.data.val = clip_file_names(config.data.val)
+    count = Counter(file.path for file in config.data.train_files())
+    if twice := [name for name in count if count[name] > 1]:
+        what = f"data.train names {', '.join(twice)} twice"
+        raise ProspectError(what, where=str(path), remedy=f"{{path: {twice[0]}, repeat: 2}} repeats it")
+    return config
+
+
+def _with_names(entry: str | Repeated) -> list[str | Repeated]:
+    """An entry of data.train for each file that it stands for."""
+    if isinstance(entry, str):
+        return clip_file_names([entry])
+    return [Repeated(name, entry.repeat) for name in clip_file_names([entry.path])]
 
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
@@ -389,9 +409,6 @@ def _cross_checks(config: Config) -> list[str]:
         problems += [f"model.speaking_head=false leaves the decision to the LM: it needs {need}" for need in missing]
     if config.train.sharded_checkpoints and config.train.tune != "full":
         problems.append("train.sharded_checkpoints is for train.tune=full: what the others save is small")
-    paths = [file.path for file in d.train_files()]
-    for path in sorted({path for path in paths if paths.count(path) > 1}):
-        problems.append(f"data.train names {path} twice: {{path: {path}, repeat: 2}} repeats it")
     if d.frames != "all" and d.layout == "turns":
         problems.append("data.frames belongs to data.layout=stream; the turns layout has its own frames")
     return problems

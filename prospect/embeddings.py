@@ -45,22 +45,27 @@ SAFETENSORS_DTYPES = ("F16", "BF16", "F32", "F64")
 # ---- finding a clip's file -----------------------------------------------------------------------
 
 
-def embedding_names(clip_id: str, named: str | None) -> list[str]:
+def embedding_names(clip_id: str, named: str | None, video_uid: str | None = None) -> list[str]:
     """The names that a clip's embedding file may have, relative to the folder, in the order in which they are tried.
 
     `named` is the clip's own ``embeddings`` field; without it the names are ``{clip_id}_embeddings`` and ``{clip_id}``
-    with the endings .pkl, .npy and .safetensors. Raises ProspectError for an id that cannot be part of a file name.
+    with the endings .pkl, .npy and .safetensors, and then the same of its video, where `video_uid` is given.
+    Raises ProspectError for an id that cannot be part of a file name.
     """
     if named is not None:
         return [named]
-    if not clip_id or any(character in clip_id for character in "/\\\0"):  # a separator would make the id a path
+    # A separator would make the id a path.
+    owners = [of for of in dict.fromkeys((clip_id, video_uid)) if of and not any(mark in of for mark in "/\\\0")]
+    if clip_id not in owners:
         remedy = "give the clip an `embeddings` field, or an id without / and \\"
         raise ProspectError("the clip's id cannot be part of a file name", where=f"clip {clip_id!r}", remedy=remedy)
-    return [f"{clip_id}{middle}{ending}" for middle in ("_embeddings", "") for ending in ENDINGS]
+    return [f"{of}{middle}{ending}" for of in owners for middle in ("_embeddings", "") for ending in ENDINGS]
 
 
-def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outside: bool = False) -> Path:
-    """The embedding file of a clip.
+def find_embeddings(
+    clip_id: str, folder: Path, named: str | None, video_uid: str | None = None, *, allow_outside: bool = False
+) -> Path:
+    """The embedding file of a clip, or of its video.
 
     The first of `embedding_names` that exists in `folder`, or in its pack, is taken. Wherever ``..``, an absolute path
     or a symbolic link leads, the file must be inside `folder`, unless `allow_outside`.
@@ -68,7 +73,7 @@ def find_embeddings(clip_id: str, folder: Path, named: str | None, *, allow_outs
     Raises ProspectError when the file is outside or there is none (every path tried is named).
     """
     where = f"clip {clip_id!r}"
-    names = embedding_names(clip_id, named)
+    names = embedding_names(clip_id, named, video_uid)
     first = folder / names[0]
     try:
         found = next((path for n in names if (path := folder / n).exists() or in_pack(folder, n)), None)

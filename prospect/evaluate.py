@@ -54,6 +54,7 @@ from prospect.load import load_for_inference
 from prospect.metrics import by_dataset
 from prospect.mistakes import Review, clip_lines, mistakes_table, review_clip, sum_counts, worst_clips
 from prospect.model import Prospect
+from prospect.names import clip_file_names
 from prospect.quiet import MAX_FALSE_ALARMS, choose_quiet
 from prospect.records import (
     RECORDS,
@@ -145,7 +146,7 @@ def review_records(folder: Path, paths: list[str], similarity: Similarity) -> li
     Raises ProspectError at a clip without complete records.
     """
     reviews = []
-    for path in paths:
+    for path in clip_file_names(paths):
         file = ClipFile(path)
         for clip in map(file.clip, range(len(file))):
             stored = records_file(folder, clip.id)
@@ -209,7 +210,7 @@ def report(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="DIR")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="clip files")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILE", help="clip files, folders, patterns")
     what = "score again what an evaluation has left in OUT; the clips are those that lie there, or of --data"
     parser.add_argument("--records", type=Path, metavar="OUT", help=what)
     parser.add_argument("--strategy", metavar="NAME", help="when the context is full; short for infer.strategy=NAME")
@@ -304,7 +305,7 @@ def evaluate(
         digests = {id: digest for part in to_main(digests, ranks) for id, digest in part.items()}
         with together(ranks):
             if ranks.main:
-                same_settings(out, settings(checkpoint, config, arguments.data, digests))
+                same_settings(out, settings(checkpoint, config, clip_file_names(arguments.data), digests))
                 write_references(out, jobs.raw(digests))
 
     def streamed(jobs: Jobs, folder: str) -> dict[str, Review]:

@@ -8,14 +8,16 @@ checkpoint, and compared with those that the model is given later.
     scale    mean norm of a vector, mean and deviation of its numbers; all that is known of other files
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from prospect.clip_files import Source
+from prospect.clip_files import Source, clip_rows
 from prospect.embeddings import read_embeddings
 from prospect.packs import read_bytes
 
@@ -46,8 +48,9 @@ def features_of(clips: Sequence[tuple[Source, int]]) -> Features:
     looked_at, made = [], []
     for at in evenly(len(clips), CLIPS):
         source, index = clips[at]
-        path = source.embeddings_path(source.file.clip(index))
-        rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
+        clip = source.file.clip(index)
+        path = source.embeddings_path(clip)
+        rows = clip_rows(clip, read_embeddings(path), path)  # [rows, D] or [rows, I, D]
         looked_at.append(rows[evenly(len(rows), ROWS)])
         made.append(made_by(path))
     names = set.intersection(*map(set, made))
@@ -69,13 +72,25 @@ def scale_of(parts: Sequence[np.ndarray]) -> dict[str, float]:
     return {"norm": norm, "mean": mean, "deviation": max(square - mean**2, 0.0) ** 0.5}
 
 
-def made_by(path: Path) -> dict[str, str]:
+def facts_beside(path: Path) -> dict:
     """What encode wrote beside an embedding file; nothing where something else made it."""
     try:
         facts = json.loads(read_bytes(path.with_suffix(".json")))
     except (OSError, ValueError, RecursionError):
         return {}
-    return comparable(facts) if isinstance(facts, dict) and "weights_sha256" in facts else {}
+    return facts if isinstance(facts, dict) and "weights_sha256" in facts else {}
+
+
+def made_by(path: Path) -> dict[str, str]:
+    """Of what encode wrote beside an embedding file, that by which others are compared with it."""
+    return comparable(facts_beside(path))
+
+
+def rate_of(path: Path) -> float | None:
+    """The rows for a second of the video, where encode wrote them beside an embedding file."""
+    with contextlib.suppress(KeyError, ValueError, ArithmeticError):
+        return float(Fraction(str(facts_beside(path)["fps"])))
+    return None
 
 
 def comparable(facts: dict) -> dict[str, str]:

@@ -20,6 +20,7 @@ from prospect.distributed import Ranks
 from prospect.errors import ProspectError
 from prospect.features import features_of
 from prospect.load import unlike_training
+from prospect.names import clip_file_names
 from prospect.stream import Job
 from prospect.tokenizer import Tokenizer
 
@@ -84,7 +85,8 @@ def load_jobs(paths: Iterable[str], config: Config, tokenizer: Tokenizer, checkp
     where the clips are not like those `checkpoint` was trained on.
     """
     check_reserved(tokenizer, config)
-    sources = [open_source(path, config.data.embeddings, config.data.embeddings_outside) for path in paths]
+    folder, outside = config.data.embeddings, config.data.embeddings_outside
+    sources = [open_source(path, folder, outside) for path in clip_file_names(paths)]
     usable = usable_clips(sources, config.data, config.model.vision_dim)
     jobs = Jobs(sources, [], config.model.vision_dim)
     for source, index in usable.clips:

@@ -50,14 +50,19 @@ class Found:
     """What a task found out about a clip. value: of JSON.
 
     stamp: of its embedding file, taken before it was read; None: not to be kept, as where the clip is bad and will be
-    changed. id, named: by which it is found again.
+    changed. id, named, video: by which it is found again.
     """
 
     value: Any
     id: str = ""
     named: str | None = None
+    video: str | None = None
     path: Path | None = None
     stamp: tuple[int, ...] | None = None
+
+    def find(self, source: Source) -> Path:
+        """Its embedding file. Raises ProspectError."""
+        return find_embeddings(self.id, source.folder, self.named, self.video, allow_outside=source.allow_outside)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,8 @@ class Part:
                     found = next(todo)
                     self.lines.pop(index, None)
                     if found.stamp and settled(found.stamp, self.began):
-                        self.lines[index] = json.dumps([index, found.id, found.named, found.stamp, found.value])
+                        line = [index, found.id, found.named, found.video, found.stamp, found.value]
+                        self.lines[index] = json.dumps(line)
                         changed = True
                 bar.update()
                 yield found
@@ -149,13 +155,14 @@ class Part:
 
 def still_true(source: Source, line: str) -> Found | None:
     """What a line says, where the clip's embedding file is the same as it was; else None."""
-    _, id, named, kept, value = json.loads(line)
+    _, id, named, video, kept, value = json.loads(line)
+    found = Found(value, id, named, video)
     try:
-        path = find_embeddings(id, source.folder, named, allow_outside=source.allow_outside)
-        now = stamp(path)
+        found.path = found.find(source)
+        found.stamp = stamp(found.path)
     except (ProspectError, OSError):
         return None
-    return Found(value, id, named, path, now) if list(now) == kept else None
+    return found if list(found.stamp) == kept else None
 
 
 def settled(stamp: tuple[int, ...], at: float) -> bool:

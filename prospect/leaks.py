@@ -29,10 +29,10 @@ class Origin:
 def leaks(train: Sequence[Origin], val: Sequence[Origin]) -> list[str]:
     """A line for every validation clip that leaks: a training clip, and what both share."""
     ids, videos = {clip.id: clip for clip in train}, {clip.video_uid: clip for clip in train}
-    names = {basename(clip.embeddings) for clip in train} & {
-        basename(clip.embeddings) for clip in val if clip.id not in ids
-    }
-    contents = {digest(clip.embeddings): clip for clip in train if basename(clip.embeddings) in names}
+    others = [clip for clip in val if clip.id not in ids and clip.video_uid not in videos]
+    names = {basename(clip.embeddings) for clip in train} & {basename(clip.embeddings) for clip in others}
+    files = {str(clip.embeddings): clip for clip in train if basename(clip.embeddings) in names}  # clips may share one
+    contents = {digest(path): clip for path, clip in files.items()}
     found = []
     for clip in val:
         if other := ids.get(clip.id):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from prospect.check import usable_clips
-from prospect.clip_files import Source, fit_rows, open_source
+from prospect.clip_files import Source, clip_rows, fit_rows, open_source
 from prospect.config import DataConfig
 from prospect.embeddings import read_embeddings
 from prospect.errors import ProspectError
@@ -184,7 +184,7 @@ def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer,
     clip = source.file.clip(index)
     path = source.embeddings_path(clip)
     before = stamp(path)
-    rows = read_embeddings(path)  # [rows, D] or [rows, I, D]
+    rows = clip_rows(clip, read_embeddings(path), path)  # [rows, D] or [rows, I, D]
     per_frame = rows.shape[1] if rows.ndim == 3 else 1
     clip, _ = fit_rows(clip, len(rows))
     try:
@@ -192,13 +192,13 @@ def find_windows(source: Source, index: int, given: tuple[DataConfig, Tokenizer,
         windows = plan_windows(clip, lay_out(clip, config, 0.0, seed, 0), tokenizer, config, per_frame, seed)
     except ProspectError as error:
         refused = {"refused": error.what, "where": error.where, "remedy": error.remedy}
-        return Found(refused, clip.id, clip.embeddings, path)
+        return Found(refused, clip.id, clip.embeddings, clip.video_uid, path)
     value = {
         "windows": [(w.first, w.learn, w.end, w.num_tokens, w.summarized, w.units) for w in windows],
         "video_uid": clip.video_uid,
         "prompt": prompt_parts(clip, config),
     }
-    return Found(value, clip.id, clip.embeddings, path, before)
+    return Found(value, clip.id, clip.embeddings, clip.video_uid, path, before)
 
 
 def content(path: Path) -> str:

@@ -24,12 +24,17 @@ VALIDATION_SHOWN = {
 }
 
 
-def validation_line(step: int, numbers: dict[str, float]) -> str:
-    """What the terminal shows of a validation: its loss, and the heads on streamed clips (else teacher-forced)."""
-    shown = [f"step {step}: validation loss {numbers['loss']:.4f}"]
+def validation_line(state: TrainState, patience: int | None) -> str:
+    """What the terminal shows of a validation: its loss, the heads on streamed clips (else teacher-forced), and by what
+    the best so far is the best. patience: `train.patience`."""
+    numbers = state.evaluation
+    shown = [f"step {state.step}: validation loss {numbers['loss']:.4f}"]
     for name, title in VALIDATION_SHOWN.items():
         value = numbers.get(f"streamed_{name}", numbers.get(name))
         shown += [] if value is None else [f"{title} {value:.3f}"]
+    best = f"best so far: {state.best_by} {abs(state.best_value):.4f} at step {state.best_step}"
+    shown.append(best + (f" (highest {state.highest:.4f})" if state.highest > state.best_value else ""))
+    shown += [f"patience {state.since_best} of {patience}"] if patience else []
     return "  ".join(shown)
 
 
@@ -94,11 +99,12 @@ def as_block(text: str) -> str:
     return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
-def report_end(run: Path, state: TrainState, max_steps: int, clips: str) -> None:
-    """How a run ended, on the terminal. clips: a file to stream next."""
-    if state.step < max_steps:
+def report_end(run: Path, state: TrainState, max_steps: int, finished: bool, clips: str) -> None:
+    """How a run ended, on the terminal. finished: by itself. clips: a file to stream next."""
+    if not finished:
         print(f"stopped by a signal after step {state.step}; start again to resume", file=sys.stderr)
     else:
+        early = f" of {max_steps}, then out of patience (train.patience)" if state.step < max_steps else ""
         best = f"(step {state.best_step}, by {state.best_by})"
-        print(f"done: {max_steps} steps; the best checkpoint is {run / 'best'} {best}")
+        print(f"done: {state.step} steps{early}; the best checkpoint is {run / 'best'} {best}")
         print_next(shlex.join(["python", "infer.py", "--clip", f"{clips}:0", "--checkpoint", str(run / "best")]))

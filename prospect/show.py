@@ -14,11 +14,11 @@ import sys
 from dataclasses import astuple, dataclass
 
 from prospect.build import load_corpus, load_tokenizer, make_sample_corpus
-from prospect.clip_files import parse_clip_name
 from prospect.config import Config, load_config
 from prospect.data import Corpus, collate, contents, counts_line, label_counts
 from prospect.errors import ProspectError, run_entry_point
 from prospect.model import IGNORE, added, count_labels
+from prospect.names import clip_file_names, parse_clip_name
 from prospect.report.page import LOSS_NAMES
 from prospect.report.tokens import Setting, token_table, write_settings
 from prospect.sequence import LABEL_KEYS, Sample
@@ -110,7 +110,7 @@ def open_corpus(config: Config, clip: str | None, split: str) -> tuple[Corpus, s
     which = None
     if clip is not None:
         path, which = parse_clip_name(clip)
-        setattr(config.data, split, [path])
+        setattr(config.data, split, clip_file_names([path]))
     return load_corpus(config, tokenizer, split), which, tokenizer
 
 

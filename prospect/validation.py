@@ -32,6 +32,8 @@ from prospect.thresholds import ForcedBatches, decision_report, teacher_forced, 
 if TYPE_CHECKING:
     from prospect.tuning import Tried
 
+ALIKE = 0.03  # scores that differ by no more: about the standard error of a score of eight clips
+
 
 def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
     """A context for forward passes: matrices in bf16 or fp16, sums and losses in fp32."""
@@ -154,11 +156,26 @@ def tune_on_stream(
 
 
 def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float], best_by: str) -> None:
-    """Keep what a validation found, and whether its checkpoint is the best. best_by: `train.best_by`."""
+    """Keep what a validation found, and whether its checkpoint is the best. best_by: `train.best_by`.
+
+    Of those whose value is alike the highest it is the one with the lowest loss, for a few streamed clips cannot tell
+    them apart (Breiman et al. 1984, the one-standard-error rule). By loss it is the one with the lowest.
+    """
     state.evaluation, state.thresholds, state.evaluated_step = numbers, thresholds, state.step
     by, value = worth(numbers, best_by)
-    if state.best_value is None or by != state.best_by or value > state.best_value:  # another measure begins anew
-        state.best_by, state.best_value, state.best_step = by, value, state.step
+    loss = numbers["loss"]
+    anew = state.highest is None or by != state.best_by  # another measure begins anew
+    state.highest = value if anew else max(value, state.highest)
+    enough = state.highest - ALIKE
+    state.since_best += 1
+    if anew or (value >= enough and (loss < state.loss_of_best or state.best_value < enough)):
+        state.best_by, state.best_value, state.loss_of_best = by, value, loss
+        state.best_step, state.since_best = state.step, 0
+
+
+def out_of_patience(state: TrainState, patience: int | None) -> bool:
+    """Whether the run ends early. patience: `train.patience`."""
+    return patience is not None and state.since_best >= patience
 
 
 def worth(numbers: dict[str, float], best_by: str) -> tuple[str, float]:

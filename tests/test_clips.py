@@ -8,7 +8,7 @@ import pytest
 from conftest import raw_clip, read
 
 from prospect import clip_files
-from prospect.clip_files import ClipFile, fit_rows, load_embeddings, open_source, parse_clip, parse_clip_name
+from prospect.clip_files import ClipFile, fit_rows, load_embeddings, open_source, parse_clip
 from prospect.errors import ProspectError
 
 REAL_CLIP = Path(__file__).resolve().parents[2] / "shared" / "data" / "assembly101_clip.json"
@@ -485,15 +485,3 @@ def test_a_source_finds_locates_and_loads_a_clip(tmp_path):
     np.save(tmp_path / "elsewhere" / "a.npy", np.ones((4, 4), np.float32))
     clip, rows, warning = open_source(path, tmp_path / "elsewhere", False).load(0, 4)
     assert (clip.end_frame, len(rows), warning) == (8, 4, None)
-
-
-def test_names_of_clips(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("a.json", "a:b.json", "a:b.json:c"):
-        write(tmp_path / name, [])
-    assert parse_clip_name("a.json") == ("a.json", None)
-    assert parse_clip_name("a.json:x:1") == ("a.json", "x:1")
-    assert parse_clip_name("a.json:") == ("a.json", "")
-    assert parse_clip_name("a:b.json:d:e") == ("a:b.json", "d:e")
-    assert parse_clip_name("a:b.json:c") == ("a:b.json:c", None)  # a file of that name comes first
-    assert parse_clip_name("absent.json:0") == ("absent.json:0", None)

@@ -261,6 +261,17 @@ SLOW_DDP = [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"]
 SLOW_FSDP = ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
+def test_all_ranks_run_out_of_patience_together(tmp_path):
+    """A learning rate of 0 leaves the third validation as the first was."""
+    write_tiny_corpus(tmp_path)
+    still = ("train.learning_rate=0", "train.eval_every=1", "train.patience=2", "infer.evidence=null")
+    assert run_training(tmp_path, *still, world=2) == [0, 0]
+    state = read_state(tmp_path / "runs/tiny/last")
+    assert (state.step, state.best_step, state.since_best) == (3, 1, 2)
+    assert "done: 3 steps of 6, then out of patience" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize("parallel", SLOW_DDP)
 def test_two_ranks_evaluate_as_one_does(tmp_path, parallel):
     """Three validation batches on two ranks: one rank has nothing left to do in the second round.

@@ -29,7 +29,7 @@ from prospect.load import load_for_inference, load_job
 from prospect.sequence import LABEL_KEYS, Sample, clip_prompt, prompt_pieces
 from prospect.stream import StreamSession
 from prospect.tuning import EVIDENCE, best_tried, try_evidence
-from prospect.validation import note_validation
+from prospect.validation import note_validation, out_of_patience
 
 SCRIPT = Path(train.__file__)
 STREAMED = "infer.evidence=null"  # found on streamed validation clips
@@ -434,7 +434,7 @@ def test_where_clips_cannot_be_streamed_evidence_is_not_chosen(corpus, capsys):
 def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
     """Written by hand: the second validation has the better score, the third the lower loss; then streaming ends."""
     validations = [(2.0, 0.50), (2.5, 0.75), (1.5, 0.70), (1.0, None), (0.9, None)]
-    chosen = {"loss": [1, 1, 3, 4, 5], "combined": [1, 2, 2, 4, 4]}
+    chosen = {"loss": [1, 1, 3, 4, 5], "combined": [1, 2, 2, 4, 5]}  # the last two have the same F1
     for best_by, steps in chosen.items():
         state = TrainState()
         for step, (loss, score) in enumerate(validations, start=1):
@@ -442,26 +442,74 @@ def test_the_best_is_chosen_by_loss_or_by_the_combined_score():
             numbers = {"loss": loss, "speaking_event_f1": 0.9, "dst_event_f1": 0.4}  # teacher-forced, always the same
             note_validation(state, numbers | ({"streamed_combined_score": score} if score else {}), {}, best_by)
             assert state.best_step == steps[step - 1], (best_by, step)
+            assert out_of_patience(state, 1) == (step != state.best_step) and not out_of_patience(state, None)
         assert (state.best_by, state.best_value) == {
             "loss": ("loss", -0.9), "combined": ("teacher-forced event F1", 0.65)}[best_by]  # fmt: skip
 
 
+def test_of_like_scores_the_lowest_loss_is_best_and_what_brings_no_better_one_is_counted():
+    """Written by hand."""
+    validations = [(2.0, 0.5), (2.1, 0.5), (1.9, 0.5), (1.0, 0.4), (1.9, 0.5), (3.0, 0.6)]
+    validations += [(2.5, 0.58), (2.4, 0.56), (2.6, 0.59), (2.3, 0.62)]  # within 0.03 of 0.6, and not of 0.58
+    state, found = TrainState(), []
+    for step, (loss, score) in enumerate(validations, start=1):
+        state.step = step
+        numbers = {"loss": loss, "streamed_combined_score": score}
+        note_validation(state, numbers, {}, "combined")
+        found.append((state.best_step, state.since_best, state.loss_of_best))
+        assert [out_of_patience(state, n) for n in (1, 2)] == [state.since_best >= n for n in (1, 2)]
+    assert found[:6] == [(1, 0, 2.0), (1, 1, 2.0), (3, 0, 1.9), (3, 1, 1.9), (3, 2, 1.9), (6, 0, 3.0)]
+    assert found[6:] == [(7, 0, 2.5), (7, 1, 2.5), (7, 2, 2.5), (10, 0, 2.3)] and state.highest == 0.62
+    state.loss_of_best, state.highest, state.step = None, None, 11  # as an older checkpoint has it
+    note_validation(state, {"loss": 9.0, "streamed_combined_score": 0.62}, {}, "combined")
+    assert (state.best_step, state.loss_of_best) == (11, 9.0)
+    state.since_best, state.step = 3, 12
+    note_validation(state, {"loss": 5.0, "streamed_combined_score": 0.9}, {}, "loss")  # resumed with another measure
+    assert (state.best_step, state.best_by, state.best_value, state.since_best) == (12, "loss", -5.0, 0)
+
+
+def test_a_run_that_gets_no_better_ends_early_and_resumes_as_if_never_stopped(corpus, capsys):
+    """A learning rate of 0 leaves every validation as the first was."""
+    still = ["train.learning_rate=0", "train.eval_every=1", "train.save_every=2", "train.patience=3"]
+    validations = [line for line in losses(corpus, "still", *still) if "evaluation" in line]
+    assert [(line["step"], line["best_step"]) for line in validations] == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    printed = capsys.readouterr().out
+    f1 = f"{(validations[0]['evaluation']['speaking_event_f1'] + validations[0]['evaluation']['dst_event_f1']) / 2:.4f}"
+    assert f"best so far: teacher-forced event F1 {f1} at step 1  patience 2 of 3\n" in printed
+    assert "done: 4 steps of 6, then out of patience (train.patience); the best checkpoint is" in printed
+    assert "steps, 0.7 epochs; ends after 3 validations in a row without a better best\n" in printed
+
+    losses(corpus, "halfway", *still, "train.max_steps=3")  # which is saved, as the last step is
+    assert losses(corpus, "halfway", *still) == losses(corpus, "still", *still)
+    whole, halves = (read_state(corpus / "runs" / name / "last") for name in ("still", "halfway"))
+    assert (whole.step, whole.since_best) == (4, 3) and whole == halves
+    assert "nothing to do: step 4 of 6 is done; raise train.patience, or" in capsys.readouterr().out
+    assert [line["step"] for line in losses(corpus, "still", *still, "train.patience=4")][-1] == 5
+
+
 def test_a_run_keeps_the_checkpoint_of_the_best_combined_score(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tuning, "EVIDENCE", (0.5,))  # streamed once at each validation
-    lines = losses(corpus, "combined", STREAMED, "train.best_by=combined", "train.eval_every=2", "train.keep=1")
+    lines = losses(corpus, "combined", STREAMED, "train.eval_every=2", "train.keep=1")  # chosen by it by default
     scores = {line["step"]: line["evaluation"]["streamed_combined_score"] for line in lines if "evaluation" in line}
-    best = max(scores, key=lambda step: (scores[step], -step))
+    of_loss = {line["step"]: line["evaluation"]["loss"] for line in lines if "evaluation" in line}
+    best = min((step for step in scores if scores[step] >= max(scores.values()) - 0.03), key=of_loss.get)
     assert len(scores) == 3 and [line["best_step"] for line in lines if "best_step" in line][-1] == best
     checkpoint = corpus / "runs/combined/best"
     state = read_state(checkpoint)
     assert (state.step, state.best_step, state.best_value) == (best, best, scores[best])
-    assert f"(step {best}, by combined score of streamed clips)" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"(step {best}, by combined score of streamed clips)" in printed
+    shown = [line.partition("best so far: ")[2] for line in printed.splitlines() if "best so far: " in line]
+    assert len(shown) == 3 and shown[2].startswith(
+        f"combined score of streamed clips {scores[best]:.4f} at step {best}"
+    )
 
     stored = json.loads((checkpoint / "state.json").read_text())  # as it was before there was a choice
-    del stored["best_by"], stored["best_value"]
+    del stored["best_by"], stored["best_value"], stored["loss_of_best"], stored["highest"], stored["since_best"]
     for best_loss, value in ((1.25, -1.25), (None, None)):
         (tmp_path / "state.json").write_text(json.dumps(stored | {"best_loss": best_loss}))
-        assert (read_state(tmp_path).best_by, read_state(tmp_path).best_value) == ("loss", value)
+        old = read_state(tmp_path)
+        assert (old.best_by, old.best_value, old.highest, old.loss_of_best) == ("loss", value, value, best_loss)
 
 
 # ---- the script itself ---------------------------------------------------------------------------

@@ -19,9 +19,10 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from prospect.clip_files import ClipFile, parse_clip_name
+from prospect.clip_files import ClipFile, clip_id
 from prospect.clips import Clip
 from prospect.errors import ProspectError, run_entry_point
+from prospect.names import clip_file_names, parse_clip_name
 from prospect.records import REFERENCES, made_by
 from prospect.report.curves import read_run, write_runs
 from prospect.report.page import said_where
@@ -29,13 +30,17 @@ from prospect.report.timeline import Timeline, read_records, timeline, write_tim
 
 
 def reference_clips(name: str, ids: Iterable[str]) -> dict[str, Clip]:
-    """The clips of FILE with these ids, or of FILE:ID (or INDEX) that one."""
+    """The clips of FILE (a folder, a pattern) with these ids, or of FILE:ID (or INDEX) that one."""
     path, which = parse_clip_name(name)
-    file = ClipFile(path)
-    if which is None:
-        return {id: file.clip(file.find(id)) for id in ids}
-    clip = file.clip(file.find(which))
-    return {clip.id: clip}
+    files = [ClipFile(file) for file in clip_file_names([path])]
+    if which is not None:
+        clip = files[0].clip(files[0].find(which))
+        return {clip.id: clip}
+    numbered = ((file, index, raw) for file in files for index, raw in enumerate(file) if isinstance(raw, dict))
+    places = {clip_id(raw, index): (file, index) for file, index, raw in numbered}
+    if missing := [id for id in ids if id not in places]:
+        raise ProspectError(f"no clip {missing[0]!r}", where=path, remedy="name the file that was streamed")
+    return {id: file.clip(index) for id in ids for file, index in [places[id]]}
 
 
 def stored_records(source: Path) -> list[Path]:

@@ -4,6 +4,7 @@ A source is a video, a directory of pictures or an Arrow file; its row k is fram
 file, {name}_embeddings.*, with a clip file one for each clip of its video, where training looks for it:
 
     the clip's own `embeddings`, else {id}_embeddings    rows start_frame_idx .. end_frame_idx, both included
+    with `embeddings_start_frame_idx`: the same, else {video_uid}_embeddings    all rows from that one on
 
 Clips of one video that name one file share it, when they share their frames. Beside every file a .json says what made
 it; a file made from the same source in the same way is kept.
@@ -20,6 +21,7 @@ from prospect.clip_files import ClipFile, clip_id
 from prospect.embeddings import ENDINGS, embedding_names, write_embeddings
 from prospect.errors import ProspectError
 from prospect.files import read_json, write_json
+from prospect.names import clip_file_names
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
         return {source: [Cut(out / f"{name}_embeddings.{ending}", 0, None)] for name, source in by_name.items()}
 
     cuts: dict[Path, dict[Path, Cut]] = {source: {} for source in sources}
-    for index, clip in enumerate(ClipFile(clips)):
+    files = map(ClipFile, clip_file_names([clips]))
+    for index, clip in (numbered for file in files for numbered in enumerate(file)):
         source = next((by_name[name] for name in source_names(clip) if name in by_name), None)
         if source is None:
             continue  # a clip of a video that is not encoded now
@@ -55,7 +58,8 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
         cut = _cut_of(clip, index, out, ending, where)
         if cuts[source].setdefault(cut.path, cut) != cut:
             what = "two clips have this id, or name one file, and have different frames"
-            raise ProspectError(what, where=where, remedy="give each clip an `id`")
+            remedy = "give each clip an `id`, or `embeddings_start_frame_idx` where the file is the whole video's"
+            raise ProspectError(what, where=where, remedy=remedy)
     without = [str(source) for source, of_source in cuts.items() if not of_source]
     if len(without) == len(cuts):
         what = f"no clip of {', '.join(without[:5])}"
@@ -66,12 +70,17 @@ def plan_cuts(sources: list[Path], out: Path, ending: str, clips: Path | None) -
 
 
 def _cut_of(clip: dict, index: int, out: Path, ending: str, where: str) -> Cut:
-    first, last, named = (clip.get(name) for name in ("start_frame_idx", "end_frame_idx", "embeddings"))
+    fields = ("start_frame_idx", "end_frame_idx", "embeddings", "embeddings_start_frame_idx")
+    first, last, named, begin = (clip.get(name) for name in fields)
     frames = type(first) is int and type(last) is int and 0 <= first <= last
+    frames = frames and (begin is None or type(begin) is int and 0 <= begin <= first)
     if not frames or not isinstance(named, str | None):
         what = f"frames {first!r} to {last!r}, or its `embeddings`, cannot be written"
         raise ProspectError(what, where=where, remedy="run python -m prospect.check")
-    name = embedding_names(clip_id(clip, index), named)[0]
+    owner = clip_id(clip, index)
+    if begin is not None:  # the file is the whole video's
+        owner, first, last = str(clip.get("video_uid", owner)), begin, None
+    name = embedding_names(owner, named)[0]
     path = out / (name if named is not None else Path(name).with_suffix(f".{ending}"))
     if (
         path.suffix not in ENDINGS
