@@ -6,7 +6,7 @@
 
 A transcript goes to the terminal (time, who, text, task state). --out takes one JSON record per frame, each written in
 one piece as soon as it is known: whenever the program is stopped, the file holds complete lines, one for every frame so
-far. Ctrl-C ends with status 130.
+far; X.settings.json beside X.jsonl tells the checkpoint, the thresholds and all settings. Ctrl-C ends with status 130.
 
 With --stdin the clip gives only the header (goal, steps, state at its start). Frames and user text come from stdin as
 {"embedding": [...]} and {"user": "..."}, records go to stdout (or to --out) and the transcript to stderr. A line that
@@ -25,20 +25,22 @@ import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
+from prospect.checkpoint import flatten, read_state
 from prospect.clip_files import Source, open_source
 from prospect.clips import Clip
-from prospect.config import Config, DataConfig
+from prospect.config import Config, DataConfig, to_dict
 from prospect.context import check_streamable
 from prospect.errors import ProspectError, print_next, run_entry_point
 from prospect.features import ROWS, Features, features_of, scale_of, warnings
-from prospect.files import writing
+from prospect.files import write_json, writing
 from prospect.load import load_for_inference, load_job, trained_on, unlike_training
 from prospect.model import Prospect
 from prospect.names import clip_file_names, parse_clip_name
+from prospect.records import settings_beside
 from prospect.stream import FrameRecord, StreamSession, stream_jobs
 from prospect.tokenizer import Tokenizer
 
@@ -151,7 +153,7 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
     StreamSession(model, tokenizer, jobs[0].clip, config)  # refuses settings that do not fit the model
     warn(unlike_training(arguments.checkpoint, [job.clip for job in jobs], config, features_of(chosen)))
     streamed: list[tuple[Clip, list[dict]]] = []
-    with open_output(arguments.out, [source.file.path for source, _ in chosen], default=None) as out:
+    with open_output(arguments, config, [source.file.path for source, _ in chosen], default=None) as out:
         for job in jobs:
             print(header(job.clip))
             streamed.append((job.clip, []))
@@ -160,9 +162,12 @@ def stream_clips(arguments: argparse.Namespace, config: Config, tokenizer: Token
                 for record in records:
                     show(record, out, sys.stdout)
     if arguments.html:
-        from prospect.report.timeline import timeline, write_timelines  # only here: streaming starts without it
+        from prospect.report.page import said_where  # only here: streaming starts without it
+        from prospect.report.timeline import timeline, write_timelines
 
-        write_timelines(arguments.html, [timeline(records, clip, config.infer.evidence) for clip, records in streamed])
+        made = made_with(arguments.checkpoint, config)
+        write_timelines(arguments.html, [timeline(records, clip, made) for clip, records in streamed])
+        print(said_where(arguments.html))
     files = dict.fromkeys(str(source.file.path) for source, _ in chosen)
     checkpoint, out = arguments.checkpoint, Path(arguments.checkpoint).parent / "evaluation"
     words = ["python", "-m", "prospect.evaluate", "--checkpoint", checkpoint, "--data", *files, "--out", str(out)]
@@ -178,7 +183,7 @@ def stream_stdin(arguments: argparse.Namespace, config: Config, tokenizer: Token
     [(source, index)] = chosen
     session = StreamSession(model, tokenizer, source.file.clip(index), config)
     warn(unlike_training(arguments.checkpoint, [source.file.clip(index)], config))
-    with open_output(arguments.out, [source.file.path], default=sys.stdout) as out:
+    with open_output(arguments, config, [source.file.path], default=sys.stdout) as out:
         live(session, sys.stdin.buffer, out, arguments.checkpoint)
 
 
@@ -192,15 +197,29 @@ def stream_video(arguments: argparse.Namespace, config: Config, tokenizer: Token
     encoder = load_encoder(Path(arguments.vision), arguments.pool, arguments.tokens, session)
     features = tower_features(encoder, Path(arguments.vision), video, fps, trained_on(arguments.checkpoint))
     warn(unlike_training(arguments.checkpoint, [clip], config, features))
-    pace = Pace(fps)
-    with open_output(arguments.out, [path for path in (video, task) if path is not None], default=None) as out:
+    pace, records = Pace(fps), []
+    with open_output(arguments, config, [path for path in (video, task) if path is not None], default=None) as out:
         print(header(clip))
         try:
             for record in watch(session, encoder, video, said, fps, arguments.pace == "live", pace, arguments.max_lag):
                 show(record, out, sys.stdout)
+                if arguments.html:
+                    records.append(record.to_dict())
         finally:
             print(f"{video}: {pace}")
+    if records:
+        from prospect.report.page import said_where
+        from prospect.report.timeline import timeline, write_timelines
+
+        made = made_with(arguments.checkpoint, config)
+        write_timelines(arguments.html, [timeline(records, clip, made, pictures=str(video), header_only=True)])
+        print(said_where(arguments.html))
     warn([f"the user said {text!r} after the last frame" for text in unheard(said, session.frame_idx)])
+
+
+def made_with(checkpoint: str, config: Config) -> dict[str, Any]:
+    """The settings that decide what the records are, by name, as an evaluation's settings.json has them."""
+    return flatten(to_dict(config)) | {"checkpoint": checkpoint, "step": read_state(Path(checkpoint)).step}
 
 
 def warn(lines: list[str]) -> None:
@@ -218,8 +237,11 @@ def named_clips(name: str, data: DataConfig) -> list[tuple[Source, int]]:
 
 
 @contextlib.contextmanager
-def open_output(path: str | None, inputs: list[Path], default: TextIO | None) -> Iterator[TextIO | None]:
-    """The file of --out, or without it `default`."""
+def open_output(
+    arguments: argparse.Namespace, config: Config, inputs: list[Path], default: TextIO | None
+) -> Iterator[TextIO | None]:
+    """The file of --out, with the settings that make its records beside it; or without --out `default`."""
+    path = arguments.out
     if path is None:
         yield default
         return
@@ -227,6 +249,8 @@ def open_output(path: str | None, inputs: list[Path], default: TextIO | None) ->
         raise ProspectError("--out is the clip file itself, or another input", where=path, remedy="name another file")
     with writing(path):
         file = open(path, "w", encoding="utf-8")
+    if Path(path).is_file():  # a pipe or a device has nothing beside it
+        write_json(settings_beside(Path(path)), made_with(arguments.checkpoint, config))
     try:
         yield file
     finally:
@@ -245,7 +269,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", default=DEFAULT_CHECKPOINT, metavar="DIR")
     add("--out", metavar="FILE.jsonl", help="one record per frame")
-    add("--html", metavar="PAGE.html", help="with --clip: a timeline of what was said and what should have been said")
+    add("--html", metavar="PAGE.html", help="a time line of what was said and, with --clip, should have been said")
     add("--stdin", "--live", action="store_true", help="with --clip: read frames and user text from stdin")
     add = parser.add_argument_group("with --video").add_argument
     add("--vision", metavar="DIR", help="the SigLIP, CLIP or SmolVLM2 that made the training embeddings")
@@ -277,8 +301,9 @@ def refuse_what_does_not_go_together(arguments: argparse.Namespace) -> None:
         raise ProspectError("--video needs --vision, and takes no --stdin", remedy="for real time: --pace live")
     if arguments.max_lag < math.inf and arguments.pace != "live":
         raise ProspectError("--max-lag is for --pace live", remedy="without a clock nothing comes late")
-    if arguments.html and (arguments.video or arguments.stdin):
-        raise ProspectError("--html shows clips beside their reference", remedy="--clip FILE:INDEX, without --stdin")
+    if arguments.html and (arguments.stdin or arguments.max_lag < math.inf):
+        what = "--html shows a clip or a video with all its frames"
+        raise ProspectError(what, remedy="leave --stdin and --max-lag away")
     if arguments.clip and (arguments.vision or arguments.task):
         raise ProspectError("--vision and --task belong to --video", remedy="a clip has its own embeddings and steps")
 

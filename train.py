@@ -164,7 +164,7 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
     with together(ranks):
         if ranks.main:
             write_text(run / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-            log = MetricsLog(run / "metrics.jsonl", state)
+            log = MetricsLog(run / "metrics.jsonl", state, config.run.tensorboard)
     bar = tqdm(total=max_steps, initial=state.step, desc="train", disable=not ranks.main, dynamic_ncols=True)
     shared.train()
     unsaved, skips_in_a_row = False, 0
@@ -176,9 +176,11 @@ def train(config: Config, ranks: Ranks, dry_run: int) -> int:
             if state.evaluated_step < state.step and (finished or state.step % config.train.eval_every == 0):
                 found = validate(model, val_corpus, config, ranks, stop)
                 if found is not None:  # None: asked to stop meanwhile
-                    note_validation(state, *found, config.train.best_by)
+                    *measured, example = found
+                    note_validation(state, *measured, config.train.best_by)
                     unsaved = True
                     line = {"step": state.step, "evaluation": state.evaluation, "best_step": state.best_step}
+                    line |= {"example": example} if example else {}
                     with together(ranks):
                         if ranks.main:
                             log.write(line)

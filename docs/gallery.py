@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prospect.config import load_config
+from prospect.checkpoint import flatten
+from prospect.config import load_config, to_dict
 from prospect.errors import ProspectError, run_entry_point
 from prospect.jobs import load_jobs
 from prospect.load import load_for_inference
@@ -35,7 +36,7 @@ def timeline_page(run: Path, page: Path) -> None:
     config, tokenizer, model = load_for_inference(run / "best", [SHORT_CONTEXT])
     job = max(load_jobs(config.data.val, config, tokenizer), key=lambda job: job.num_frames)
     [(_, records)] = streamed_clips(model, tokenizer, [job], config, streams=1)
-    write_timelines(page, [timeline(records, job.clip, config.infer.evidence)])
+    write_timelines(page, [timeline(records, job.clip, flatten(to_dict(config)))])
 
 
 def tokens_page(run: Path, page: Path) -> None:

@@ -26,6 +26,7 @@ class RunConfig:
     name: str = "sample"  # checkpoints and logs go to {out}/{name}
     out: str = "runs"
     seed: int = 0  # of weights, data order and negative sampling
+    tensorboard: bool = False  # metrics.jsonl for TensorBoard too (requirements-tensorboard.txt)
 
 
 @dataclass

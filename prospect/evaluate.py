@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from prospect.checkpoint import flatten, read_state
 from prospect.clip_files import ClipFile, fit_rows
-from prospect.clips import Clip
 from prospect.config import Config, to_dict
 from prospect.distributed import (
     Ranks,
@@ -52,7 +51,8 @@ from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, write_json, write_text
 from prospect.jobs import Jobs, load_jobs, tell
 from prospect.load import load_for_inference
-from prospect.metrics import by_dataset, sum_dialogue
+from prospect.metrics import by_dataset
+from prospect.mistakes import Review, clip_lines, mistakes_table, review_clip, sum_counts, worst_clips
 from prospect.model import Prospect
 from prospect.names import clip_file_names
 from prospect.quiet import MAX_FALSE_ALARMS, choose_quiet
@@ -65,7 +65,7 @@ from prospect.records import (
     same_settings,
     write_references,
 )
-from prospect.score import TIMING_TABLE, ClipScore, not_computed, score_clip, summarise, table
+from prospect.score import TIMING_TABLE, not_computed, summarise, table
 from prospect.stream import Job, make_cache, streamed_clips
 from prospect.text_metrics import Similarity, load_similarity
 from prospect.tokenizer import Tokenizer
@@ -78,7 +78,7 @@ PATIENCE = datetime.timedelta(days=30)  # for the rank that is still streaming; 
 # ---- streamed clips ------------------------------------------------------------------------------
 
 
-def stream_and_score(
+def stream_and_review(
     model: Prospect,
     tokenizer: Tokenizer,
     jobs: Jobs,
@@ -88,17 +88,13 @@ def stream_and_score(
     *,
     streams: int,
     records_dir: Path | None = None,
-) -> Iterator[ClipScore]:
-    """Stream the clips and score each as it ends.
+) -> Iterator[Review]:
+    """Stream the clips and review each as it ends.
 
     With records_dir, each clip's records become a JSONL file there once it has ended, and a clip that has such a file
     is scored from it instead of being streamed. A file that is not whole does not count. With `data.on_bad: skip`, a
     clip whose stream fails half-way is left out and named in `skipped`; with `stop` it raises ProspectError.
     """
-
-    def scored(clip: Clip, records: list[dict]) -> ClipScore:
-        score = score_clip(clip, records, similarity, config.data.dst)
-        return dataclasses.replace(score, dialogue=sum_dialogue([score.dialogue]))  # of many clips, no lists of pairs
 
     missing = []
     for number, place in enumerate(jobs.places):
@@ -107,12 +103,12 @@ def stream_and_score(
         if records is None or len(records) != place.frames:
             missing.append(number)
         else:
-            yield scored(clip, records)
+            yield review_clip(clip, records, similarity, config.data.dst)
     for job, records in streamed_or_skipped(model, tokenizer, jobs.only(missing), config, skipped, streams=streams):
         if records_dir is not None:
             lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
             write_text(records_file(records_dir, job.clip.id), "".join(lines))
-        yield scored(job.clip, records)
+        yield review_clip(job.clip, records, similarity, config.data.dst)
 
 
 def streamed_or_skipped(
@@ -144,12 +140,12 @@ def streamed_or_skipped(
         waiting = waiting[side_by_side:]
 
 
-def score_records(folder: Path, paths: list[str], similarity: Similarity) -> list[ClipScore]:
-    """Score the clips of the files `paths` by the records that an evaluation has left in a folder.
+def review_records(folder: Path, paths: list[str], similarity: Similarity) -> list[Review]:
+    """Review the clips of the files `paths` by the records that an evaluation has left in a folder.
 
     Raises ProspectError at a clip without complete records.
     """
-    scores = []
+    reviews = []
     for path in clip_file_names(paths):
         file = ClipFile(path)
         for clip in map(file.clip, range(len(file))):
@@ -160,8 +156,8 @@ def score_records(folder: Path, paths: list[str], similarity: Similarity) -> lis
                 remedy = "let the evaluation run to its end, or name the clips with --data"
                 raise ProspectError(what, where=str(stored), remedy=remedy)
             clip, _ = fit_rows(clip, len(records))
-            scores.append(score_clip(clip, records, similarity, records[0]["dst_update_prob"] is not None))
-    return scores
+            reviews.append(review_clip(clip, records, similarity, records[0]["dst_update_prob"] is not None))
+    return reviews
 
 
 # ---- reporting -----------------------------------------------------------------------------------
@@ -183,19 +179,19 @@ def footing(made: dict[str, Any], similarity: Similarity, command: str, results:
     return "  \n".join(lines)
 
 
+def numbers_of(reviews: list[Review]) -> dict[str, Any]:
+    return summarise([one.score for one in reviews]) | sum_counts(reviews)
+
+
 def report(
-    scores: list[ClipScore],
-    told: list[ClipScore],
-    made: dict[str, Any],
-    similarity: Similarity,
-    command: str,
-    out: Path | None,
+    own: list[Review], told: list[Review], made: dict[str, Any], similarity: Similarity, command: str, out: Path | None
 ) -> None:
-    """Print the tables, and write them and all numbers into `out`. told: scores of the model told when, or none."""
-    results = by_dataset([(score.dataset, score) for score in scores], summarise)
-    found, text = {"command": command, "similarity": similarity.name, "results": results}, table(results)
+    """Print the tables, and write them and all numbers into `out`. told: reviews of the model told when, or none."""
+    results = by_dataset([(one.score.dataset, one) for one in own], numbers_of)
+    found = {"command": command, "similarity": similarity.name, "results": results}
+    text = "\n\n".join(filter(None, (table(results), mistakes_table(own), worst_clips(own))))
     if told:
-        numbers = by_dataset([(score.dataset, score) for score in told], summarise)
+        numbers = by_dataset([(one.score.dataset, one) for one in told], numbers_of)
         # Whether it was in time is no merit of one who was told the time.
         of_time = {"combined_score", *(name for name, _ in TIMING_TABLE)}
         found["told_when"] = {
@@ -208,6 +204,7 @@ def report(
     if out is not None:
         write_json(out / "metrics.json", found)
         write_text(out / "metrics.md", text + "\n")
+        write_text(out / "clips.jsonl", clip_lines(own))
 
 
 def main() -> int:
@@ -311,9 +308,9 @@ def evaluate(
                 same_settings(out, settings(checkpoint, config, clip_file_names(arguments.data), digests))
                 write_references(out, jobs.raw(digests))
 
-    def streamed(jobs: Jobs, folder: str) -> dict[str, ClipScore]:
-        """The scores by clip, on rank 0. Records go into a folder of `out`, and are taken over from there."""
-        records_dir, taken_over, scores = None if out is None else out / folder, 0, []
+    def streamed(jobs: Jobs, folder: str) -> dict[str, Review]:
+        """The reviews by clip, on rank 0. Records go into a folder of `out`, and are taken over from there."""
+        records_dir, taken_over, reviews = None if out is None else out / folder, 0, []
         with together(ranks):
             if records_dir is not None and ranks.main:
                 records_dir.mkdir(exist_ok=True)
@@ -322,19 +319,19 @@ def evaluate(
                     print(f"{taken_over} of {len(jobs)} clips are streamed already, in {records_dir}", flush=True)
         started, mine = time.perf_counter(), jobs.share(ranks)
         with together(ranks):
-            scoring = stream_and_score(
+            reviewing = stream_and_review(
                 model, tokenizer, mine, config, similarity, skipped, streams=arguments.streams, records_dir=records_dir
             )
             title = "clips" if ranks.world == 1 else f"clips of rank 0 of {ranks.world}"
-            for score in tqdm(scoring, total=len(mine), desc=title, dynamic_ncols=True):
-                scores.append(score)
+            for review in tqdm(reviewing, total=len(mine), desc=title, dynamic_ncols=True):
+                reviews.append(review)
                 if failed_elsewhere(ranks):
                     break
-        scores = {score.clip_id: score for part in to_main(scores, ranks) for score in part}
+        reviews = {review.score.clip_id: review for part in to_main(reviews, ranks) for review in part}
         if not taken_over:
-            frames = sum(score.frames for score in scores.values())
+            frames = sum(review.score.frames for review in reviews.values())
             print(f"{frames} frames in {time.perf_counter() - started:.1f} s")
-        return scores
+        return reviews
 
     own, told = streamed(jobs, RECORDS), {}
     if arguments.moments == "reference":
@@ -345,7 +342,7 @@ def evaluate(
             if skipped:  # in either pass, so that both tables are of the same clips
                 tell([], skipped)
                 both = own.keys() & told.keys() if told else own.keys()
-                own, told = ({id: scores[id] for id in scores if id in both} for scores in (own, told))
+                own, told = ({id: reviews[id] for id in reviews if id in both} for reviews in (own, told))
                 if out is not None:
                     write_references(out, jobs.raw(both))
             if not own:
@@ -358,11 +355,11 @@ def print_again(arguments: argparse.Namespace) -> None:
     """The tables of an evaluation, from the records that it has left under its --out."""
     out, similarity = arguments.records, load_similarity(arguments.similarity)
     paths = arguments.data or [str(out / REFERENCES)]
-    scores = score_records(out / RECORDS, paths, similarity)
-    told = score_records(out / RECORDS_TOLD, paths, similarity) if (out / RECORDS_TOLD).exists() else []
+    own = review_records(out / RECORDS, paths, similarity)
+    told = review_records(out / RECORDS_TOLD, paths, similarity) if (out / RECORDS_TOLD).exists() else []
     made = out / "settings.json"
     try:
-        report(scores, told, read_json(made), similarity, as_typed(arguments), None)
+        report(own, told, read_json(made), similarity, as_typed(arguments), None)
     except KeyError as error:
         what = f"does not tell {error.args[0]}, with which the records were made"
         raise ProspectError(what, where=str(made), remedy="evaluate again") from error

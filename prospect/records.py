@@ -3,8 +3,9 @@
     OUT/records/CLIP.jsonl            one record per frame, in order, written when the clip has ended
     OUT/records-reference/CLIP.jsonl  the same of the model that was told when (--moments reference)
     OUT/references.jsonl              the clips, as in their files: what the records are scored against
-    OUT/settings.json                 all that decides what the records are
+    OUT/settings.json                 all that decides what the records are; infer.py --out X.jsonl: X.settings.json
     OUT/metrics.json, metrics.md      what was printed
+    OUT/clips.jsonl                   every clip's numbers and outcomes, the worst first (prospect/mistakes.py)
 
 Interrupted and started again, an evaluation resumes with the clips that have no complete records, if the settings are
 still those.
@@ -28,11 +29,16 @@ FIELDS = {field.name for field in dataclasses.fields(FrameRecord)}
 
 
 def records_file(records_dir: Path, clip_id: str) -> Path:
-    """Where a clip's records lie: named by its id, written so that any id is a file name, and no two ids the same."""
-    name = urllib.parse.quote(clip_id, safe=" ")
+    """Where a clip's records lie: named by its id."""
+    return records_dir / f"{file_name(clip_id)}.jsonl"
+
+
+def file_name(id: str) -> str:
+    """An id, written so that any is a file name, and no two the same."""
+    name = urllib.parse.quote(id, safe=" ")
     if len(name) > 200:  # file systems end at 255 bytes
-        name = f"{name[:160]}-{hashlib.sha256(clip_id.encode()).hexdigest()[:32]}"
-    return records_dir / f"{name}.jsonl"
+        name = f"{name[:160]}-{hashlib.sha256(id.encode()).hexdigest()[:32]}"
+    return name
 
 
 def read_records(path: Path, clip: Clip) -> list[dict] | None:
@@ -48,6 +54,19 @@ def read_records(path: Path, clip: Clip) -> list[dict] | None:
     first = clip.start_frame
     whole = [record["frame_idx"] for record in records] == list(range(first, first + len(records)))
     return records if whole else None
+
+
+def settings_beside(path: Path) -> Path:
+    """Where the settings lie by which `infer.py --out path` made its records."""
+    return path.with_name(f"{path.stem}.settings.json")
+
+
+def made_by(path: Path) -> dict[str, Any]:
+    """The settings by which a file of records was made, by name, wherever they lie; {} where there are none."""
+    for settings in (settings_beside(path), path.parent.parent / "settings.json"):
+        if settings.is_file():
+            return read_json(settings)
+    return {}
 
 
 def write_references(out: Path, clips: Iterable[dict[str, Any]]) -> None:

@@ -3,12 +3,17 @@
 import contextlib
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prospect.checkpoint import TrainState
-from prospect.errors import print_next
+from prospect.errors import ProspectError, print_next
 from prospect.files import read_lines, write_text, writing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 VALIDATION_SHOWN = {
     "speaking_event_f1": "speaking F1",
@@ -34,9 +39,12 @@ def validation_line(state: TrainState, patience: int | None) -> str:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line. On resume, what was logged after the checkpoint is cut off."""
+    """metrics.jsonl: one JSON object a line. On resume, what was logged after the checkpoint is cut off.
 
-    def __init__(self, path: Path, state: TrainState):
+    tensorboard: the same for TensorBoard, in a folder beside it that is written anew from the lines that are kept.
+    """
+
+    def __init__(self, path: Path, state: TrainState, tensorboard: bool = False):
         kept = []
         if path.exists():
             for line in read_lines(path):
@@ -46,11 +54,49 @@ class MetricsLog:
                         kept.append(line + "\n")
         write_text(path, "".join(kept))
         self.file = open(path, "a", encoding="utf-8")
+        self.board = open_board(path.with_name("tensorboard"), kept) if tensorboard else None
 
     def write(self, numbers: dict) -> None:
         with writing(self.file.name):
             self.file.write(json.dumps(numbers) + "\n")
             self.file.flush()
+            if self.board is not None:
+                to_board(self.board, numbers)
+                self.board.flush()
+
+
+def open_board(folder: Path, lines: list[str]) -> "SummaryWriter":
+    """Torch's own writer of TensorBoard's files, with the run's settings and the lines of metrics.jsonl so far."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        what, remedy = "run.tensorboard needs the package tensorboard", "pip install -r requirements-tensorboard.txt"
+        raise ProspectError(what, where=str(error), remedy=remedy) from error
+    with writing(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        board = SummaryWriter(str(folder))
+        board.add_text("settings", as_block(folder.with_name("config.yaml").read_text(encoding="utf-8")))
+        for line in lines:
+            to_board(board, json.loads(line))
+        board.flush()
+    return board
+
+
+def to_board(board: "SummaryWriter", numbers: dict) -> None:
+    """A line of metrics.jsonl: numbers as scalars, in groups; a skipped step and a streamed clip as text."""
+    step, texts = numbers["step"], {name: numbers[name] for name in ("skipped", "example") if name in numbers}
+    groups = {"counts": numbers.get("counts", {}), "validation": numbers.get("evaluation", {}), "train": numbers}
+    for group, values in groups.items():
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                board.add_scalar(f"{group}/{name}", value, step)
+    for name, text in texts.items():
+        board.add_text(name, as_block(text), step)
+
+
+def as_block(text: str) -> str:
+    """Text as Markdown shows it letter by letter."""
+    return "".join(f"    {line}\n" for line in text.split("\n"))
 
 
 def report_end(run: Path, state: TrainState, max_steps: int, finished: bool, clips: str) -> None:

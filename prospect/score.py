@@ -237,6 +237,25 @@ def summarise(scores: list[ClipScore]) -> dict[str, Any]:
     return numbers | totals | {"clips": len(scores)}
 
 
+def of_nothing(scores: list[ClipScore]) -> set[str]:
+    """The rates that have nothing to be a rate of in these clips. Sums count them as 0; one clip shows a dash."""
+    dialogue = sum_dialogue([score.dialogue for score in scores])
+    right, missed, redundant = (dialogue[f"num_{name}"] for name in ("matched", "missed", "redundant"))
+    matched = right + dialogue["num_mismatched"]
+    items = {"f1": matched + missed + redundant, "precision": matched + redundant, "recall": matched + missed}
+    items |= {"jaccard_index": items["f1"], "missing_rate": items["recall"], "redundant_rate": items["precision"]}
+    items |= {"time_diff": right, "BLEU-4": right, "semantic_score": dialogue["semantic_count"]}
+    parts = {f"{head}_event": [score.events[head] for score in scores] for head in scores[0].events}
+    state = sum((score.task_state for score in scores), TaskStateCounts())
+    parts |= {"replies_right": [score.replies for score in scores], "transition": [state.transitions]}
+    for part, counts in parts.items():
+        total = sum(counts, Counts())
+        items |= {f"{part}_precision": total.predicted, f"{part}_recall": total.reference}
+        items |= {f"{part}_f1": total.predicted + total.reference}
+    items |= dict.fromkeys(("joint_goal_accuracy", "step_state_accuracy"), state.frames)
+    return {name for name, count in (items | {"valid_update_ratio": state.generated}).items() if not count}
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 

@@ -21,10 +21,12 @@ import torch
 from tqdm import tqdm
 
 from prospect.checkpoint import read_config, read_state
+from prospect.clips import Clip
 from prospect.config import Config
 from prospect.data import Corpus, as_streamed, ordered_batches
 from prospect.decisions import SETTINGS
 from prospect.distributed import Ranks, gather_objects
+from prospect.dst import write_update
 from prospect.errors import ProspectError
 from prospect.files import write_json
 from prospect.jobs import Jobs
@@ -43,10 +45,11 @@ CLIPS = 8  # validation clips that are streamed with each, spread evenly over al
 
 @dataclass
 class Tried:
-    """One setting, and what the streamed clips scored with it (see score.decision_numbers)."""
+    """One setting, what the streamed clips scored with it (see score.decision_numbers), and one of them to read."""
 
     evidence: float
     numbers: dict[str, float]
+    example: str = ""
 
 
 def some_of(clips: Sequence[T]) -> list[T]:
@@ -78,11 +81,12 @@ def try_evidence(
     similarity = load_similarity("lexical")  # decides nothing here; dialogue is scored with the rest
     best, worse = -1.0, 0
     for evidence in grid:
-        trial = with_decisions(config, thresholds, evidence)
+        trial, mine, example = with_decisions(config, thresholds, evidence), [], ""
         try:
             with torch.compiler.set_stance("force_eager"):  # blocks compiled for training know no cache
-                clips = streamed_clips(model, tokenizer, jobs, trial)
-                mine = [score_clip(job.clip, records, similarity, config.data.dst) for job, records in clips]
+                for job, records in streamed_clips(model, tokenizer, jobs, trial):
+                    mine.append(score_clip(job.clip, records, similarity, config.data.dst))
+                    example = example or transcript(job.clip, records)
         except ProspectError as error:
             mine = error
         outcomes = gather(mine)
@@ -90,11 +94,22 @@ def try_evidence(
             if isinstance(outcome, ProspectError):
                 raise outcome
         numbers = decision_numbers([score for scores in outcomes for score in scores])
-        yield Tried(evidence, numbers)
+        yield Tried(evidence, numbers, example)
         value = target_value(numbers, config.infer.tuned_for)
         best, worse = max(best, value), worse + 1 if value < best else 0
         if worse == 2:
             return
+
+
+def transcript(clip: Clip, records: list[dict]) -> str:
+    """A streamed clip to read: what was due and what was written, a line each, in order of time."""
+    lines = [(frame, "due", text) for frame, text in clip.replies().items()]
+    lines += [(turn.end_frame, "due", write_update(turn.transitions, "arrow")) for turn in clip.updates()]
+    for record in records:
+        written = [text for text in (record["dst_update"], record["text"]) if text is not None]
+        lines += [(record["frame_idx"], "written", text) for text in written]
+    lines.sort(key=lambda line: line[0])
+    return "\n".join([clip.id, *(f"{clip.seconds(frame):8.1f} s  {who:7}  {text}" for frame, who, text in lines)])
 
 
 def teacher_forced_odds(

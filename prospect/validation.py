@@ -6,6 +6,7 @@ Every validation sees the same draw of text places and negatives, that of epoch 
 import contextlib
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,6 +29,9 @@ from prospect.errors import ProspectError
 from prospect.model import LOSS_CLASSES, Prospect, added, loss_terms, total_loss
 from prospect.thresholds import ForcedBatches, decision_report, teacher_forced, traces
 
+if TYPE_CHECKING:
+    from prospect.tuning import Tried
+
 ALIKE = 0.03  # scores that differ by no more: about the standard error of a score of eight clips
 
 
@@ -41,8 +45,9 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
 @torch.no_grad()
 def validate(
     model: Prospect, corpus: Corpus, config: Config, ranks: Ranks, stop: StopRequest
-) -> tuple[dict[str, float], dict[str, float]] | None:
-    """Validation losses and decision metrics over all ranks, and each head's best threshold; None if asked to stop."""
+) -> tuple[dict[str, float], dict[str, float], str] | None:
+    """Validation losses and decision metrics over all ranks, each head's best threshold, and a streamed clip to read
+    ("" where none is streamed); None if asked to stop."""
     was_training = model.training
     model.eval()
     batches = list(ordered_batches(corpus.lengths(), config.data.batch_tokens))
@@ -83,10 +88,11 @@ def validate(
     tuned = tune_on_stream(model, corpus, config, thresholds, ranks, stop)
     if any_rank(stop.requested, ranks):
         return None
-    if tuned is not None:
-        thresholds["evidence"], streamed = tuned
-        numbers |= {f"streamed_{name}": value for name, value in streamed.items()}
-    return numbers, thresholds
+    if tuned is None:
+        return numbers, thresholds, ""
+    thresholds["evidence"] = tuned.evidence
+    numbers |= {f"streamed_{name}": value for name, value in tuned.numbers.items()}
+    return numbers, thresholds, tuned.example
 
 
 def clips_to_stream(corpus: Corpus, config: Config) -> tuple[list[tuple[int, int]], list[str]]:
@@ -115,7 +121,7 @@ def clips_to_stream(corpus: Corpus, config: Config) -> tuple[list[tuple[int, int
 
 def tune_on_stream(
     model: Prospect, corpus: Corpus, config: Config, thresholds: dict[str, float], ranks: Ranks, stop: StopRequest
-) -> tuple[float, dict[str, float]] | None:
+) -> "Tried | None":
     """How much evidence decisions need, as prospect/tuning.py finds on a few validation clips, and what these scored.
 
     None where nothing is streamed: with `infer.evidence` set, there is nothing to choose; under FSDP ranks can only run
@@ -146,8 +152,7 @@ def tune_on_stream(
         return None
     finally:
         model.train(was_training)
-    best = best_tried(tried, config.infer.tuned_for)
-    return best.evidence, best.numbers
+    return best_tried(tried, config.infer.tuned_for)
 
 
 def note_validation(state: TrainState, numbers: dict[str, float], thresholds: dict[str, float], best_by: str) -> None:

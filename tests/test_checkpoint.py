@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,3 +301,41 @@ def test_metrics_of_steps_after_the_checkpoint_are_cut_off(tmp_path):
     assert path.read_text().splitlines() == ['{"step": 3}', '{"step": 4}', '{"step": 5}']
     train.MetricsLog(path, ckpt.TrainState(step=3))
     assert path.read_text() == '{"step": 3}\n'
+
+
+def test_tensorboard_holds_every_step_once(tmp_path):
+    """A run that resumes at step 4 writes step 5 again: its first attempt is gone, as it is from metrics.jsonl."""
+    pytest.importorskip("tensorboard", reason="requirements-tensorboard.txt")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "config.yaml").write_text("run:\n  name: x\n")
+    path, evaluation = tmp_path / "metrics.jsonl", {"loss": 0.5, "streamed_f1": 0.25}
+    log = train.MetricsLog(path, ckpt.TrainState(), tensorboard=True)
+    for step in (3, 4, 5):
+        log.write({"step": step, "loss": step / 4, "counts": {"dst_pos": 7}})
+    log.write({"step": 5, "skipped": "the loss is not finite", "loss_scale": 1.0})
+    log.board.close()
+    log = train.MetricsLog(path, ckpt.TrainState(step=4, evaluated_step=2), tensorboard=True)
+    log.write({"step": 4, "evaluation": evaluation, "best_step": 4, "example": "clip\n  1.0 s  said  *Hi*"})
+    log.write({"step": 5, "loss": 9.0, "counts": {"dst_pos": 8}})
+    log.board.close()
+
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    scalars = {name: [(e.step, e.value) for e in found.Scalars(name)] for name in found.Tags()["scalars"]}
+    assert scalars == {
+        "train/loss": [(3, 0.75), (4, 1.0), (5, 9.0)], "counts/dst_pos": [(3, 7.0), (4, 7.0), (5, 8.0)],
+        "validation/loss": [(4, 0.5)], "validation/streamed_f1": [(4, 0.25)], "train/best_step": [(4, 4.0)],
+    }  # fmt: skip
+    texts = {name: found.Tensors(name)[0].tensor_proto.string_val[0].decode() for name in found.Tags()["tensors"]}
+    assert texts == {
+        "settings/text_summary": "    run:\n      name: x\n    \n",
+        "example/text_summary": "    clip\n      1.0 s  said  *Hi*\n",
+    }
+
+
+def test_tensorboard_without_its_package(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ProspectError, match="needs the package tensorboard.*requirements-tensorboard.txt"):
+        train.MetricsLog(tmp_path / "metrics.jsonl", ckpt.TrainState(), tensorboard=True)

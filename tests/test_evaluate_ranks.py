@@ -71,7 +71,7 @@ def alone(checkpoint, clips, tmp_path_factory) -> tuple[Path, str]:
 
 def assert_same_results(out: Path, other: Path) -> None:
     """Files but records byte for byte; and records but the last digits of what depends on a batch's company."""
-    for name in ("metrics.json", "metrics.md", "settings.json", "references.jsonl"):
+    for name in ("metrics.json", "metrics.md", "clips.jsonl", "settings.json", "references.jsonl"):
         assert (out / name).read_bytes().replace(bytes(out), b"") == (other / name).read_bytes(), name
     for folder in ("records", "records-reference"):
         assert sorted(os.listdir(out / folder)) == sorted(os.listdir(other / folder))

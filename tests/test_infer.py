@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from prospect.errors import ProspectError, run_entry_point
 from prospect.load import load_for_inference
 from prospect.model import KVCache, Prospect
 from prospect.prepared import prepare
+from prospect.records import made_by
 from prospect.stream import FrameRecord
 from prospect.tokenizer import Tokenizer, train_tokenizer
 from prospect.vision import video
@@ -103,6 +105,27 @@ def test_one_record_a_frame_with_the_thresholds_of_the_checkpoint(corpus, checkp
     )
     said = [(record["frame_idx"], record["user"]) for record in found if record["user"]]
     assert said == [(clip["start_frame_idx"] + 1, ["I want to build it."])]
+
+
+def test_the_settings_lie_beside_the_records_and_are_drawn_on_the_page(corpus, checkpoint, tmp_path, capsys):
+    out, page = tmp_path / "records.jsonl", tmp_path / "page.html"
+    clip, evidence = f"{corpus}/train.json:talkative", "infer.evidence=0.375"
+    shown = call(capsys, checkpoint, "--clip", clip, "--out", str(out), "--html", str(page), evidence)
+    assert re.search(rf"^page: {page}  \(\d+ kB\)$", shown, re.MULTILINE)
+    made = made_by(out)
+    wanted = {"infer.evidence": 0.375, "infer.speaking_threshold": 0.58, "infer.dst_threshold": 0.65}
+    assert made | wanted | {"checkpoint": str(checkpoint), "step": 1} == made
+    text = page.read_text()
+    [drawn] = json.loads(text[text.index('id="data">') + len('id="data">') : text.index("</script>")])["clips"]
+    assert (drawn["evidence"], drawn["made_by"]) == ([0.375, 0.375], f"{checkpoint}, step 1")
+    assert (drawn["speaking"]["even_odds"], drawn["update"]["even_odds"]) == (0.58, 0.65)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "records.jsonl", "records.settings.json"]
+
+    os.mkfifo(tmp_path / "pipe")  # nothing lies beside a pipe
+    reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
+    call(capsys, checkpoint, "--clip", clip, "--out", str(tmp_path / "pipe"), evidence)
+    assert reader.communicate(timeout=60)[0].count("\n") == len(records(out))
+    assert not (tmp_path / "pipe.settings.json").exists()
 
 
 def test_prompts_of_a_shape_that_training_never_had_are_noted_once(corpus, checkpoint, tmp_path, capsys, monkeypatch):

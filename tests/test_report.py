@@ -17,12 +17,23 @@ from tiny import write_tiny_config, write_tiny_corpus
 
 from prospect import show
 from prospect.errors import ProspectError
+from prospect.files import write_json
+from prospect.records import made_by
 from prospect.report import curves
 from prospect.report.__main__ import main as report_main
 from prospect.report.__main__ import reference_clips
 from prospect.report.curves import COUNTS_OF, evaluation_names, evaluation_title, read_run
-from prospect.report.page import LOSS_NAMES
-from prospect.report.timeline import evidence_bounds, read_records, reliability, thumbnails, timeline, write_timelines
+from prospect.report.page import LOSS_NAMES, differing
+from prospect.report.svg import Line, clock, plot, scale_of, thinned
+from prospect.report.timeline import (
+    evidence_bounds,
+    read_records,
+    reliability,
+    thumbnails,
+    timeline,
+    timeline_svg,
+    write_timelines,
+)
 from prospect.report.tokens import token_table
 from prospect.sequence import LABEL_KEYS
 from prospect.stream import ContextEvent, FrameRecord
@@ -75,13 +86,16 @@ def hand_records(first_text: str = "pour the water") -> list[dict]:
     return [one.to_dict() for one in records]
 
 
-def hand_clip(first_text: str = "pour the water", goal: str = "Make tea"):
-    """The reference: replies at rows 3, 10 and 14, S1 started at row 7 and completed at row 19."""
-    turns = [
+def hand_turns(first_text: str) -> list[tuple]:
+    return [
         ("assistant", first_text, 13, 13), ("DST_UPDATE", "S1->start", 17, 17), ("assistant", "stir", 20, 20),
         ("assistant", "taste", 24, 24), ("DST_UPDATE", "S1->complete", 29, 29),
     ]  # fmt: skip
-    return read(raw_clip(turns, 10, 29, steps=1, id="c", inferred_goal=goal))
+
+
+def hand_clip(first_text: str = "pour the water", goal: str = "Make tea"):
+    """The reference: replies at rows 3, 10 and 14, S1 started at row 7 and completed at row 19."""
+    return read(raw_clip(hand_turns(first_text), 10, 29, steps=1, id="c", inferred_goal=goal))
 
 
 def test_the_reference_is_found_whose_file_and_id_hold_colons(tmp_path):
@@ -145,13 +159,13 @@ def test_every_mark_of_a_clip_written_by_hand():
     shown = timeline(hand_records(), hand_clip())
     assert [(e.row, e.lane, e.text, e.status, e.note) for e in shown.events] == [
         (2, "user", "hello", "", ""),
-        (3, "wanted", "pour the water", "matched", ""),
-        (4, "said", "pour the water", "matched", "0.5 s late"),
-        (6, "update", "S1->start", "matched", "0.5 s early"),
-        (7, "update_wanted", "S1->start", "matched", ""),
-        (10, "wanted", "stir", "mismatched", ""),
-        (10, "said", "xyz", "mismatched", "on time"),
-        (12, "update", "S1->start", "refused", "not applied: cannot start S1"),
+        (3, "wanted", "pour the water", "right", ""),
+        (4, "said", "pour the water", "right", "0.5 s late"),
+        (6, "update", "S1->start", "right", "0.5 s early"),
+        (7, "update_wanted", "S1->start", "right", ""),
+        (10, "wanted", "stir", "wrong_words", ""),
+        (10, "said", "xyz", "wrong_words", "on time"),
+        (12, "update", "S1->start", "illegal", "not applied: cannot start S1"),
         (14, "wanted", "taste", "missed", ""),
         (15, "context", "", "", "slide: 64 to 30 tokens"),
         (17, "said", "well done", "redundant", "cut off: limit"),
@@ -215,7 +229,7 @@ def test_an_evaluation_s_directory_is_one_page(tmp_path, monkeypatch):
 def test_evidence_is_as_close_as_the_records_tell():
     records = hand_records()
     assert timeline(records, None).evidence == (0.15, 0.55)
-    assert timeline(records, None, 0.5).evidence == (0.5, 0.5)
+    assert timeline(records, None, {"infer.evidence": 0.5}).evidence == (0.5, 0.5)
     assert evidence_bounds(records[:3]) == (0.15, 1.0)  # nothing fired
 
 
@@ -230,7 +244,7 @@ def test_a_head_drawn_along_by_the_other_does_not_lower_the_evidence():
 
 def test_without_a_reference_nothing_is_judged():
     shown = timeline(hand_records(), None)
-    assert {event.status for event in shown.events} == {"", "refused"}
+    assert {event.status for event in shown.events} == {"", "illegal"}
     assert (shown.has_reference, shown.metrics, shown.fps) == (False, [], 2.0)
     assert [(step.id, step.reference) for step in shown.steps] == [("S1", None)]
     assert (shown.step_state.predicted, shown.step_state.reference) == ([(0, 9, 0), (10, 19, 1)], None)
@@ -306,6 +320,8 @@ def test_pictures_are_few_and_at_their_frames(tmp_path):
         Image.new("L", (8, 4), frame).save(tmp_path / f"{frame}.png")
     found = thumbnails(str(tmp_path), fps=2.0, first=10, F=200)
     assert [row for row, _ in found] == list(range(0, 200, 3))
+    found_too = thumbnails(str(tmp_path), fps=2.0, first=10, F=200, events=[7, 7, 9, 151])
+    assert [row for row, _ in found_too] == sorted({*range(0, 200, 3), 7, 151})
     import base64
     import io
 
@@ -408,6 +424,174 @@ def test_a_long_run_is_averaged_over_equal_stretches(tmp_path, monkeypatch):
     assert (run.steps, run.curves["loss"]) == ([2, 5, 7], [2, 5, 7])  # 1 2 3, 4 5 6, 7
 
 
+def test_the_settings_that_differ_between_runs(tmp_path):
+    for name, text in (("a", "data: {fps: 2, dst: true}\nrun: {seed: 0}\n"), ("b", "data: {fps: 2}\nrun: {seed: 1}\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+        (tmp_path / name / "config.yaml").write_text(text)
+    settings = [read_run(tmp_path / name).settings for name in "ab"]
+    assert differing(settings) == [("data.dst", ["true", "–"]), ("run.seed", ["0", "1"])]
+    assert differing([settings[0], settings[0]]) == []
+    for broken in ("a: [", "words", ""):
+        (tmp_path / "a" / "config.yaml").write_text(broken)
+        assert read_run(tmp_path / "a").settings == {}
+
+
+# ---- thresholds, and several checkpoints ---------------------------------------------------------
+
+MADE = {
+    "infer.evidence": 0.5,
+    "infer.speaking_threshold": 0.3,
+    "infer.dst_threshold": 0.4,
+    "checkpoint": "one",
+    "step": 7,
+}
+
+
+def test_settings_lie_beside_a_file_of_records_or_an_evaluation(tmp_path):
+    (tmp_path / "out" / "records").mkdir(parents=True)
+    write_json(tmp_path / "out" / "settings.json", MADE)
+    write_json(tmp_path / "alone.settings.json", {"infer.evidence": 0.25})
+    assert made_by(tmp_path / "out" / "records" / "clip.jsonl") == MADE
+    assert made_by(tmp_path / "alone.jsonl") == {"infer.evidence": 0.25}
+    assert made_by(tmp_path / "unknown.jsonl") == {}
+
+
+def two_streams(folder: Path) -> None:
+    """a.jsonl: the records written by hand. b.jsonl: the same, but silent at row 10 and with "taste" at row 14."""
+    silent = hand_records()
+    silent[10], silent[14] = record(10).to_dict(), says(14, "taste").to_dict()
+    for row in (10, 14):
+        silent[row] |= {"dst_state": {"S1": "in_progress"}, "step_state": "in_progress"}
+    for name, records in (("a", hand_records()), ("b", silent)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    write_json(folder / "a.settings.json", MADE)
+    write_json(folder / "b.settings.json", MADE | {"checkpoint": "two", "infer.evidence": 0.6})
+    turns = hand_turns("pour the water")
+    (folder / "clip.json").write_text(json.dumps([raw_clip(turns, 10, 29, steps=1, id="c", inferred_goal="Make tea")]))
+
+
+def test_two_checkpoints_on_one_clip_are_one_page(tmp_path, monkeypatch):
+    two_streams(tmp_path)
+    words = ["report", "a.jsonl", "b.jsonl", "--clip", "clip.json", "--svg", "figures"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", words)
+    assert report_main() == 0
+    page = embedded(tmp_path / "a.html")
+    [clip] = page["clips"]
+    [beside] = clip["beside"]
+    assert (clip["made_by"], beside["made_by"]) == ("one, step 7", "two, step 7")
+    assert (clip["evidence"], beside["evidence"]) == ([0.5, 0.5], [0.6, 0.6])
+    assert (clip["speaking"]["even_odds"], clip["update"]["even_odds"]) == (0.3, 0.4)
+    assert page["differing"] == [["checkpoint", ['"one"', '"two"']], ["infer.evidence", ["0.5", "0.6"]]]
+    said = [[(e["row"], e["status"]) for e in take["events"] if e["lane"] == "said"] for take in (clip, beside)]
+    assert said == [
+        [(4, "right"), (10, "wrong_words"), (17, "redundant")],
+        [(4, "right"), (14, "right"), (17, "redundant")],
+    ]
+    assert page["written"]["path"] == "a.html"
+
+    (tmp_path / "short.jsonl").write_text("".join((tmp_path / "b.jsonl").read_text().splitlines(True)[:9]))
+    other = [json.dumps(one | {"clip_id": "d"}) + "\n" for one in hand_records()]
+    (tmp_path / "other.jsonl").write_text("".join(other))
+    for name, told in (
+        ("short.jsonl", "has other frames of clip c than a.jsonl"),
+        ("other.jsonl", "have no clip in common"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["report", "a.jsonl", name])
+        with pytest.raises(ProspectError, match=told):
+            report_main()
+
+
+def test_a_rate_of_nothing_is_a_dash():
+    silent = [record(row).to_dict() for row in range(20)]
+    numbers = dict(timeline(silent, read(raw_clip([], 10, 29, steps=1, id="c"))).metrics)
+    shown = [numbers[name] for name in ("dialogue F1", "time difference, s", "speaking event F1", "transition F1")]
+    assert shown == ["–"] * 4 and numbers["joint goal accuracy"] == "1.000"
+    numbers = dict(timeline(silent, hand_clip()).metrics)  # something is due: nothing is right
+    assert [numbers[name] for name in ("dialogue F1", "precision", "recall", "redundant")] == [
+        "0.000",
+        "–",
+        "0.000",
+        "–",
+    ]
+
+
+def test_the_clip_with_most_mistakes_comes_first(tmp_path):
+    good = timeline(hand_records()[:10], hand_clip())  # one reply and one update due, and right
+    silent = timeline([record(row).to_dict() for row in range(20)], read(raw_clip([], 10, 29, steps=1, id="c")))
+    write_timelines(tmp_path / "page.html", [silent, good, timeline(hand_records(), hand_clip())])
+    shares = [clip["share_right"] for clip in embedded(tmp_path / "page.html")["clips"]]
+    # Of the whole clip: 3 + 2 due, 3 + 2 written, of which one reply and one update are right.
+    assert shares == [pytest.approx(2 * 2 / 10), 1.0, None]
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+def drawn(source: str):
+    """The root of an SVG, with its namespace left out."""
+    from xml.etree import ElementTree
+
+    return ElementTree.fromstring(source.replace(' xmlns="http://www.w3.org/2000/svg"', ""))
+
+
+def test_the_figure_of_a_time_line_drawn_by_hand():
+    root = drawn(timeline_svg(timeline(hand_records(), hand_clip(goal=NASTY[0]), MADE)))
+    assert (root.get("width"), root.get("viewBox").split()[2]) == ("241pt", "241")
+    texts = [(node.text, float(node.get("x"))) for node in root.iter("text")]
+    assert texts[0][0] == NASTY[0]
+    at = {row: 66 + (row + 0.5) / 20 * (241 - 4 - 66) for row in range(20)}
+    marks = [(text, x) for text, x in texts if len(text) == 1]
+    expected = "+3 w10 -14 +4 w10 x17 +7 -19 +6 !12".split()  # due and said; due and written
+    assert marks == [(mark[0], pytest.approx(at[int(mark[1:])], abs=0.06)) for mark in expected]
+    assert len(list(root.iter("circle"))) == 3 + 2  # where the heads fired
+    dashed = [node for node in root.iter("line") if node.get("stroke-dasharray") == "2 1.5"]
+    assert len(dashed) == 2 and {node.get("y1") for node in dashed} == {
+        f"{14 + 28 - 12:.1f}",
+        f"{14 + 52 + 28 - 12:.1f}",
+    }
+    assert [text for text, _ in texts if ":" in text] == ["0:06", "0:08", "0:10", "0:12", "0:14"]  # 5 s to 15 s
+
+
+def test_the_figure_of_a_plot_drawn_by_hand():
+    """Values of 0..4 over 0..10: the plot is 34..233 wide and 16..116 high."""
+    lines = [Line("one <1>", [(0, 0.0), (5, 2.0), None, (10, 4.0)], dots=True), Line("two", [(0, 9.0), (10, 1.0)])]
+    root = drawn(plot("title & more", lines, "step", 10.0, (0.0, 4.0)))
+    paths = [node.get("d") for node in root.iter("path")]
+    assert paths[0] == "M34.0 116.0L133.5 66.0M233.0 16.0"
+    assert paths[2] == paths[3] == "M233.0 91.0"  # 9 is above the scale
+    assert [(node.get("cx"), node.get("cy")) for node in root.iter("circle")] == [
+        ("34.0", "116.0"), ("133.5", "66.0"), ("233.0", "16.0")
+    ]  # fmt: skip
+    texts = [node.text for node in root.iter("text")]
+    assert texts[0] == "title & more" and {"one <1>", "two", "step", "0", "1", "4", "5", "10"} <= set(texts)
+    patterns = {node.get("stroke-dasharray") for node in root.iter("path")}
+    assert len(patterns) == 2  # two runs are told apart without colours
+
+
+def test_first_losses_set_no_scale():
+    lines = [Line("", [(step, 1000.0 if step <= 10 else 5.0 - step / 100) for step in range(1, 101)])]
+    assert scale_of(lines, 100.0, falls=True) == (4.0, 4.89)
+    assert scale_of(lines, 100.0, falls=False) == (0.0, 1000.0)
+    assert scale_of([Line("", [(1, 3.0)])], 100.0, falls=True) == (2.7, 3.3)  # nothing else is there
+
+
+def test_a_long_curve_keeps_its_peaks():
+    points = [(row, 1.0 if row == 777 else 0.0) for row in range(10_000)]
+    found = thinned(points)
+    assert len(found) <= 500 and (777, 1.0) in found
+    assert thinned(points[:100]) == points[:100]
+    gap = thinned([None] * 5000 + points[:5000])
+    assert gap[0] is None and (777, 1.0) in gap
+
+
+def test_times_of_an_hour_and_more():
+    assert [clock(s) for s in (0, 59.94, 60, 1047.5, 3599.96, 3600, 7200, 7265.5)] == [
+        "0:00", "0:59.9", "1:00", "17:27.5", "1:00:00", "1:00:00", "2:00:00", "2:01:05.5"
+    ]  # fmt: skip
+
+
 # ---- a real browser ------------------------------------------------------------------------------
 
 
@@ -492,7 +676,7 @@ def test_a_browser_shows_as_many_marks_as_there_are_and_the_frame_under_the_poin
     assert text_of(browser, "#frame-speak-probability") == "0.6000"
     assert text_of(browser, "#frame-speak") == "0.5500 fired" and text_of(browser, "#frame-tokens") == "60 tokens"
     assert text_of(browser, "#frame-step-state") == "in progress"
-    assert "xyz" in text_of(browser, "#frame") and "other words" in text_of(browser, "#frame")
+    assert "xyz" in text_of(browser, "#frame") and "wrong words" in text_of(browser, "#frame")
     hover(browser, "#time", 19, 20)
     assert text_of(browser, "#frame-update-probability") == "0.2000" and text_of(browser, "#frame-update") == "0.1500"
     assert text_of(browser, "#frame-step-state") == "in progress ≠ completed"
@@ -505,8 +689,8 @@ def test_the_score_that_decides_is_drawn_over_the_probability(browser, tmp_path)
     for one in records[13:]:
         one["dst_update_score"] = None
     page = tmp_path / "hand.html"
-    for evidence, label, exact in ((None, "fires from 0.15–0.55", 0), (0.5, "fires from 0.500", 2)):
-        write_timelines(page, [timeline(records, hand_clip(), evidence)])
+    for made, label, exact in ((None, "fires from 0.15–0.55", 0), ({"infer.evidence": 0.5}, "fires from 0.500", 2)):
+        write_timelines(page, [timeline(records, hand_clip(), made)])
         open_page(browser, page)
         assert text_of(browser, ".name.tall small") == label and count(browser, ".evidence.exact") == exact
     area, probability, score = [
@@ -607,6 +791,60 @@ def test_two_thousand_frames_open_fast_and_small(browser, tmp_path):
     assert text_of(browser, "#frame-number") == "Frame 2009"
 
 
+def test_a_link_to_a_frame_and_keys_without_a_click(browser, tmp_path):
+    """The address follows the reader; opened again it leads there. Keys work wherever the focus is."""
+    page = tmp_path / "hand.html"
+    write_timelines(page, [timeline(hand_records(), hand_clip())])
+    open_page(browser, page)
+    assert browser.current_url == page.as_uri()
+    press(browser, "n", "n")  # rows 2, 3
+    assert text_of(browser, "#frame-number") == "Frame 13" and browser.current_url == page.as_uri() + "#frame=13"
+    browser.get("about:blank")
+    browser.get(page.as_uri() + "#frame=27")
+    assert text_of(browser, "#frame-number") == "Frame 27" and "well done" in text_of(browser, "#frame")
+    for wrong, frame in (("9999", 29), ("-3", 10), ("x", 10)):
+        browser.get("about:blank")
+        browser.get(page.as_uri() + f"#frame={wrong}")
+        assert text_of(browser, "#frame-number") == f"Frame {frame}"
+    assert browser.execute_script("return [59.94, 3600, 7265.5].map(clock)") == ["0:59.9", "1:00:00", "2:01:05.5"]
+
+    others = [timeline([one | {"clip_id": id} for one in hand_records()], hand_clip()) for id in ("a b", "c&d")]
+    write_timelines(page, others)
+    browser.get("about:blank")
+    browser.get(page.as_uri() + "#clip=c%26d&frame=15")
+    assert (text_of(browser, "#frame-number"), browser.find_element("id", "clip").get_property("value")) == (
+        "Frame 15",
+        "1",
+    )
+    assert count(browser, "#clips li") == 2 and text_of(browser, "#clips b") == "0.400"
+    browser.find_element("css selector", "#clips button").click()
+    assert browser.find_element("id", "clip").get_property("value") == "0"
+    assert f"Written to {page}, " in text_of(browser, ".written")
+
+
+def test_lanes_of_two_checkpoints_and_the_figure_behind_the_button(browser, tmp_path, monkeypatch):
+    two_streams(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", "a.jsonl", "b.jsonl", "--clip", "clip.json", "--svg", "figures"])
+    report_main()
+    open_page(browser, tmp_path / "a.html")
+    lanes = {"speaking": 2, "dst": 2, "said": 2, "wanted": 2, "update": 2, "S1": 2, "step_state": 2, "user": 1}
+    assert {lane: count(browser, f"[data-lane={lane}]") for lane in lanes} == lanes
+    assert count(browser, "[data-lane=speaking] .fired") == 6 and count(browser, ".odds") == 4
+    assert [node.text for node in browser.find_elements("css selector", ".name.tall small")][:2] == [
+        "fires from 0.500", "fires from 0.600"
+    ]  # fmt: skip
+    assert text_of(browser, "#differing").split("\n")[-1] == "infer.evidence 0.5 0.6"
+    script = "URL.createObjectURL = (blob) => { window.handed = blob.text(); return 'data:,'; };"
+    browser.execute_script(script)
+    browser.find_element("css selector", "header .svg").click()
+    handed = browser.execute_async_script("handed.then(arguments[0])")
+    assert handed == (tmp_path / "figures" / "c.svg").read_text() and handed.count("one, step 7") == 1
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == [
+        "c.svg", "reliability-dst.svg", "reliability-speaking.svg"
+    ]  # fmt: skip
+
+
 def test_both_themes(browser, tmp_path):
     page = tmp_path / "hand.html"
     write_timelines(page, [timeline(hand_records(), None)])
@@ -642,7 +880,11 @@ def test_the_page_of_show_has_every_token(browser, tmp_path, monkeypatch):
     columns = browser.find_elements("css selector", ".setting")
     assert [len(column.find_elements("css selector", ".tok")) for column in columns] == tokens
     press(browser, Keys.TAB, Keys.TAB, Keys.END)  # past the theme, into the first sequence, to its last token
-    assert f"position\n{len(settings[0]['sequences'][0]['ids']) - 1}\n" in text_of(browser, "#inspect") + "\n"
+    last = f"position\n{len(settings[0]['sequences'][0]['ids']) - 1}\n"
+    assert last in text_of(browser, "#inspect") + "\n"
+    open_page(browser, page)
+    press(browser, Keys.END)  # without a click
+    assert last in text_of(browser, "#inspect") + "\n"
 
 
 def test_the_page_of_runs(browser, tmp_path, monkeypatch):
@@ -675,3 +917,6 @@ def test_the_page_of_runs(browser, tmp_path, monkeypatch):
     assert text_of(browser, "#step") == "step 2"
     assert read_off() == ["0.5000", "1"]
     assert "9 labels" in text_of(browser, "[data-chart='reply text (LM)'] figcaption p")
+    assert count(browser, ".chart button.svg") == 3
+    figures = embedded(page)["figures"]
+    assert sorted(figures) == ["loss", "speaking_gen", "validation-loss"] and all(map(drawn, figures.values()))

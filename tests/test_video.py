@@ -309,6 +309,18 @@ def test_infer_shows_the_dialogue_and_reports(kitchen, checkpoint, tmp_path, cap
     assert told == "warning: the user said 'Too late.' after the last frame\n"
 
 
+def test_infer_draws_a_video_with_its_pictures(kitchen, checkpoint, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    words = ["--video", kitchen, "--vision", SIGLIP, "--task", task_file(tmp_path), "--html", page]
+    shown, _ = call(capsys, checkpoint, *words)
+    assert f"\npage: {page}  (" in shown
+    text = page.read_text()
+    [clip] = json.loads(text[text.index('id="data">') + len('id="data">') : text.index("</script>")])["clips"]
+    assert (clip["goal"], clip["has_reference"], len(clip["tokens"])) == ("Make tea", False, FRAMES)
+    assert [row for row, _ in clip["pictures"]] == list(range(FRAMES))
+    assert {event["text"] for event in clip["events"] if event["lane"] == "user"} == {"Hello.", "What now?", "Sugar?"}
+
+
 def test_infer_without_a_task_at_another_rate(kitchen, checkpoint, tmp_path, capsys):
     options = ["--vision", SIGLIP, "--tokens", 5, "--fps", "24", "--pace", "live"]
     shown, told = call(capsys, checkpoint, "--video", kitchen, *options)

@@ -22,11 +22,15 @@ function words(text, properties = {}) {
   return el("bdi", { dir: "auto", ...properties }, text);
 }
 
-/* 1047.5 -> 17:27.5 */
+/* 1047.5 -> 17:27.5, 7200 -> 2:00:00 */
 function clock(seconds) {
   const tenths = Math.round(seconds * 10);
   const rest = (tenths % 600) / 10;
-  return Math.floor(tenths / 600) + ":" + (rest < 10 ? "0" : "") + (tenths % 10 ? rest.toFixed(1) : rest.toFixed(0));
+  const two = (value, text) => (value < 10 ? "0" : "") + text;
+  const minutes = Math.floor(tenths / 600);
+  const hours = Math.floor(minutes / 60);
+  const whole = hours ? `${hours}:${two(minutes % 60, minutes % 60)}` : String(minutes);
+  return whole + ":" + two(rest, tenths % 10 ? rest.toFixed(1) : rest.toFixed(0));
 }
 
 function clamp(value, low, high) {
@@ -38,9 +42,36 @@ function capitalised(text) {
   return text[0].toUpperCase() + text.slice(1);
 }
 
-/* A key pressed together with one of these belongs to the browser. */
-function hasModifier(event) {
-  return event.ctrlKey || event.metaKey || event.altKey;
+/* Whether a key pressed belongs to the browser: with one of these, or where it works a box or a list. */
+function keyIsTaken(event) {
+  const box = event.target.closest?.("select, input");
+  return event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented || Boolean(box);
+}
+
+/* A button that hands out a figure as a file. svg: its text, asked for when it is pressed. */
+function svgButton(name, svg) {
+  const onclick = () => {
+    const link = el("a", { href: URL.createObjectURL(new Blob([svg()], { type: "image/svg+xml" })) });
+    link.download = name().replace(/[^\w.-]+/g, "_") + ".svg";
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
+  return el("button", { type: "button", class: "svg", title: "download as a figure for a paper", onclick }, "SVG");
+}
+
+/* The settings that differ between runs or checkpoints, one a row. */
+function settingsTable(names) {
+  if (!data.differing.length) return "";
+  const cell = (text) => el("td", {}, words(text));
+  const head = el("tr", {}, el("th", {}, "setting"), ...names.map((name) => el("th", {}, words(name))));
+  const rows = data.differing.map(([name, values]) => el("tr", {}, el("th", {}, name), ...values.map(cell)));
+  const table = el("table", { id: "differing" }, head, ...rows);
+  return el("div", {}, el("h2", {}, "Settings that differ"), el("div", { class: "wide" }, table));
+}
+
+/* Where and when the page was written. */
+function writtenNote() {
+  return el("p", { class: "soft written" }, "Written to ", words(data.written.path), ", " + data.written.time);
 }
 
 /* The button that switches between dark and light. Until it is pressed, the page follows the system. */

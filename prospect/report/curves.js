@@ -55,11 +55,12 @@ function x(step) {
   return step / lastStep;
 }
 
-/* The vertical scale for these values: {y, ticks}, y from 1 at the bottom to 0. */
-function verticalScale(values, mayBeLogarithmic) {
-  const useLog = logarithmic && mayBeLogarithmic && values.length > 0 && values.every((v) => v > 0);
+/* The vertical scale for these values: {y, ticks}, y from 1 at the bottom to 0. falls: whether they may be shown
+   logarithmically, and else only those in `late`, behind the first tenth of the steps, count as highest. */
+function verticalScale(values, late, falls) {
+  const useLog = logarithmic && falls && values.length > 0 && values.every((v) => v > 0);
   let low = Math.min(...values);
-  let high = Math.max(...values);
+  let high = Math.max(...(late.length && falls && !useLog ? late : values));
   if (!useLog && low >= 0 && low < 0.6 * high) low = 0; // unless starting from zero would flatten the curve
   if (low === high) {
     low -= Math.abs(low) * 0.1 || 0.5;
@@ -83,7 +84,7 @@ function logTicks(low, high) {
 // ---- charts -------------------------------------------------------------------------------------
 
 /* One chart. series: for each run {steps, values, counts} or null. points: of evaluations, one mark each. */
-function chart(title, series, { points = false, isLoss = false, marksSkipped = false }) {
+function chart(title, figureName, series, { points = false, falls = false, marksSkipped = false }) {
   const readout = el("p", {});
   const svg = el("svg", { viewBox: "0 0 1 1", preserveAspectRatio: "none", "aria-hidden": "true" });
   const plot = el("div", { class: "plot" }, svg);
@@ -92,8 +93,10 @@ function chart(title, series, { points = false, isLoss = false, marksSkipped = f
   /* Everything but the numbers: grid, curves, marks. */
   function draw() {
     const drawn = series.map((one, r) => (runShown[r] ? one : null));
-    const present = drawn.filter(Boolean).flatMap((one) => one.values);
-    const { y, ticks } = verticalScale(present.filter((v) => v !== null), isLoss);
+    const shown = drawn.filter(Boolean);
+    const present = shown.flatMap((one) => one.values).filter((v) => v !== null);
+    const late = shown.flatMap((one) => one.values.filter((v, i) => v !== null && one.steps[i] > lastStep / 10));
+    const { y, ticks } = verticalScale(present, late, falls);
     svg.replaceChildren();
     plot.replaceChildren(svg, cursor);
     drawGrid(svg, plot, y, ticks);
@@ -120,7 +123,8 @@ function chart(title, series, { points = false, isLoss = false, marksSkipped = f
   });
   plot.addEventListener("mouseleave", () => moveTo(null));
   charts.push({ draw, read });
-  const caption = el("figcaption", {}, el("b", {}, title), readout);
+  const button = svgButton(() => figureName, () => data.figures[figureName]);
+  const caption = el("figcaption", {}, button, el("b", {}, title), readout);
   return el("figure", { class: "chart", "data-chart": title }, caption, plot);
 }
 
@@ -138,7 +142,8 @@ function drawGrid(svg, plot, y, ticks) {
 /* One run's curve: of training, the logged values thin and their mean thick. */
 function drawCurve(svg, one, r, y, points) {
   const path = (values) => {
-    const place = (value, i) => (value === null ? null : [x(one.steps[i]).toFixed(5), y(value).toFixed(5)]);
+    const hidden = (value) => value === null || y(value) < -0.02; // above the scale
+    const place = (value, i) => (hidden(value) ? null : [x(one.steps[i]).toFixed(5), y(value).toFixed(5)]);
     return pathThrough(values.map(place)) || "M0 0";
   };
   const colour = "run" + (r % 6);
@@ -149,7 +154,7 @@ function drawCurve(svg, one, r, y, points) {
 /* A dot at each evaluation of a run, a ring at its best checkpoint. */
 function drawPoints(plot, one, r, y) {
   one.steps.forEach((step, i) => {
-    if (one.values[i] === null) return;
+    if (one.values[i] === null || y(one.values[i]) < -0.02) return;
     const best = step === data.runs[r].best_step;
     const name = (best ? "best" : "point") + " run" + (r % 6);
     const style = `left:${x(step) * 100}%;top:${y(one.values[i]) * 100}%`;
@@ -193,14 +198,14 @@ function seriesOf(kind, name) {
 }
 
 function trainingChart(name) {
-  const isLoss = name === "loss" || namesOf("counts").includes(name);
-  const options = { isLoss, marksSkipped: name === "loss" };
-  return chart(data.curveTitles[name], seriesOf("curves", name), options);
+  const falls = ["loss", "grad_norm"].includes(name) || namesOf("counts").includes(name);
+  const options = { falls, marksSkipped: name === "loss" };
+  return chart(data.curveTitles[name], name, seriesOf("curves", name), options);
 }
 
 function evaluationChart(name) {
-  const options = { points: true, isLoss: name.startsWith("loss") };
-  return chart(data.evaluationTitles[name], seriesOf("evaluation", name), options);
+  const options = { points: true, falls: name.startsWith("loss") };
+  return chart(data.evaluationTitles[name], "validation-" + name, seriesOf("evaluation", name), options);
 }
 
 // ---- the cursor ---------------------------------------------------------------------------------
@@ -241,7 +246,7 @@ function neighbouringEvaluation(forward) {
 }
 
 function onKey(event) {
-  if (hasModifier(event)) return;
+  if (keyIsTaken(event)) return;
   if (event.key === "Escape") moveTo(null);
   if (!["ArrowLeft", "ArrowRight", "PageUp", "PageDown", "Home", "End", "n", "p"].includes(event.key)) return;
   const step = target(event.key);
@@ -270,7 +275,8 @@ function runLabel(run, r) {
   const box = checkbox(true, (on) => {
     runShown[r] = on;
   });
-  return el("label", { class: "run" + (r % 6) }, box, el("i", {}), name);
+  const line = el("svg", { viewBox: "0 0 26 4", "aria-hidden": "true" }, el("path", { d: "M0 2L26 2" }));
+  return el("label", { class: "run" + (r % 6) }, box, line, name);
 }
 
 /* Charts under their heading. */
@@ -283,7 +289,7 @@ const slider = { role: "slider", "aria-label": "step", "aria-valuemin": 0, "aria
 const validation = "Validation, teacher-forced where not streamed; the ring is the best checkpoint";
 const region = el(
   "div",
-  { id: "charts", tabindex: "0", ...slider, onkeydown: onKey },
+  { id: "charts", tabindex: "0", ...slider },
   ...chartGroup("Training", namesOf("curves").map(trainingChart)),
   ...chartGroup(validation, namesOf("evaluation").map(evaluationChart)),
 );
@@ -295,6 +301,7 @@ const about = "Thin lines are the logged values, thick ones their mean over a fi
 document.body.append(
   pageHeader(el("h1", {}, "Training curves"), el("p", { class: "soft" }, about), themeButton()),
   el("div", { class: "runs" }, ...data.runs.map(runLabel), el("label", {}, logarithmicBox, "logarithmic losses")),
+  settingsTable(data.runs.map((run) => run.name)),
   el("div", { class: "readout" }, stepShown),
   region,
   keyHelp(
@@ -304,6 +311,8 @@ document.body.append(
     ["Home End", "first, last"],
     ["Esc", "no cursor"],
   ),
+  writtenNote(),
 );
+document.addEventListener("keydown", onKey); // wherever the focus is
 for (const one of charts) one.draw();
 moveTo(null);

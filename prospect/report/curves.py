@@ -7,8 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from prospect.checkpoint import flatten
 from prospect.errors import ProspectError
-from prospect.report.page import LOSS_NAMES, number, write_page
+from prospect.report.page import LOSS_NAMES, differing, number, write_figures, write_page
+from prospect.report.svg import Line, plot, scale_of
 
 MAX_POINTS = 2000  # of a run's curves; longer runs are averaged over equal stretches of their lines
 
@@ -39,6 +43,7 @@ class Run:
     evaluated: list[int]
     evaluation: dict[str, list[float | None]]
     best_step: int | None  # of the best checkpoint
+    settings: dict[str, Any]  # by name, as its config.yaml has them; {} without one
 
 
 def read_run(directory: str | Path) -> Run:
@@ -81,7 +86,16 @@ def read_run(directory: str | Path) -> Run:
         evaluated=[step for step, _ in evaluations],
         evaluation={name: [number(numbers.get(name)) for _, numbers in evaluations] for name in measured},
         best_step=best_step,
+        settings=read_settings(path.with_name("config.yaml")),
     )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A run's settings by name, as they were written down; {} where there are none to be read."""
+    try:
+        return flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):  # AttributeError: YAML, but no settings
+        return {}
 
 
 def label_count(line: dict, loss: str) -> int:
@@ -122,8 +136,29 @@ def evaluation_title(name: str) -> str:
     return words.replace("_", " ").replace("f1", "F1", 1).replace("auroc", "AUROC", 1)
 
 
-def write_runs(path: str | Path, runs: list[Run]) -> None:
-    """One page; several runs are laid over each other."""
+def figures(runs: list[Run], titles: dict[str, str]) -> dict[str, str]:
+    """Every curve of the runs as SVG, by its name; those of validations begin with `validation-`."""
+    last, found = max(1.0, *(step for run in runs for step in (*run.steps, *run.evaluated))), {}
+    for kind, steps_of in (("curves", "steps"), ("evaluation", "evaluated")):
+        names = dict.fromkeys(name for run in runs for name in getattr(run, kind))
+        for name in names:
+            lines = []
+            for run in runs:
+                values = getattr(run, kind).get(name, [])
+                points = [None if y is None else (x, y) for x, y in zip(getattr(run, steps_of), values)]
+                lines.append(Line(run.name, points, dots=kind == "evaluation"))
+            prefix, title = ("", TRAINING_TITLES) if kind == "curves" else ("validation-", titles)
+            falls = name in COUNTS_OF or name == "grad_norm" or name.startswith("loss")
+            found[prefix + name] = plot(title[name], lines, "step", last, scale_of(lines, last, falls))
+    return found
+
+
+def write_runs(path: str | Path, runs: list[Run], svg: Path | None = None) -> None:
+    """One page; several runs are laid over each other. svg: a folder for its figures."""
     titles = {name: evaluation_title(name) for run in runs for name in run.evaluation}
     data = {"runs": [asdict(run) for run in runs], "curveTitles": TRAINING_TITLES, "evaluationTitles": titles}
+    data["differing"] = differing([one.pop("settings") for one in data["runs"]])
+    data["figures"] = figures(runs, titles)
     write_page(path, "curves", "Training: " + ", ".join(run.name for run in runs), data)
+    if svg is not None:
+        write_figures(svg, data["figures"])

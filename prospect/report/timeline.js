@@ -9,18 +9,13 @@ const LANES = {
   update: "Update written",
   context: "Context refreshed",
 };
-const VERDICTS = {
-  matched: "matched",
-  mismatched: "other words",
-  missed: "missed",
-  redundant: "redundant",
-  refused: "refused",
-};
 const HEAD_HEIGHT = 66; // pixels of a head's lane, and what is kept free above and below its curve
 const HEAD_INSET = 5;
 const AXIS_STEPS = [0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400]; // seconds between ticks
 
 let clip; // the one that is shown
+let takes; // the clip as each checkpoint streamed it: itself, and those beside it
+let events; // of all takes, in order of time: {take, row, lane, text, status, note}
 let rows; // its number of frames
 let pinned; // the row of the cursor while nothing is pointed at
 let shown; // the row that the frame panel describes
@@ -59,8 +54,18 @@ function stateName(state) {
   return data.states[state].replace("_", " ");
 }
 
-function eventsOf(lane) {
-  return clip.events.filter((event) => event.lane === lane);
+function eventsOf(lane, take) {
+  return events.filter((event) => event.lane === lane && event.take === take);
+}
+
+/* "wrong_words" -> "s wrong words" with the mark that stands for it, "" where nothing is judged. */
+function verdict(event) {
+  return event.status ? `${data.marks[event.status]} ${event.status.replace("_", " ")}` : "";
+}
+
+/* "A · speak score" where several checkpoints are shown, of which this is the first. */
+function ofTake(take, text) {
+  return takes.length > 1 ? `${String.fromCharCode(65 + take)} · ${text}` : text;
 }
 
 // ---- lanes --------------------------------------------------------------------------------------
@@ -101,13 +106,14 @@ function pictureLane() {
 
 /* A head's probability and score, the evidence it needs (or the band that lies in), where it fired and where the
    reference acts. */
-function headLane(name, head, key, references, colour) {
-  const [low, high] = clip.evidence;
+function headLane(name, head, key, references, colour, take) {
+  const [low, high] = takes[take].evidence;
   const exact = low === high;
   const inner = HEAD_HEIGHT - 2 * HEAD_INSET;
   const y = (p) => HEAD_INSET + (1 - p) * inner;
   const curves = curve(head.score, 1, colour + "-curve", head.probability);
   const track = el("div", { class: "lane head", "data-lane": key }, curves);
+  if (head.even_odds !== null) track.append(el("div", { class: "odds", style: `top:${y(head.even_odds)}px` }));
   const band = `top:${y(high)}px;height:${(high - low) * inner}px`;
   track.append(el("div", { class: "evidence" + (exact ? " exact" : ""), style: band }));
   for (const event of references) {
@@ -119,27 +125,30 @@ function headLane(name, head, key, references, colour) {
   }
   const rule = "Fires where the score reaches the dashed line, or comes close to it as the other head fires.";
   const within = "The records tell only that the line is within the band.";
-  if (exact) addLane(name, `fires from ${low.toFixed(3)}`, HEAD_HEIGHT, track, rule);
-  else addLane(name, `fires from ${low.toFixed(2)}–${high.toFixed(2)}`, HEAD_HEIGHT, track, `${rule} ${within}`);
+  const label = ofTake(take, name);
+  if (exact) addLane(label, `fires from ${low.toFixed(3)}`, HEAD_HEIGHT, track, rule);
+  else addLane(label, `fires from ${low.toFixed(2)}–${high.toFixed(2)}`, HEAD_HEIGHT, track, `${rule} ${within}`);
 }
 
 /* Marks with their text, each as wide as the room up to the next one. */
-function textLane(lane) {
-  const events = eventsOf(lane);
+function textLane(lane, take) {
+  const shownHere = eventsOf(lane, take);
   const track = el("div", { class: "lane texts", "data-lane": lane });
-  events.forEach((event, i) => {
-    const next = events.slice(i + 1).find((other) => other.row > event.row);
+  shownHere.forEach((event, i) => {
+    const next = shownHere.slice(i + 1).find((other) => other.row > event.row);
     const left = percent(event.row);
     const right = next ? percent(next.row) : 100;
     const style = `left:${left}%;width:max(3px, calc(${right - left}% - 1px))`;
-    const properties = { class: "chip " + tone(event), style, "data-event": clip.events.indexOf(event) };
-    track.append(el("div", properties, words(event.text || event.note))); // its own direction decides where it is cut
+    const properties = { class: "chip " + tone(event), style, "data-event": events.indexOf(event) };
+    const mark = event.status ? el("i", {}, data.marks[event.status]) : null;
+    const text = words(event.text || event.note); // its own direction decides where it is cut
+    track.append(el("div", properties, mark, text));
   });
-  addLane(LANES[lane], String(events.length), 34, track);
+  addLane(lane === "user" ? LANES.user : ofTake(take, LANES[lane]), String(shownHere.length), 34, track);
 }
 
 /* A step's state over time: predicted above, as it should be below. */
-function stepLane(step, key) {
+function stepLane(step, key, take) {
   const track = el("div", { class: "lane step", "data-lane": key });
   const add = ([first, last, state], place, who) => {
     const style = `left:${(first / rows) * 100}%;width:${((last - first + 1) / rows) * 100}%`;
@@ -148,7 +157,7 @@ function stepLane(step, key) {
   };
   for (const run of step.predicted) add(run, "above", "predicted");
   for (const run of step.reference || []) add(run, "below", "reference");
-  addLane((step.id + " " + step.name).trim(), "", 26, track);
+  addLane(ofTake(take, (step.id + " " + step.name).trim()), "", 26, track);
 }
 
 /* How many tokens the context holds. */
@@ -171,27 +180,28 @@ function drawAxis() {
   axis.replaceChildren(...ticks);
 }
 
-/* All lanes of the clip, from top to bottom. */
+/* All lanes of the clip, from top to bottom; of several takes, the lanes of one kind below each other. */
 function drawLanes() {
   const corner = el("span", { class: "soft" }, "time in the video");
   names.replaceChildren(el("div", { class: "name axis", style: "height:26px" }, corner));
   time.replaceChildren(axis);
   if (clip.pictures.length) pictureLane();
   const speak = capitalised(data.lossNames.speaking_binary);
-  headLane(speak, clip.speaking, "speaking", eventsOf("wanted"), "speak");
-  if (clip.has_reference) textLane("wanted");
-  textLane("said");
+  const update = capitalised(data.lossNames.dst_binary);
+  const ofAll = (draw) => takes.forEach(draw);
+  ofAll((take, t) => headLane(speak, take.speaking, "speaking", eventsOf("wanted", t), "speak", t));
+  if (clip.has_reference) ofAll((take, t) => textLane("wanted", t));
+  ofAll((take, t) => textLane("said", t));
   if (clip.update) {
-    const update = capitalised(data.lossNames.dst_binary);
-    headLane(update, clip.update, "dst", eventsOf("update_wanted"), "update");
-    if (clip.has_reference) textLane("update_wanted");
-    textLane("update");
+    ofAll((take, t) => headLane(update, take.update, "dst", eventsOf("update_wanted", t), "update", t));
+    if (clip.has_reference) ofAll((take, t) => textLane("update_wanted", t));
+    ofAll((take, t) => textLane("update", t));
   }
-  if (clip.step_state) stepLane(clip.step_state, "step_state");
-  for (const step of clip.steps) stepLane(step, step.id);
-  textLane("user");
+  ofAll((take, t) => take.step_state && stepLane(take.step_state, "step_state", t));
+  clip.steps.forEach((step, i) => ofAll((take, t) => stepLane(take.steps[i], step.id, t)));
+  textLane("user", 0);
   contextLane();
-  textLane("context");
+  ofAll((take, t) => textLane("context", t));
   time.append(cursor);
 }
 
@@ -205,9 +215,10 @@ function showFrame(row) {
   const picture = clip.pictures.filter(([at]) => at <= row).pop();
   if (picture) parts.push(el("img", { src: picture[1], alt: "frame " + (clip.first + picture[0]) }));
   parts.push(frameNumbers(row));
-  parts.push(...clip.events.filter((event) => event.row === row).map(spokenNode));
-  if (clip.steps.length) {
-    parts.push(el("ul", { class: "steps" }, ...clip.steps.map((step) => stepNode(step, row))));
+  parts.push(...events.filter((event) => event.row === row).map(spokenNode));
+  for (const take of takes) {
+    if (takes.length > 1) parts.push(el("p", { class: "soft take" }, words(ofTake(takes.indexOf(take), take.made_by))));
+    if (take.steps.length) parts.push(el("ul", { class: "steps" }, ...take.steps.map((step) => stepNode(step, row))));
   }
   frame.replaceChildren(...parts);
 }
@@ -216,12 +227,13 @@ function showFrame(row) {
 function frameNumbers(row) {
   const numbers = el("dl", {});
   const add = (name, value, id) => numbers.append(el("dt", {}, name), el("dd", { id }, value));
-  const addHead = (name, head) => {
-    add(name + " probability", fourDigits(head.probability[row]), `frame-${name}-probability`);
-    add(name + " score", fourDigits(head.score[row]) + (head.fired.includes(row) ? "  fired" : ""), "frame-" + name);
+  const addHead = (name, head, t) => {
+    const fired = head.fired.includes(row) ? "  fired" : "";
+    add(ofTake(t, `${name} probability`), fourDigits(head.probability[row]), `frame-${name}-probability`);
+    add(ofTake(t, `${name} score`), fourDigits(head.score[row]) + fired, "frame-" + name);
   };
-  addHead("speak", clip.speaking);
-  if (clip.update) addHead("update", clip.update);
+  takes.forEach((take, t) => addHead("speak", take.speaking, t));
+  takes.forEach((take, t) => take.update && addHead("update", take.update, t));
   if (clip.step_state) {
     const [now, due] = statesAt(clip.step_state, row);
     const correction = now === due ? "" : el("span", { class: "wrong" }, "≠ " + stateName(due));
@@ -233,7 +245,7 @@ function frameNumbers(row) {
 
 /* Something said at the frame, with what there is to know about it. */
 function spokenNode(event) {
-  const who = LANES[event.lane] + (event.status ? " · " + VERDICTS[event.status] : "");
+  const who = [ofTake(event.take, LANES[event.lane]), verdict(event)].filter(Boolean).join(" · ");
   const note = event.note && event.text ? el("div", { class: "soft" }, words(event.note)) : null;
   const text = words(event.text || event.note);
   return el("div", { class: "spoken " + tone(event) }, el("b", {}, who), el("br"), text, note);
@@ -264,6 +276,7 @@ function go(row, scroll = true) {
   showCursor(pinned, false);
   const number = clip.first + pinned;
   const speak = fourDigits(clip.speaking.score[pinned]);
+  if (linked) history.replaceState(null, "", linkTo(clip, number));
   time.setAttribute("aria-valuenow", number);
   time.setAttribute("aria-valuetext", `frame ${number}, ${clock(timeOf(pinned))}, speak score ${speak}`);
   selectEvents();
@@ -274,7 +287,7 @@ function go(row, scroll = true) {
 function selectEvents() {
   for (const chip of document.querySelectorAll(".chip.on")) chip.classList.remove("on");
   let first = null;
-  clip.events.forEach((event, i) => {
+  events.forEach((event, i) => {
     const here = event.row === pinned;
     list.children[i].setAttribute("aria-selected", here);
     if (!here) return;
@@ -308,14 +321,14 @@ function setZoom(value) {
 
 /* The next (direction 1) or previous (-1) row at which anything is said. */
 function neighbour(direction) {
-  const found = clip.events.map((event) => event.row).filter((row) => direction * (row - pinned) > 0);
+  const found = events.map((event) => event.row).filter((row) => direction * (row - pinned) > 0);
   if (!found.length) return pinned;
   return direction > 0 ? Math.min(...found) : Math.max(...found);
 }
 
 /* The keys of the time line. */
 function onKey(event) {
-  if (hasModifier(event)) return;
+  if (keyIsTaken(event)) return;
   const tenSeconds = Math.max(1, Math.round(10 * clip.fps));
   const actions = {
     ArrowLeft: () => go(pinned - 1),
@@ -336,14 +349,25 @@ function onKey(event) {
   event.preventDefault();
 }
 
-/* The list's own keys, and those of the time line. */
+/* The list's own keys; the others are those of the time line. */
 function onListKey(event) {
-  if (event.key !== "ArrowDown" && event.key !== "ArrowUp") {
-    onKey(event);
-    return;
-  }
+  if (event.key !== "ArrowDown" && event.key !== "ArrowUp") return;
   go(neighbour(event.key === "ArrowDown" ? 1 : -1));
   event.preventDefault();
+}
+
+/* The link to a frame; of several clips it names the clip. */
+function linkTo(one, frameNumber) {
+  const parts = data.clips.length > 1 ? { clip: one.id, frame: frameNumber } : { frame: frameNumber };
+  return "#" + new URLSearchParams(parts);
+}
+
+/* Go where the address says: #frame=2397, or #clip=ID&frame=2397. */
+function followLink() {
+  const parts = new URLSearchParams(location.hash.slice(1));
+  const index = data.clips.findIndex((one) => one.id === parts.get("clip"));
+  if (index >= 0 && data.clips[index] !== clip) openClip(index);
+  if (parts.has("frame")) go(Math.round(Number(parts.get("frame")) || 0) - clip.first);
 }
 
 /* The frame that the pointer is at. */
@@ -360,7 +384,7 @@ const numbers = el("dl", { class: "numbers" });
 const names = el("div", { class: "names" });
 const axis = el("div", { class: "axis" });
 const cursor = el("div", { class: "cursor" });
-const slider = { tabindex: "0", role: "slider", "aria-label": "frame", onkeydown: onKey };
+const slider = { tabindex: "0", role: "slider", "aria-label": "frame" };
 const time = el("div", { class: "time", id: "time", ...slider });
 const scroller = el("div", { class: "scroll" }, time);
 const frame = el("aside", { class: "frame", id: "frame", "aria-live": "off" });
@@ -372,6 +396,7 @@ const chooser = el(
   { id: "clip", "aria-label": "clip", onchange: () => openClip(Number(chooser.value)) },
   ...data.clips.map((one, i) => el("option", { value: i }, one.id)),
 );
+let linked = false; // whether the address follows the cursor: once a reader has moved it
 
 function zoomButton(text, action, label) {
   return el("button", { type: "button", title: label, "aria-label": label, onclick: action }, text);
@@ -385,7 +410,9 @@ function drawTitle() {
   title.replaceChildren(words(clip.goal || clip.id));
   const facts = ` · frames ${clip.first}–${last} · ${+clip.fps.toFixed(3)} a second · ${long} long`;
   about.replaceChildren(words(clip.id), facts + unjudged);
-  numbers.replaceChildren(...clip.metrics.map(([name, value]) => namedNumber(name, value)));
+  about.append(...takes.map((take, t) => (take.made_by ? el("div", {}, words(ofTake(t, take.made_by))) : "")));
+  const values = (at) => takes.map((take) => take.metrics[at]?.[1] ?? "–").join(" | ");
+  numbers.replaceChildren(...clip.metrics.map(([name], at) => namedNumber(name, values(at))));
 }
 
 /* What the marks and colours mean, as far as this clip has them. */
@@ -397,15 +424,16 @@ function drawLegend() {
   add("thin", "", "probability");
   add("thick", "", "score, the mean that decides");
   add("dashed", "", "evidence that a score has to reach");
-  if (clip.has_reference) {
-    add("", "background:var(--good)", "matched");
-    add("", "background:var(--warn)", "other words");
-    add("", "background:var(--bad)", "missed, redundant or refused");
+  if (takes.some((take) => take.speaking.even_odds !== null)) add("dotted", "", "probability of even odds");
+  for (const status of Object.keys(data.marks)) {
+    if (!events.some((event) => event.status === status)) continue;
+    const letter = el("i", { class: "letter" }, data.marks[status]);
+    entries.push(el("span", { class: "tone-" + status }, letter, status.replace("_", " ")));
   }
   if (clip.steps.length) {
     const bars = clip.has_reference ? " (upper bar predicted, lower bar reference)" : "";
-    add("", "background:var(--going)", "step in progress");
-    add("", "background:var(--done)", "completed" + bars);
+    add("state1", "", "step in progress");
+    add("state2", "", "completed" + bars);
   }
   legend.replaceChildren(...entries);
 }
@@ -418,9 +446,9 @@ function eventNode(event) {
     "li",
     { role: "option", class: tone(event), "aria-selected": "false", onclick: () => go(event.row) },
     el("span", { class: "when" }, clock(timeOf(event.row))),
-    el("b", {}, LANES[event.lane]),
+    el("b", {}, event.lane === "user" ? LANES.user : ofTake(event.take, LANES[event.lane])),
     words(event.text || event.note, { class: "what" }),
-    el("span", { class: "verdict" }, VERDICTS[event.status] || "", note),
+    el("span", { class: "verdict" }, verdict(event), note),
   );
 }
 
@@ -445,13 +473,38 @@ function reliabilityChart(one) {
     plot.append(el("i", { class: "point " + colour, style: place, title }));
   }
   const name = capitalised(data.lossNames[speaks ? "speaking_binary" : "dst_binary"]);
-  const caption = el("figcaption", {}, el("b", {}, name), el("p", {}, "calibration error " + one.error.toFixed(4)));
+  const figureName = "reliability-" + one.head;
+  const button = svgButton(() => figureName, () => data.figures[figureName]);
+  const error = el("p", {}, "calibration error " + one.error.toFixed(4));
+  const caption = el("figcaption", {}, button, el("b", {}, name), error);
   return el("figure", { class: "chart", "data-reliability": one.head }, caption, plot);
+}
+
+/* A clip in the list of all: the share of its texts that is right, and its time line, small. */
+function clipNode(one, index) {
+  const count = one.tokens.length;
+  const strip = (kinds) => {
+    const found = one.events.filter((event) => kinds.includes(event.lane) && event.status);
+    const place = (event) => `left:${((event.row + 0.5) / count) * 100}%`;
+    const mark = (event) => el("i", { class: tone(event), style: place(event) }, data.marks[event.status]);
+    // What is due and found is marked where it was written.
+    const marked = found.filter((event) => !event.lane.endsWith("wanted") || event.status === "missed");
+    return el("span", { class: "strip" }, ...marked.map(mark));
+  };
+  const share = one.share_right === null ? "–" : one.share_right.toFixed(3);
+  const strips = el("span", {}, strip(["wanted", "said"]), one.update ? strip(["update_wanted", "update"]) : null);
+  const onclick = () => openClip(index);
+  const row = el("button", { type: "button", onclick, class: "row" }, el("b", {}, share), strips, words(one.id));
+  return el("li", {}, row);
 }
 
 /* Show one of the clips, from its first frame. */
 function openClip(index) {
   clip = data.clips[index];
+  takes = [clip, ...clip.beside];
+  events = takes.flatMap((take, t) => take.events.map((event) => ({ ...event, take: t })));
+  events = events.filter((event) => event.take === 0 || event.lane !== "user").sort((a, b) => a.row - b.row);
+  chooser.value = index;
   rows = clip.tokens.length;
   shown = null;
   drawTitle();
@@ -459,7 +512,7 @@ function openClip(index) {
   time.setAttribute("aria-valuemin", clip.first);
   time.setAttribute("aria-valuemax", clip.first + rows - 1);
   drawLegend();
-  list.replaceChildren(...clip.events.map(eventNode));
+  list.replaceChildren(...events.map(eventNode));
   pinned = 0;
   setZoom(1);
   go(0);
@@ -480,12 +533,16 @@ document.body.append(
     zoomButton("−", () => setZoom(zoom / 2), "zoom out"),
     zoomButton("Fit", () => setZoom(1), "the whole clip"),
     zoomButton("+", () => setZoom(zoom * 2), "zoom in"),
+    svgButton(() => clip.id, () => clip.svg),
     themeButton(),
   ),
   numbers,
   el("div", { class: "stage" }, el("div", {}, el("div", { class: "lanes" }, names, scroller), legend), frame),
   el("h2", {}, "Everything that was said"),
   list,
+  data.clips.length > 1 ? el("h2", {}, "All clips, the worst first: the share of texts that is right") : "",
+  data.clips.length > 1 ? el("ol", { id: "clips" }, ...data.clips.map(clipNode)) : "",
+  settingsTable([data.clips[0], ...data.clips[0].beside].map((take) => take.made_by)),
   data.reliability.length ? el("h2", {}, "Of frames with a probability, the share that is due" + ofAllClips) : "",
   el("div", { class: "charts" }, ...data.reliability.map(reliabilityChart)),
   keyHelp(
@@ -496,5 +553,10 @@ document.body.append(
     ["+ - 0", "zoom"],
     ["Tab", "time line, list, buttons"],
   ),
+  writtenNote(),
 );
 openClip(0);
+followLink();
+linked = true;
+window.addEventListener("hashchange", followLink);
+document.addEventListener("keydown", onKey); // wherever the focus is

@@ -1,6 +1,6 @@
 """A streamed clip on a time line (drawn by timeline.js): what was said beside what should have been said.
 
-Which reply counts as matched is decided by prospect/metrics.py, the same code that scores an evaluation, so the picture
+What became of each text is decided by prospect/mistakes.py, the same code that counts in an evaluation, so the picture
 and the numbers cannot disagree. Rows are frames counted from the clip's first, as in the metrics.
 """
 
@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,13 +19,18 @@ from prospect.clips import Clip
 from prospect.dst import STATES, State, write_update
 from prospect.errors import ProspectError
 from prospect.files import read_lines
-from prospect.metrics import pair_updates, window_of
-from prospect.report.page import LOSS_NAMES, number, write_page
-from prospect.score import TABLE, ClipScore, read_update, score_clip, summarise
+from prospect.mistakes import MARKS, Outcome, review_clip
+from prospect.report import svg
+from prospect.report.page import LOSS_NAMES, differing, number, write_figures, write_page
+from prospect.score import TABLE, ClipScore, cell_text, of_nothing, summarise
 from prospect.text_metrics import load_similarity
 
 MAX_PICTURES = 96  # in one time line, evenly spaced
 PICTURE_HEIGHT = 72  # pixels
+LEFT = 66  # of a time line's tracks
+STATE_FILLS = ("none", "#e0a83a", "#1d6b4d")
+NICE_SECONDS = (0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400)
+Across = Callable[[float], float]  # where a row is along the width
 
 
 @dataclass
@@ -33,8 +38,7 @@ class Event:
     """One mark in a lane of the time line.
 
     lane    user | wanted (what the assistant should have said) | said | update_wanted | update | context
-    status  matched, or how it failed: mismatched (other words), missed, redundant, refused (an illegal update);
-            "" where there is no reference to compare with
+    status  what became of it, one of prospect.mistakes.VERDICTS; "" where there is no reference to compare with
     note    what else there is to know: how late, why refused, tokens before and after
     """
 
@@ -52,6 +56,7 @@ class HeadLane:
     probability: list[float | None]
     score: list[float | None]  # None: nothing was left to update
     fired: list[int]  # rows
+    even_odds: float | None  # the probability that counts as one half; None: not known
 
 
 @dataclass
@@ -83,7 +88,11 @@ class Timeline:
     steps: list[StepLane]
     metrics: list[tuple[str, str]]
     calibration: dict[str, Calibration]  # by head; without a reference there is none
+    share_right: float | None  # of the texts due and written; None: nothing to judge
+    made: dict[str, Any]  # by what settings the records were made, as far as it is known
+    made_by: str  # their checkpoint; "" if not known
     pictures: list[tuple[int, str]] = field(default_factory=list)  # (row, data URI)
+    beside: list["Timeline"] = field(default_factory=list)  # the same frames, streamed by other checkpoints
 
 
 def read_records(path: str | Path) -> dict[str, list[dict]]:
@@ -120,15 +129,15 @@ def read_records(path: str | Path) -> dict[str, list[dict]]:
 def timeline(
     records: list[dict],
     clip: Clip | None,
-    evidence: float | None = None,
+    made: dict[str, Any] | None = None,
     *,
     pictures: str | None = None,
     header_only: bool = False,
 ) -> Timeline:
     """What the time line of one streamed clip shows.
 
-    records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. evidence: the
-    score at which heads fire (infer.evidence); without it, the page shows between which scores it must lie. pictures:
+    records: one a frame (FrameRecord.to_dict). clip: its reference; None shows the prediction alone. made: the settings
+    of the records (records.made_by); without infer.evidence, the page shows between which scores it must lie. pictures:
     where the frames are to be seen, anything prospect.vision.frames.frames_at reads.
     header_only: the clip gives goal and steps, and its conversation is no reference (a video streamed live).
     Raises ProspectError when the records are not of this clip.
@@ -136,10 +145,13 @@ def timeline(
     first, F = records[0]["frame_idx"], len(records)
     fps = clip.fps if clip else frame_rate(records)
     tracks_state = records[0]["dst_update_prob"] is not None
-    reference, score = None, None
+    made, reference, review = made or {}, None, None
     if clip is not None and not header_only:
         reference = as_far_as_streamed(clip, records)
-        score = score_clip(reference, records, load_similarity("lexical"), dst=tracks_state)
+        review = review_clip(reference, records, load_similarity("lexical"), dst=tracks_state)
+    evidence, score = made.get("infer.evidence"), review and review.score
+    events = timeline_events(records, reference, review.outcomes if review else {})
+    rows = [event.row for event in events]
     return Timeline(
         id=records[0]["clip_id"],
         goal=clip.goal if clip else "",
@@ -148,15 +160,18 @@ def timeline(
         seconds=records[0]["time"],
         has_reference=reference is not None,
         evidence=evidence_bounds(records) if evidence is None else (evidence, evidence),
-        speaking=head_lane(records, "speaking"),
-        update=head_lane(records, "dst_update") if tracks_state else None,
+        speaking=head_lane(records, "speaking", made.get("infer.speaking_threshold")),
+        update=head_lane(records, "dst_update", made.get("infer.dst_threshold")) if tracks_state else None,
         tokens=[record["context_tokens"] for record in records],
-        events=timeline_events(records, reference, score),
+        events=events,
         step_state=step_state_lane(records, reference) if records[0]["step_state"] is not None else None,
         steps=step_lanes(records, clip, reference) if tracks_state else [],
         metrics=shown_metrics(score) if score else [],
         calibration=score.calibration if score else {},
-        pictures=thumbnails(pictures, fps, first, F) if pictures else [],
+        share_right=number(review.share_right()) if review else None,
+        made=made,
+        made_by=f"{made['checkpoint']}, step {made.get('step')}" if "checkpoint" in made else "",
+        pictures=thumbnails(pictures, fps, first, F, rows) if pictures else [],
     )
 
 
@@ -179,11 +194,12 @@ def as_far_as_streamed(clip: Clip, records: list[dict]) -> Clip:
     return replace(clip, end_frame=last, turns=tuple(turns))
 
 
-def head_lane(records: list[dict], head: str) -> HeadLane:
+def head_lane(records: list[dict], head: str, even_odds: float | None) -> HeadLane:
     return HeadLane(
         probability=[number(record[f"{head}_prob"]) for record in records],
         score=[number(record[f"{head}_score"]) for record in records],
         fired=[row for row, record in enumerate(records) if record[f"{head}_decision"]],
+        even_odds=even_odds,
     )
 
 
@@ -204,7 +220,7 @@ def evidence_bounds(records: list[dict]) -> tuple[float, float]:
     return max(silent), min(fired)
 
 
-def timeline_events(records: list[dict], clip: Clip | None, score: ClipScore | None) -> list[Event]:
+def timeline_events(records: list[dict], clip: Clip | None, reviewed: dict[str, list[Outcome]]) -> list[Event]:
     """Every mark of the time line, in order of time."""
     events = []
     for row, record in enumerate(records):
@@ -212,67 +228,55 @@ def timeline_events(records: list[dict], clip: Clip | None, score: ClipScore | N
             note = f"{context['strategy']}: {context['tokens_before']} to {context['tokens_after']} tokens"
             events.append(Event(row, "context", context["summary"] or "", note=note))
         events += [Event(row, "user", text) for text in record.get("user", [])]
-    events += dialogue_events(records, clip, score) + update_events(records, clip)
+    events += reply_events(records, clip, reviewed.get("replies", []))
+    events += update_events(records, clip, reviewed.get("updates", []))
     order = ("context", "user", "update_wanted", "update", "wanted", "said")
     return sorted(events, key=lambda event: (event.row, order.index(event.lane)))
 
 
-def dialogue_events(records: list[dict], clip: Clip | None, score: ClipScore | None) -> list[Event]:
-    """What the assistant said and what it should have said, paired as in prospect.metrics.match_dialogue."""
-    said = [Event(row, "said", r["text"]) for row, r in enumerate(records) if r["text"] is not None]
-    for event in said:
+def reply_events(records: list[dict], clip: Clip | None, reviewed: list[Outcome]) -> list[Event]:
+    """What the assistant said and what it should have said, each with what became of it."""
+    said = {row: Event(row, "said", r["text"]) for row, r in enumerate(records) if r["text"] is not None}
+    wanted = {} if clip is None else {frame - clip.start_frame: text for frame, text in clip.replies().items()}
+    judged(said, reviewed, clip)
+    for event in said.values():
         if cut := records[event.row].get("text_cut"):
-            event.note = f"cut off: {cut}"
-    if clip is None or score is None:
-        return said
-    wanted = [Event(frame - clip.start_frame, "wanted", text, "missed") for frame, text in clip.replies().items()]
-    for event in said:
-        event.status = "redundant"
-    correct = set(score.dialogue["correct_pairs"])
-    for p, r in score.dialogue["pairs"]:
-        said[p].status = wanted[r].status = "matched" if (p, r) in correct else "mismatched"
-        said[p].note = "; ".join(filter(None, (lateness(said[p].row - wanted[r].row, clip.fps), said[p].note)))
-    return wanted + said
+            event.note = "; ".join(filter(None, (event.note, f"cut off: {cut}")))
+    due = [Event(one.due[1], "wanted", wanted[one.due[1]], one.verdict) for one in reviewed if one.due is not None]
+    return due + list(said.values())
 
 
-def lateness(rows: int, fps: float) -> str:
-    return "on time" if rows == 0 else f"{abs(rows) / fps:g} s {'late' if rows > 0 else 'early'}"
+def update_events(records: list[dict], clip: Clip | None, reviewed: list[Outcome]) -> list[Event]:
+    """Task-state updates as written and as they should be, each with what became of it."""
+    written = {
+        row: Event(row, "update", r["dst_update"]) for row, r in enumerate(records) if r["dst_update"] is not None
+    }
+    judged(written, reviewed, clip)
+    for event in written.values():
+        if why := records[event.row].get("invalid_update"):
+            event.status, event.note = "illegal", f"not applied: {why}"
+    wanted: dict[int, list] = {}  # transitions, by the last row in which they are due
+    for turn in clip.updates() if clip else []:
+        wanted.setdefault(turn.end_frame - clip.start_frame, []).extend(turn.transitions)
+    due = [
+        Event(one.due[1], "update_wanted", write_update(wanted[one.due[1]], "arrow"), one.verdict)
+        for one in reviewed
+        if one.due is not None
+    ]
+    return due + list(written.values())
 
 
-def update_events(records: list[dict], clip: Clip | None) -> list[Event]:
-    """Task-state updates as written and as they should be, paired transition by transition as in the metrics.
+def judged(events: dict[int, Event], reviewed: list[Outcome], clip: Clip | None) -> None:
+    """Note with the events, by row, what became of them and how late they are."""
+    for one in reviewed:
+        if one.written is not None:
+            seconds = one.seconds(clip.fps)
+            events[one.written].status = one.verdict
+            events[one.written].note = "" if seconds is None else lateness(seconds)
 
-    An update is matched when all of its transitions are.
-    """
-    predicted, moves = [], []  # events; (row, transition) of those applied
-    for row, record in enumerate(records):
-        if record["dst_update"] is None:
-            continue
-        refused = record.get("invalid_update")
-        status = "refused" if refused else "" if clip is None else "matched"
-        note = f"not applied: {refused}" if refused else ""
-        predicted.append(Event(row, "update", record["dst_update"], status, note))
-        if not refused:
-            moves += [(row, t) for t in read_update(record["dst_update"])]
-    if clip is None:
-        return predicted
-    by_row: dict[int, list] = {}
-    for turn in clip.updates():
-        by_row.setdefault(turn.end_frame - clip.start_frame, []).extend(turn.transitions)
-    wanted_moves = [(row, t) for row, transitions in by_row.items() for t in transitions]
-    window = tuple(int(seconds * clip.fps) for seconds in window_of(clip.dataset))
-    pairs = pair_updates(moves, wanted_moves, window, same_meaning=True)
-    hit, found = {p for p, _ in pairs}, {r for _, r in pairs}
-    unpaired = {move[0] for move in moves if move not in hit}
-    late = {p[0]: lateness(p[0] - r[0], clip.fps) for p, r in pairs}
-    for event in predicted:
-        if event.status == "matched":
-            event.status, event.note = "redundant" if event.row in unpaired else "matched", late.get(event.row, "")
-    wanted = []
-    for row, transitions in by_row.items():
-        status = "matched" if all((row, t) in found for t in transitions) else "missed"
-        wanted.append(Event(row, "update_wanted", write_update(transitions, "arrow"), status))
-    return wanted + predicted
+
+def lateness(seconds: float) -> str:
+    return "on time" if seconds == 0 else f"{abs(seconds):g} s {'late' if seconds > 0 else 'early'}"
 
 
 def step_lanes(records: list[dict], clip: Clip | None, reference: Clip | None) -> list[StepLane]:
@@ -308,14 +312,14 @@ def state_runs(states: Sequence[str]) -> list[tuple[int, int, int]]:
 
 def shown_metrics(score: ClipScore) -> list[tuple[str, str]]:
     """The evaluation's table for this one clip; text quality needs many clips and is left out."""
-    numbers = summarise([score])
+    numbers, nothing = summarise([score]), of_nothing([score])
     left_out = ("clips", "frames", "BLEU-4")
-    shown = [(title, numbers[key]) for key, title in TABLE if key in numbers and key not in left_out]
-    return [(title, str(value) if isinstance(value, int) else f"{value:.3f}") for title, value in shown]
+    shown = [(title, key) for key, title in TABLE if key in numbers and key not in left_out]
+    return [(title, "–" if key in nothing else cell_text(numbers[key])) for title, key in shown]
 
 
-def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, str]]:
-    """Small JPEGs of at most MAX_PICTURES frames, evenly spaced: (row, data URI)."""
+def thumbnails(source: str, fps: float, first: int, F: int, events: Sequence[int] = ()) -> list[tuple[int, str]]:
+    """Small JPEGs of at most MAX_PICTURES frames, evenly spaced, and of as many of these events: (row, data URI)."""
     from prospect.vision.frames import frames_at
 
     try:
@@ -324,12 +328,14 @@ def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, s
         remedy = "pip install -r requirements-vision.txt"
         raise ProspectError("pictures need the package Pillow, which is not installed", remedy=remedy) from error
     every, rate = math.ceil(F / MAX_PICTURES), Fraction(fps).limit_denominator(1001)
+    rows = sorted(set(events))
+    wanted = {*range(0, F, every), *rows[:: math.ceil(len(rows) / MAX_PICTURES) or 1]}
     found = []
     for frame, picture in frames_at(Path(source), rate, first=first):  # uint8 [3, H, W]
         row = frame - first
         if row >= F:
             break
-        if row % every == 0:
+        if row in wanted:
             image, content = Image.fromarray(picture.permute(1, 2, 0).numpy()), io.BytesIO()
             width = max(1, image.width * PICTURE_HEIGHT // image.height)
             image.resize((width, PICTURE_HEIGHT)).save(content, "JPEG", quality=70)
@@ -338,6 +344,92 @@ def thumbnails(source: str, fps: float, first: int, F: int) -> list[tuple[int, s
         what = f"has no picture of frames {first}..{first + F - 1}"
         raise ProspectError(what, where=source, remedy="give this clip's own video")
     return found
+
+
+# ---- as a figure ---------------------------------------------------------------------------------
+
+
+def timeline_svg(shown: Timeline) -> str:
+    """The lanes of a streamed clip, and below them those of the checkpoints beside it."""
+    rows, right = len(shown.tokens), svg.WIDTH - 4.0
+
+    def x(row: float) -> float:
+        return LEFT + (row + 0.5) / rows * (right - LEFT)
+
+    parts, y = [svg.text(2, 9, shown.goal or shown.id)], 14.0
+    for take in (shown, *shown.beside):
+        if shown.beside:
+            parts.append(svg.text(2, y + 7, take.made_by, colour=svg.SOFT))
+            y += 10
+        replies = [event.row for event in take.events if event.lane == "wanted"]
+        parts += draw_head(take.speaking, "Speak now?", replies, take.evidence, svg.COLOURS[0], x, y)
+        parts += draw_marks(take, "wanted", "due", x, y + 34) + draw_marks(take, "said", "said", x, y + 42)
+        y += 52
+        if take.update is not None:
+            updates = [event.row for event in take.events if event.lane == "update_wanted"]
+            parts += draw_head(take.update, "Update now?", updates, take.evidence, svg.COLOURS[2], x, y)
+            parts += draw_marks(take, "update_wanted", "due", x, y + 34) + draw_marks(
+                take, "update", "written", x, y + 42
+            )
+            y += 52
+        for step in take.steps:
+            parts += draw_states(step, x, y)
+            y += 9
+        y += 4
+    seconds = rows / shown.fps
+    step = next((s for s in NICE_SECONDS if seconds / s <= 5), NICE_SECONDS[-1])
+    first = math.ceil(shown.seconds / step)
+    for k in range(first, math.floor((shown.seconds + seconds) / step) + 1):
+        at = x((k * step - shown.seconds) * shown.fps)
+        if at <= right:
+            parts += [
+                svg.line(at, y - 2, at, y + 1, svg.SOFT),
+                svg.text(min(at, right - 8), y + 8, svg.clock(k * step), "middle", svg.SOFT),
+            ]
+    used = {event.status for take in (shown, *shown.beside) for event in take.events if event.status}
+    meaning = [f"{mark} {name.replace('_', ' ')}" for name, mark in MARKS.items() if name in used]
+    parts.append(svg.text(2, y + 19, ", ".join(meaning), colour=svg.SOFT, size=6))
+    return svg.figure(y + 24, *parts)
+
+
+def draw_head(
+    lane: HeadLane, name: str, due: list[int], evidence: tuple[float, float], colour: str, x: Across, y: float
+) -> list[str]:
+    """A head's score, the evidence it has to reach, where it fired (dots) and where the reference acts (ticks)."""
+
+    def at(value: float) -> float:
+        return y + 28 - 24 * value
+
+    points = [None if value is None else (x(row), at(value)) for row, value in enumerate(lane.score)]
+    parts = [svg.text(2, y + 18, name), svg.line(x(-0.5), at(0), x(len(points) - 0.5), at(0))]
+    parts += [
+        svg.line(x(-0.5), at(value), x(len(points) - 0.5), at(value), svg.SOFT, "2 1.5")
+        for value in sorted({*evidence})
+    ]
+    parts += [svg.line(x(row), at(0), x(row), at(0) + 3, svg.INK) for row in due]
+    fired = [svg.dot(x(row), at(lane.score[row]), colour) for row in lane.fired if lane.score[row] is not None]
+    return [*parts, svg.path(svg.thinned(points), colour), *fired]
+
+
+def draw_marks(take: Timeline, lane: str, name: str, x: Across, y: float) -> list[str]:
+    """What became of each text of a lane, as a mark; a bar where nothing is judged."""
+    events = [event for event in take.events if event.lane == lane]
+    return [svg.text(8, y + 6, name, colour=svg.SOFT)] * bool(events) + [
+        svg.text(x(event.row), y + 6, MARKS.get(event.status, "|"), "middle") for event in events
+    ]
+
+
+def draw_states(step: StepLane, x: Across, y: float) -> list[str]:
+    """A step's state: predicted above, as it should be below. Darker is further."""
+    parts = [svg.text(2, y + 5.5, f"{step.id} {step.name}"[:19], size=6)]
+    for runs, top in ((step.predicted, y), (step.reference or [], y + 3.5)):
+        for first, last, state in runs:
+            place = f'x="{x(first - 0.5):.1f}" y="{top:.1f}" width="{x(last + 0.5) - x(first - 0.5):.1f}" height="3"'
+            parts.append(f'<rect {place} fill="{STATE_FILLS[state]}"/>' if state else "")
+    return [*filter(None, parts), svg.line(x(-0.5), y + 8, x(step.predicted[-1][1] + 0.5), y + 8)]
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def reliability(clips: list[dict[str, Calibration]]) -> list[dict[str, Any]]:
@@ -349,9 +441,31 @@ def reliability(clips: list[dict[str, Calibration]]) -> list[dict[str, Any]]:
     ]
 
 
-def write_timelines(path: str | Path, timelines: list[Timeline]) -> None:
-    """One page; of several clips it shows one at a time."""
+def reliability_figures(curves: list[dict[str, Any]]) -> dict[str, str]:
+    found = {}
+    for one in curves:
+        name = LOSS_NAMES["speaking_binary" if one["head"] == "speaking" else "dst_binary"]
+        points = svg.Line("", [(p, share) for p, share, _ in one["curve"]], dots=True)
+        title = f"{name} calibration error {one['error']:.4f}"
+        found[f"reliability-{one['head']}"] = svg.plot(title, [points], "probability", 1.0, (0.0, 1.0))
+    return found
+
+
+def write_timelines(path: str | Path, timelines: list[Timeline], figures: Path | None = None) -> None:
+    """One page; of several clips it shows one at a time, those with the smallest share of right texts first.
+
+    figures: a folder for its figures.
+    """
+    timelines = sorted(timelines, key=lambda one: (one.share_right is None, one.share_right))
     title = timelines[0].goal or timelines[0].id if len(timelines) == 1 else f"{len(timelines)} streamed clips"
     data = {"states": STATES, "lossNames": LOSS_NAMES, "clips": [asdict(shown) for shown in timelines]}
+    data["differing"] = differing([one.made for one in (timelines[0], *timelines[0].beside)])
+    for clip, shown in zip(data["clips"], timelines):
+        clip["svg"] = timeline_svg(shown)
+        for one in (clip, *clip["beside"]):
+            del one["made"]
     data["reliability"] = reliability([shown.calibration for shown in timelines])
+    data |= {"marks": MARKS, "figures": reliability_figures(data["reliability"])}
     write_page(path, "timeline", title, data)
+    if figures is not None:
+        write_figures(figures, {clip["id"]: clip["svg"] for clip in data["clips"]} | data["figures"])

@@ -99,7 +99,7 @@ function sequenceNode(sequence, which) {
 
 /* Move to the token that the key leads to. */
 function onKey(event, sequence, node) {
-  if (hasModifier(event)) return;
+  if (keyIsTaken(event)) return;
   const to = target(event.key, sequence, selected.position);
   if (to === undefined) return;
   inspect(sequence, node, clamp(to, 0, sequence.ids.length - 1));
@@ -205,4 +205,14 @@ document.body.append(
     ["Home End", "first, last"],
     ["Tab", "next sequence, buttons"],
   ),
+  writtenNote(),
 );
+
+/* Keys pressed while nothing has the focus are those of the first sequence. */
+document.addEventListener("keydown", (event) => {
+  const sequence = data.settings[0].sequences[0];
+  if (event.target !== document.body || keyIsTaken(event) || target(event.key, sequence, 0) === undefined) return;
+  const node = document.querySelector(".sequence");
+  node.focus();
+  onKey(event, sequence, node);
+});
