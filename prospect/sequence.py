@@ -331,7 +331,7 @@ def plan_windows(
     tokens = unit_tokens(layout, tokenizer, per_frame)  # [U]
     until = np.concatenate(([0], np.cumsum(tokens)))  # [U+1] tokens before each unit
     U, summarized = len(tokens), is_summarized(clip, config, seed)
-    known: dict[str, int] = {}  # tokens of prompts met before
+    known: dict[str, int] = {}  # tokens of the prompts and summaries met before
 
     def prompt_length(unit: int) -> int:
         prompt = window_prompt(clip, layout.first_frame(unit), config, summarized and unit > 0)
@@ -344,7 +344,10 @@ def plan_windows(
         """Tokens of the request for a summary, and of the summary, with which a window ends before unit `end`."""
         if not summarized or end == U:
             return 0
-        return sum(tokenizer.count_tokens(summary_turns(reference_summary(clip, layout.first_frame(end)), tokenizer)))
+        summary = reference_summary(clip, layout.first_frame(end))
+        if summary not in known:
+            known[summary] = sum(tokenizer.count_tokens(summary_turns(summary, tokenizer)))
+        return known[summary]
 
     def length(first: int, end: int) -> int:
         return prompt_length(first) + int(until[end] - until[first]) + ending_length(end)

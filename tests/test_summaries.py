@@ -114,7 +114,7 @@ def test_the_request_for_a_summary_comes_at_drawn_lengths(plain):
     A frame is a token. No window is so short but the last of a clip, and one whose next text is long.
     """
     config, lengths = DataConfig(max_seq_len=400, summaries=1.0, dst=False), []
-    for number in range(60):
+    for number in range(30):
         clip = read(raw_clip([], 0, 2000, id=f"clip{number}", inferred_goal="Build"))
         layout = lay_out(clip, config, 0.0, 0, 0)
         windows = plan_windows(clip, layout, plain, config, 1, seed=3)
