@@ -23,7 +23,7 @@ COUNTS_OF = {
 }  # fmt: skip
 TRAINING_TITLES = {
     "loss": "loss", **LOSS_NAMES, "lr": "learning rate", "grad_norm": "gradient norm",
-    "tokens_per_second": "tokens a second", "padding": "padding share",
+    "tokens_per_second": "tokens per second", "padding": "padding share",
 }  # fmt: skip
 
 SHOWN_FIRST = (  # of a validation: what the streamed clips scored

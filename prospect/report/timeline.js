@@ -408,7 +408,7 @@ function drawTitle() {
   const long = clock(rows / clip.fps);
   const unjudged = clip.has_reference ? "" : " · no reference was given, so nothing is judged";
   title.replaceChildren(words(clip.goal || clip.id));
-  const facts = ` · frames ${clip.first}–${last} · ${+clip.fps.toFixed(3)} a second · ${long} long`;
+  const facts = ` · frames ${clip.first}–${last} · ${+clip.fps.toFixed(3)} per second · ${long} long`;
   about.replaceChildren(words(clip.id), facts + unjudged);
   about.append(...takes.map((take, t) => (take.made_by ? el("div", {}, words(ofTake(t, take.made_by))) : "")));
   const values = (at) => takes.map((take) => take.metrics[at]?.[1] ?? "–").join(" | ");
