@@ -41,7 +41,9 @@ from prospect.checkpoint import checkpoints, clean_up_after_crash, read_state, s
 
 pytestmark = pytest.mark.skipif(not syscalls.can_trap(), reason="needs Linux with seccomp notifications")
 
+# By loss the newest is the best, so that a save moves the link to the best, too.
 SETTINGS = ["train.max_steps=30", "train.save_every=3", "train.eval_every=3", "train.keep=1", "infer.evidence=0.5"]
+SETTINGS += ["train.best_by=loss"]
 SHARDED = "train.sharded_checkpoints=true"
 
 # Of each layout: ranks, settings, and the attacks: the state, the rank, and what the first change no longer attacked
