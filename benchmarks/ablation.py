@@ -54,7 +54,7 @@ from prospect.config import Config, load_config, to_dict
 from prospect.data import Corpus, ordered_batches
 from prospect.errors import ProspectError, run_entry_point
 from prospect.files import read_json, write_json
-from prospect.jobs import load_jobs
+from prospect.jobs import Jobs, load_jobs
 from prospect.load import load_for_inference
 from prospect.metrics import Counts
 from prospect.model import Prospect
@@ -119,13 +119,13 @@ class Row:
         return self.trained if self.change is None else f"{self.trained}, {self.change}"
 
 
-CHANGES: dict[str, tuple[controls.Change, int]] = {  # and how many frames are looked ahead
-    "no state": (controls.report_state(controls.no_state), 32),
-    "20 % wrong": (controls.report_state(controls.corrupted_state(0.2)), 32),
-    "10 % wrong": (controls.report_state(controls.corrupted_state(0.1)), 32),
-    "5 % wrong": (controls.report_state(controls.corrupted_state(0.05)), 32),
-    "true state": (controls.report_state(controls.true_state), 32),
-    "four frames": (controls.forget, 1),
+CHANGES: dict[str, controls.Change] = {
+    "no state": controls.report_state(controls.no_state),
+    "20 % wrong": controls.report_state(controls.corrupted_state(0.2)),
+    "10 % wrong": controls.report_state(controls.corrupted_state(0.1)),
+    "5 % wrong": controls.report_state(controls.corrupted_state(0.05)),
+    "true state": controls.report_state(controls.true_state),
+    "four frames": controls.forget,
 }
 MEMORY = (
     Row("task state", "state"),
@@ -242,11 +242,12 @@ def measure(row: Row, run: Run, out: Path) -> dict[str, Ratios]:
     return found
 
 
-def streams(row: Row, model: Prospect, tokenizer: Tokenizer, jobs, config: Config) -> Iterator[tuple[Job, list[dict]]]:
+def streams(
+    row: Row, model: Prospect, tokenizer: Tokenizer, jobs: Jobs, config: Config
+) -> Iterator[tuple[Job, list[dict]]]:
     if row.change is None:
         return streamed_clips(model, tokenizer, jobs, config)
-    change, lookahead = CHANGES[row.change]
-    return controls.streamed(model, tokenizer, jobs, config, change, lookahead)
+    return controls.streamed(model, tokenizer, jobs, config, CHANGES[row.change])
 
 
 def ratios(clip: Clip, records: list[dict], similarity: Similarity, dst: bool) -> Ratios:
@@ -255,7 +256,7 @@ def ratios(clip: Clip, records: list[dict], similarity: Similarity, dst: bool) -
     found |= {"replies_right_f1": f1_of(score.replies), "next_step": next_steps(clip, records)}
     if dst:
         found["joint_goal_accuracy"] = score.task_state.frames_right, score.task_state.frames
-    if (named := steps_in_summaries(clip, records)).predicted:
+    if (named := steps_in_summaries(clip, records)) != Counts():
         found["summary_precision"] = named.matched, named.predicted
         found["summary_recall"] = named.matched, named.reference
     return found

@@ -29,9 +29,10 @@ Change = Callable[[StreamSession, int], None]  # a session, and how many frames 
 
 
 def streamed(
-    model: Prospect, tokenizer: Tokenizer, jobs: Sequence[Job], config: Config, change: Change, lookahead: int
+    model: Prospect, tokenizer: Tokenizer, jobs: Sequence[Job], config: Config, change: Change
 ) -> Iterator[tuple[Job, list[dict]]]:
     """Each clip with its records; after every step of a stream, `change` has its way with the session."""
+    lookahead = 1 if change is forget else config.infer.lookahead  # no frame may see what is to be forgotten
     cache = make_cache(model, config, STREAMS)
     for begin in range(0, len(jobs), STREAMS):
         held = [jobs[number] for number in range(begin, min(begin + STREAMS, len(jobs)))]

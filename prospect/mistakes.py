@@ -11,6 +11,7 @@ Each row adds up to its texts. docs/metrics.md has the definitions with an examp
 """
 
 import json
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,19 +104,19 @@ def update_outcomes(clip: Clip, records: list[dict]) -> list[Outcome]:
 
 
 def review(written: Sequence[int], due: Sequence[Event], judge: Callable[[int, int], str], fps: float) -> list[Outcome]:
-    """The outcomes of texts written at these rows, and due in these ranges of rows, in time.
+    """The outcomes of texts written at these rows, in order, and due in these ranges of rows, in time.
 
     judge(p, r): how the text written p answers the one due r: right, wrong_step or wrong_words.
     """
     pairs = match_events(written, due, int(EVENT_TOLERANCE * fps))
     found = [Outcome(judge(p, r), written[p], due[r]) for p, r in pairs]
-    spare = sorted(set(range(len(written))) - {p for p, _ in pairs})
+    spare = set(range(len(written))) - {p for p, _ in pairs}
     missed = sorted(set(range(len(due))) - {r for _, r in pairs})
     reach, choices = int(NEAR * fps), []
     for r in missed:
         first, last = due[r]
-        away = [(p, max(first - written[p], written[p] - last)) for p in spare]
-        near = [(p, rows) for p, rows in away if rows <= reach and judge(p, r) == "right"]
+        near = range(bisect_left(written, first - reach), bisect_right(written, last + reach))
+        near = [(p, max(first - written[p], written[p] - last)) for p in near if p in spare and judge(p, r) == "right"]
         choices.append(tuple(np.array(near, int).reshape(-1, 2).T))  # columns, costs
     for r, p in zip(missed, cheapest_assignment(choices, alone=1 + reach * len(missed))):
         if p < 0:
@@ -123,7 +124,7 @@ def review(written: Sequence[int], due: Sequence[Event], judge: Callable[[int, i
         else:
             spare.remove(p)
             found.append(Outcome("late" if written[p] > due[r][1] else "early", written[p], due[r]))
-    found += [Outcome("redundant", written[p], None) for p in spare]
+    found += [Outcome("redundant", written[p], None) for p in sorted(spare)]
     return sorted(found, key=lambda one: one.row)
 
 

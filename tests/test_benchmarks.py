@@ -5,17 +5,24 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_stream import firing, plain_records, random_clip, random_model, rows_of, stream_config
 
 from benchmarks import ablation, controls, gpu, gpu_page, train_step
 from prospect.clip_files import parse_clip
 from prospect.clips import Clip
+from prospect.config import Config
 from prospect.errors import ProspectError
 from prospect.metrics import Counts
+from prospect.model import Prospect
 from prospect.score import timely_replies
+from prospect.stream import FrameRecord, Job, StreamSession, streamed_clips
+from prospect.text_metrics import load_similarity
+from prospect.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,6 +139,19 @@ def test_step_names_in_summaries_are_counted_as_by_hand():
     assert ablation.steps_in_summaries(clip, records) == Counts(matched=1, predicted=2, reference=1)
 
 
+def test_summaries_that_name_nothing_count_as_having_missed_it():
+    raw = {
+        "video_uid": "c", "clip_idx": 0, "fps": 2, "start_frame_idx": 100, "end_frame_idx": 109,
+        "dst": [{"id": "S1", "name": "boil the water", "start_ts": 60, "end_ts": 61, "type": "step"}],
+        "conversation": [update(101, "S1", "start"), update(102, "S1", "complete")],
+    }  # fmt: skip
+    clip, _ = parse_clip(raw, "by hand", 0)
+    records = [record | {"context_event": None} for record in controls.spoken(clip, {})]
+    records[5]["context_event"] = {"summary": "Done: nothing yet."}
+    found = ablation.ratios(clip, records, load_similarity("lexical"), dst=False)
+    assert found["summary_precision"] == (0, 0) and found["summary_recall"] == (0, 1)
+
+
 # ---- streams that nobody would use ---------------------------------------------------------------
 
 
@@ -150,6 +170,63 @@ def test_a_corrupted_state_has_so_many_steps_wrong_and_leaves_the_clip_alone():
     assert sum(wrong.values()) == pytest.approx(2000, abs=160)  # of 10,000: four standard deviations
     assert wrong["not_started", "completed"] == pytest.approx(wrong["not_started", "in_progress"], rel=0.2)
     assert clip.initial_state == before == controls.no_state(clip, 500)
+
+
+@pytest.fixture(scope="module")
+def streamed_case(tokenizer_dir) -> tuple[Prospect, Tokenizer, list[Job], Config]:
+    """Three clips whose context is refreshed on the way, and decisions that some of their frames bring about."""
+    tokenizer, draw = Tokenizer(tokenizer_dir, "plain"), np.random.default_rng(5)
+    clips = [clip for n in range(9) if (clip := random_clip(draw, f"clip{n}", 150)).steps][:3]
+    model, jobs = random_model(tokenizer, 2), [Job(clip, rows_of(draw, 150)) for clip in clips]
+    config = firing(model, tokenizer, jobs, stream_config(data={"max_seq_len": 480}), 0.06)
+    return model, tokenizer, jobs, replace(config, infer=replace(config.infer, lookahead=16))
+
+
+def test_a_stream_that_nothing_changes_is_the_stream(streamed_case):
+    model, tokenizer, jobs, config = streamed_case
+    plain, other = (
+        plain_records({job.clip.id: [FrameRecord(**record) for record in records] for job, records in found})
+        for found in (
+            streamed_clips(model, tokenizer, jobs, config, streams=1),
+            controls.streamed(model, tokenizer, jobs, config, lambda session, new: None),
+        )
+    )
+    assert plain[0] == other[0] and any(record["text"] for records in plain[0].values() for record in records)
+    np.testing.assert_allclose(plain[1], other[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("state", ["completed", "in_progress"])
+def test_a_refreshed_context_reports_the_state_that_is_put_there(streamed_case, state):
+    """In every prompt but the first; what was predicted stays in the records."""
+    model, tokenizer, jobs, config = streamed_case
+    put = controls.report_state(lambda clip, frame: dict.fromkeys(clip.initial_state, state))
+    refreshed, records = [], []
+
+    def change(session: StreamSession, new: int) -> None:
+        put(session, new)
+        if session.units[0].state_before and len(session.units) < session.frame_idx - session.clip.start_frame:
+            refreshed.append((session.prompt.count(f"[{state}]"), len(session.clip.steps)))
+
+    for _, of in controls.streamed(model, tokenizer, jobs, config, change):
+        records += of
+    assert len(refreshed) > 3 and all(reported == steps for reported, steps in refreshed)
+    assert any(other != state for record in records for other in record["dst_state"].values())
+
+
+def test_a_stream_that_forgets_holds_four_frames(streamed_case, monkeypatch):
+    """And sees one at a time: a frame further ahead would be seen with more than four before it."""
+    model, tokenizer, jobs, config = streamed_case
+    forget, held = controls.forget, []
+
+    def change(session: StreamSession, new: int) -> None:
+        forget(session, new)
+        assert new == 1
+        assert session.num_tokens == session.prompt_tokens + sum(unit.num_tokens for unit in session.units)
+        held.append(len(session.units))
+
+    monkeypatch.setattr(controls, "forget", change)
+    list(controls.streamed(model, tokenizer, jobs[:1], config, change))
+    assert held == [1, 2, 3] + [4] * 147
 
 
 def test_the_timer_says_what_usually_comes_when_it_usually_comes():
